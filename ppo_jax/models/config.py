@@ -1,0 +1,62 @@
+"""The static description of a decoder-only transformer of the Llama family."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a checkpoint stretches its rotary frequencies (`rope_scaling` of a Hugging Face config).
+
+    `linear` divides every frequency by `factor`. `llama3` leaves high frequencies alone, divides low ones by
+    `factor` and interpolates between the two wavelength limits (Llama 3.1).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and choices that are compiled into the program.
+
+    Parameters are a nested dict, all layers stacked on axis 0 (linear weights are [in, out]):
+
+        embedding                     [V, D]
+        layers.attention_norm         [L, D]          layers.mlp_norm   [L, D]
+        layers.q [L, D, heads*H]      layers.k, .v    [L, D, K*H]       layers.o     [L, heads*H, D]
+        layers.gate, .up [L, D, F]    layers.down     [L, F, D]
+        layers.{q,k,v}_bias, .o_bias  (attention_bias / output_bias)    layers.{gate,up,down}_bias (mlp_bias)
+        final_norm                    [D]
+        unembedding                   [V, D]          (absent when tie_embeddings)
+    """
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int
+    num_kv_heads: int  # K; query head i reads key/value head i // (num_heads / K)
+    head_dim: int  # H
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    attention_bias: bool = False  # bias on q, k, v
+    output_bias: bool = False  # bias on o
+    mlp_bias: bool = False
+    max_positions: int = 2048
+    family: str = "llama"  # the Hugging Face `model_type` that wrote it
+    dtype: Literal["float32", "bfloat16"] = "float32"  # parameters and activations; norms and softmax stay float32
+    remat: bool = False  # recompute each layer in the backward pass
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")

@@ -1,0 +1,104 @@
+"""The records that flow through PPO, and the legend of shape letters.
+
+    B  sequences in the logical batch      P  prompt slots (left-padded)
+    T  response slots (right-padded)       S  = P + T, slots of a whole sequence
+    V  vocabulary                          D  hidden width
+    L  layers                              K  key/value heads, H  head width
+
+Masks are made by the sampler and carried; nothing is ever inferred from `token != pad`.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+# A tree of arrays (parameters, an adapter, a gradient). Its structure is documented where it is made.
+PyTree = Any
+
+# {name: (total, count)}: sums over micro-batches, devices and hosts stay exact; the value is total / count.
+Metrics = dict[str, tuple[Array, Array]]
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts on the device."""
+
+    tokens: Int[Array, "B P"]  # left-padded
+    mask: Bool[Array, "B P"]  # True on prompt tokens
+    index: Int[Array, " B"]  # row of the host's table (text, metadata); also seeds the row's sampling
+
+
+class Rollout(NamedTuple):
+    """Prompts and the responses that the policy sampled for them.
+
+    Response position t holds the action a_t; `logprobs`, `policy_logprobs` and `values` at t belong to the
+    state *before* that token, (prompt, a_0 .. a_{t-1}).
+    """
+
+    tokens: Int[Array, "B S"]  # prompt, then response; the pad id fills slots that are off in the masks
+    prompt_mask: Bool[Array, "B P"]
+    response_mask: Bool[Array, "B T"]  # True up to and including the stop token
+    logprobs: Float[Array, "B T"]  # behaviour policy: at the sampling temperature, after top-k/top-p
+    policy_logprobs: Float[Array, "B T"]  # same temperature, whole vocabulary; equal when nothing is filtered
+    values: Float[Array, "B T"]  # V(state before token t)
+    terminated: Bool[Array, " B"]  # ended by a stop token (False: cut by length)
+    index: Int[Array, " B"]
+
+    @property
+    def mask(self) -> Bool[Array, "B S"]:
+        """True on prompt and response tokens."""
+        import jax.numpy as jnp
+
+        return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
+
+
+class Scores(NamedTuple):
+    """What a reward said of each response. A failed reward is invalid, never 0."""
+
+    reward: Float[Array, " B"]
+    valid: Bool[Array, " B"]  # False: masked out of the loss, of baselines and of running statistics
+    parts: dict[str, Float[Array, " B"]]  # named components, for the log
+
+
+class Experience(NamedTuple):
+    """What one rollout becomes after reference, KL shaping and GAE; computed once per rollout."""
+
+    tokens: Int[Array, "B S"]
+    prompt_mask: Bool[Array, "B P"]
+    mask: Bool[Array, "B T"]  # response tokens of rows whose score is valid
+    logprobs: Float[Array, "B T"]  # old policy, the denominator of the ratio
+    values: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+
+
+class Minibatch(NamedTuple):
+    """Only what the loss may read. Same fields as `Experience`, fewer rows."""
+
+    tokens: Int[Array, "b S"]
+    prompt_mask: Bool[Array, "b P"]
+    mask: Bool[Array, "b T"]
+    logprobs: Float[Array, "b T"]
+    values: Float[Array, "b T"]
+    advantages: Float[Array, "b T"]
+    returns: Float[Array, "b T"]
+
+
+class Hyper(NamedTuple):
+    """Scalars of PPO: Python floats on the host, traced float32 inside jit.
+
+    Changing one never recompiles, and `vmap` over them is a sweep.
+    """
+
+    learning_rate: float = 1e-4
+    temperature: float = 0.7  # of sampling and of every log-prob
+    kl_coef: float = 0.05  # beta of the KL penalty (start value when it adapts)
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    value_clip: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 1.0
+    kl_target: float = 6.0  # nats per response, for the adaptive coefficient
+    kl_horizon: float = 10_000.0  # episodes
