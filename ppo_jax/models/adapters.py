@@ -1,0 +1,111 @@
+"""Adapters: the pytree that turns the frozen base into a role.
+
+An adapter is a dict with any of these keys; `{}` is the base itself.
+
+    lora          {linear name: Lora}, arrays stacked over the layers it touches
+    layers        replacements for entries of `params["layers"]`, stacked likewise
+    embedding, final_norm, unembedding          replacements for the arrays of that name
+
+An adapter always touches the *last* n layers, n being the length of its stacked arrays: below
+`first_layer(adapter)` all roles share their activations. Nothing downstream asks which kind it is.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.types import PyTree
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@flax.struct.dataclass
+class Lora:
+    """A low-rank update W + scale * a @ b of a stack of linear maps (Hu et al. 2021, section 4.1)."""
+
+    a: Float[Array, "n in r"]
+    b: Float[Array, "n r out"]
+    scale: float = flax.struct.field(pytree_node=False)  # alpha / rank
+
+
+def init_lora(
+    key: Array,
+    config: ModelConfig,
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...] = LINEARS,
+    first_layer: int = 0,
+) -> PyTree:
+    """A LoRA adapter on the linear maps `targets` of layers >= `first_layer`; equal to the base at the start.
+
+    a ~ U(-1/sqrt(in), 1/sqrt(in)) and b = 0, in float32. `key` is consumed.
+    """
+    unknown = sorted(set(targets) - set(LINEARS))
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets {unknown or 'are empty'}; allowed: {', '.join(LINEARS)}")
+    if rank < 1:
+        raise ValueError(f"LoRA rank={rank} must be at least 1")
+    if not 0 <= first_layer < config.num_layers:
+        raise ValueError(f"first_layer={first_layer} must lie in [0, {config.num_layers})")
+    sizes = linear_shapes(config)
+    count = config.num_layers - first_layer
+    lora = {}
+    for name, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        inputs, outputs = sizes[name]
+        bound = inputs**-0.5
+        a = jax.random.uniform(subkey, (count, inputs, rank), jnp.float32, -bound, bound)
+        lora[name] = Lora(a=a, b=jnp.zeros((count, rank, outputs), jnp.float32), scale=alpha / rank)
+    return {"lora": lora}
+
+
+def init_top_k(params: PyTree, config: ModelConfig, k: int) -> PyTree:
+    """The last `k` layers copied, to be trained in place of the base's ("freeze" tuning)."""
+    if not 1 <= k <= config.num_layers:
+        raise ValueError(f"top-k tuning of k={k} layers; the model has {config.num_layers}")
+    return {"layers": jax.tree.map(lambda w: jnp.array(w[-k:], copy=True), params["layers"])}
+
+
+def init_full(params: PyTree) -> PyTree:
+    """A full copy of the parameters: full fine-tuning."""
+    return jax.tree.map(lambda w: jnp.array(w, copy=True), params)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear map of one layer."""
+    d, f = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {"q": (d, query), "k": (d, kv), "v": (d, kv), "o": (query, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+
+
+def first_layer(adapter: PyTree, config: ModelConfig) -> int:
+    """The lowest layer that the adapter changes (num_layers when it changes none).
+
+    An adapter that replaces the embedding changes every activation: 0.
+    """
+    if "embedding" in adapter:
+        return 0
+    stacked = jax.tree.leaves((adapter.get("lora", {}), adapter.get("layers", {})))
+    return config.num_layers - max((leaf.shape[0] for leaf in stacked), default=0)
+
+
+def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
+    """Parameters of a plain model that computes what `apply(params, adapter, ...)` does."""
+    layers = dict(params["layers"])
+    for name, new in adapter.get("layers", {}).items():
+        layers[name] = layers[name].at[-new.shape[0] :].set(new.astype(layers[name].dtype))
+    for name, lora in adapter.get("lora", {}).items():
+        update = lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)
+        base = layers[name][-update.shape[0] :]
+        layers[name] = layers[name].at[-update.shape[0] :].set((base + update).astype(base.dtype))
+    whole = {name: adapter.get(name, array) for name, array in params.items() if name != "layers"}
+    return {**whole, "layers": layers}
+
+
+def unembedding(params: PyTree, adapter: PyTree) -> Float[Array, "V D"]:
+    """The matrix that maps hidden states to logits; the embedding itself when the two are tied."""
+    for tree in (adapter, params):
+        if "unembedding" in tree:
+            return tree["unembedding"]
+    return adapter.get("embedding", params["embedding"])

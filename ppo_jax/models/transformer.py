@@ -1,0 +1,176 @@
+"""The Llama-family trunk as one pure function: tokens in, hidden states out.
+
+Layers are stacked and scanned. The base's layers are read by index (never sliced or copied); the adapter's
+are the scanned inputs, so gradients reach the adapter alone.
+"""
+
+from collections.abc import Callable
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_jax.models.adapters import first_layer, linear_shapes
+from ppo_jax.models.attention import attend, rotary, rotate
+from ppo_jax.models.cache import Cache
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.types import PyTree
+
+
+def init_params(key: Array, config: ModelConfig) -> PyTree:
+    """Random parameters: N(0, 0.02) matrices, unit norms, zero biases. `key` is consumed."""
+    sizes, count, dtype = linear_shapes(config), config.num_layers, config.dtype
+    embed_key, unembed_key, layer_key = jax.random.split(key, 3)
+    layers = {
+        name: 0.02 * jax.random.normal(k, (count, *sizes[name]), dtype)
+        for name, k in zip(sizes, jax.random.split(layer_key, len(sizes)), strict=True)
+    }
+    layers |= {name: jnp.ones((count, config.hidden_size), dtype) for name in ("attention_norm", "mlp_norm")}
+    layers |= {f"{name}_bias": jnp.zeros((count, sizes[name][1]), dtype) for name in biased_linears(config)}
+    table = (config.vocab_size, config.hidden_size)
+    params = {
+        "embedding": 0.02 * jax.random.normal(embed_key, table, dtype),
+        "layers": layers,
+        "final_norm": jnp.ones((config.hidden_size,), dtype),
+    }
+    if not config.tie_embeddings:
+        params["unembedding"] = 0.02 * jax.random.normal(unembed_key, table, dtype)
+    return params
+
+
+def biased_linears(config: ModelConfig) -> tuple[str, ...]:
+    """The linear maps that carry a bias under this configuration."""
+    names = ("q", "k", "v") if config.attention_bias else ()
+    names += ("o",) if config.output_bias else ()
+    return names + (("gate", "up", "down") if config.mlp_bias else ())
+
+
+def positions_from_mask(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Positions 0, 1, 2, ... of each row's real tokens and -1 at its padding, wherever that lies."""
+    mask = mask.astype(bool)
+    return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+@overload
+def apply(
+    params: PyTree, adapter: PyTree, config: ModelConfig, tokens: Array | None, positions: Array, *,
+    cache: None = None, layers: tuple[int, int] | None = None, hidden: Array | None = None,
+) -> Array: ...  # fmt: skip
+@overload
+def apply(
+    params: PyTree, adapter: PyTree, config: ModelConfig, tokens: Array | None, positions: Array, *,
+    cache: Cache, layers: tuple[int, int] | None = None, hidden: Array | None = None,
+) -> tuple[Array, Cache]: ...  # fmt: skip
+def apply(
+    params: PyTree,
+    adapter: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "B S"] | None,
+    positions: Int[Array, "B S"],
+    *,
+    cache: Cache | None = None,
+    layers: tuple[int, int] | None = None,
+    hidden: Float[Array, "B S D"] | None = None,
+) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], Cache]:
+    """Hidden states of `tokens` under base and adapter, through the final norm.
+
+    Args:
+      params: the frozen base (layout: `ModelConfig`).
+      adapter: what makes the base a role (`models.adapters`); {} for the base itself.
+      tokens: token ids; None when `hidden` is given.
+      positions: each token's position in its own sequence; -1 marks padding, which no token attends to.
+        Causality follows positions, so left and right padding give equal results.
+      cache: earlier keys and values; the new ones are written at slots [length, length + S).
+      layers: (start, stop): run this range only. With start > 0 the input is `hidden`, the output of
+        [0, start); with stop < L the output is the raw residual stream, without the final norm.
+      hidden: the residual stream that enters layer `start`.
+
+    Returns:
+      hidden states, and the updated cache when one was given.
+    """
+    start, stop = layers or (0, config.num_layers)
+    if (hidden is None) == (tokens is None) or (hidden is None) != (start == 0):
+        raise ValueError(f"layers [{start}, {stop}): give tokens when start is 0, else hidden, and not both")
+    if not 0 <= start <= stop <= config.num_layers:
+        raise ValueError(f"layers [{start}, {stop}) is not a range within [0, {config.num_layers})")
+    x = adapter.get("embedding", params["embedding"])[tokens] if hidden is None else hidden
+    x = x.astype(config.dtype)
+    cos_sin = rotary(positions, config)
+    if cache is not None:
+        slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
+        cache = cache._replace(positions=slots)
+
+    split = min(max(first_layer(adapter, config), start), stop)
+    step = _layer_step(params["layers"], config, positions, cos_sin, cache)
+    if config.remat:
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
+    stored = None if cache is None else (cache.keys, cache.values)
+    for low, high, trained in ((start, split, {}), (split, stop, _layers_of(adapter, config, split, stop))):
+        if low < high:
+            (x, stored), _ = jax.lax.scan(step, (x, stored), (jnp.arange(low, high), trained))
+    if stop == config.num_layers:
+        x = rms_norm(x, adapter.get("final_norm", params["final_norm"]), config.norm_eps)
+    if cache is None or stored is None:
+        return x
+    return x, cache._replace(keys=stored[0], values=stored[1], length=cache.length + positions.shape[1])
+
+
+def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+    """x / sqrt(mean(x^2) + eps) * weight in float32 (Zhang & Sennrich 2019, equation 4)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _layers_of(adapter: PyTree, config: ModelConfig, low: int, high: int) -> PyTree:
+    """The adapter's stacked arrays for layers [low, high)."""
+    stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
+    first = first_layer({name: stacked[name] for name in stacked}, config)
+    return jax.tree.map(lambda leaf: leaf[low - first : high - first], stacked)
+
+
+def _layer_step(base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None):
+    """The scan body over layers: carry (residual stream, stored keys and values)."""
+
+    def step(carry: tuple, inputs: tuple) -> tuple:
+        x, stored = carry
+        index, trained = inputs
+        layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base)
+        layer |= trained.get("layers", {})
+        linear = _linear(layer, trained.get("lora", {}))
+        h = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        q, k, v = (linear(name, h).reshape(*h.shape[:2], -1, config.head_dim) for name in ("q", "k", "v"))
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        k_positions = positions
+        if cache is not None:
+            at = (index, 0, cache.length, 0, 0)
+            keys, values = stored
+            stored = (
+                jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at),
+                jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at),
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
+            k_positions = cache.positions
+        attended = attend(q, k, v, positions, k_positions)
+        x = x + linear("o", attended.reshape(*h.shape[:2], -1))
+        h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+        x = x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h))
+        return (x, stored), None
+
+    return step
+
+
+def _linear(layer: PyTree, lora: PyTree) -> Callable[[str, Array], Array]:
+    """name, x -> x W (+ scale x a b) (+ bias), in the dtype of x."""
+
+    def linear(name: str, x: Array) -> Array:
+        y = x @ layer[name].astype(x.dtype)
+        if name in lora:
+            update = lora[name]
+            y += ((x @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
+        if f"{name}_bias" in layer:
+            y += layer[f"{name}_bias"].astype(x.dtype)
+        return y
+
+    return linear
