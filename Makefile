@@ -1,0 +1,60 @@
+# make demo   everything it needs, then RLHF of SmolLM2-135M on real human ratings (ARGS="--help" for its options)
+# make test   everything it needs, then the tests                                 (ARGS="tests/ops -x" to choose)
+# make lint   ruff (lint and format) and mypy
+# make clean  removes the environment and caches; never runs/
+#
+# Needs Python 3.11 or newer with venv and pip; another interpreter: make PYTHON=python3.12 demo
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# A stamp is touched when its install has succeeded, so a second `make` installs nothing.
+CREATED := $(VENV)/.stamp-created
+CORE := $(VENV)/.stamp-core
+DEV := $(VENV)/.stamp-dev
+
+.PHONY: demo test lint format install dev clean
+.DEFAULT_GOAL := demo
+
+demo: $(CORE)
+	$(PY) -m experiments.sentiment --preset demo $(ARGS)
+
+test: $(DEV)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(DEV)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(DEV)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+install: $(CORE)
+dev: $(DEV)
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "ppo_jax needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(CORE): $(CREATED) pyproject.toml constraints.txt
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable ".[experiments,tensorboard]"
+	touch $@
+
+# torch comes first and alone: a local CPU build is then taken where there is one, and trl and peft find it.
+$(DEV): $(CORE)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find ppo_jax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,18 @@
+"""Set up before anything imports jax: eight CPU devices, no network, shapes and types checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: several test processes share the cores
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+import tests.typecheck  # noqa: E402, F401  (the hook looks it up by name)
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Every annotation such as Float[Array, "B T"] in ppo_jax is checked on each call.
+install_import_hook("ppo_jax", "tests.typecheck.check")
