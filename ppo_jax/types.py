@@ -10,6 +10,7 @@ Masks are made by the sampler and carried; nothing is ever inferred from `token 
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # A tree of arrays (parameters, an adapter, a gradient). Its structure is documented where it is made.
@@ -24,7 +25,7 @@ class Prompts(NamedTuple):
 
     tokens: Int[Array, "B P"]  # left-padded
     mask: Bool[Array, "B P"]  # True on prompt tokens
-    index: Int[Array, " B"]  # row of the host's table (text, metadata); also seeds the row's sampling
+    index: Int[Array, " B"]  # row of the host's table (text, metadata)
 
 
 class Rollout(NamedTuple):
@@ -46,8 +47,6 @@ class Rollout(NamedTuple):
     @property
     def mask(self) -> Bool[Array, "B S"]:
         """True on prompt and response tokens."""
-        import jax.numpy as jnp
-
         return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
 
 
@@ -59,28 +58,40 @@ class Scores(NamedTuple):
     parts: dict[str, Float[Array, " B"]]  # named components, for the log
 
 
-class Experience(NamedTuple):
-    """What one rollout becomes after reference, KL shaping and GAE; computed once per rollout."""
+class Minibatch(NamedTuple):
+    """Only what the loss may read; the whole logical batch, or some rows of it."""
 
     tokens: Int[Array, "B S"]
-    prompt_mask: Bool[Array, "B P"]
-    mask: Bool[Array, "B T"]  # response tokens of rows whose score is valid
+    mask: Bool[Array, "B S"]  # prompt and response tokens: what attention may see
+    prefix: Float[Array, "B S D"] | None  # residual stream below the adapter's first layer; None: start at the tokens
+    loss_mask: Bool[Array, "B T"]  # response tokens of rows whose score is valid
     logprobs: Float[Array, "B T"]  # old policy, the denominator of the ratio
-    values: Float[Array, "B T"]
+    values: Float[Array, "B T"]  # old values
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
 
 
-class Minibatch(NamedTuple):
-    """Only what the loss may read. Same fields as `Experience`, fewer rows."""
+class Experience(NamedTuple):
+    """What one rollout becomes after reference, KL shaping and GAE; computed once per rollout."""
 
-    tokens: Int[Array, "b S"]
-    prompt_mask: Bool[Array, "b P"]
-    mask: Bool[Array, "b T"]
-    logprobs: Float[Array, "b T"]
-    values: Float[Array, "b T"]
-    advantages: Float[Array, "b T"]
-    returns: Float[Array, "b T"]
+    batch: Minibatch
+    rewards: Float[Array, "B T"]  # shaped: score at the last token, KL penalty at every token
+    kl: Float[Array, "B T"]  # of the policy to the reference, the estimator that shapes the reward
+    scores: Scores
+
+
+class Policy(NamedTuple):
+    """What PPO trains."""
+
+    adapter: PyTree  # models.adapters
+    value_head: PyTree  # parameters of a ValueHead
+
+
+class Frozen(NamedTuple):
+    """What PPO reads and never changes."""
+
+    base: PyTree  # the trunk that all roles share
+    reward: PyTree = None  # what the on-device reward needs: adapter and head, or a whole model
 
 
 class Hyper(NamedTuple):

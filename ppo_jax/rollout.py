@@ -1,0 +1,168 @@
+"""Prompts to responses: one prefill and one while_loop; and the log-probs of responses that exist."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.cache import Cache, init_cache
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.heads import ValueHead
+from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.ops.logprobs import token_logprobs
+from ppo_jax.ops.sampling import sample
+from ppo_jax.types import Policy, Prompts, PyTree, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Static choices of generation."""
+
+    response_length: int = 24
+    """T: tokens sampled at most per response."""
+    top_k: int = 0
+    """Sample from the k most probable tokens only; 0: off."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probability reaches p; 1: off."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a response; the stop token belongs to it."""
+    pad_id: int = 0
+    """Fills the slots after the end; never read back, so it may equal a stop id."""
+
+    def __post_init__(self) -> None:
+        if self.response_length < 1:
+            raise ValueError(f"response_length={self.response_length} must be at least 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the behaviour policy differs from the tempered policy."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+class _Loop(NamedTuple):
+    step: Int[Array, ""]
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    policy_logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"]
+    alive: Bool[Array, " B"]
+    cache: Cache
+
+
+def generate(
+    base: PyTree,
+    policy: Policy,
+    config: ModelConfig,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    sampling: Sampling,
+    temperature: float | Array = 1.0,
+) -> Rollout:
+    """Samples one response per prompt row, with its log-probs and values on the way.
+
+    a_t ~ softmax(logits(prompt, a_<t) / temperature), filtered by top-k and top-p, until a stop token or T
+    tokens. The loop ends when every row has. temperature 0 decodes greedily. `key` is consumed; row b draws
+    with fold_in(key, b), so a row's response depends on the key, its number and its prompt, not on its neighbours.
+    """
+    batch, prompt_length = prompts.tokens.shape
+    length = sampling.response_length
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    table = unembedding(base, policy.adapter)
+    lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    stop_ids = jnp.array(sampling.stop_ids, jnp.int32)
+
+    def draw(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
+        """Token `step` of every living row, from the hidden state before it."""
+        t = loop.step
+        logits = jnp.einsum("bd,vd->bv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
+        tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(keys, logits)
+        whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
+        values = ValueHead().apply({"params": policy.value_head}, hidden)
+        alive = loop.alive
+
+        def put(array: Array, column: Array) -> Array:
+            return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
+
+        return loop._replace(
+            step=t + 1,
+            tokens=put(loop.tokens, tokens.astype(jnp.int32)),
+            mask=loop.mask.at[:, t].set(alive),
+            logprobs=put(loop.logprobs, logprobs),
+            policy_logprobs=put(loop.policy_logprobs, whole),
+            values=put(loop.values, values),
+            alive=alive & ~jnp.isin(tokens, stop_ids),
+        )
+
+    def advance(loop: _Loop) -> _Loop:
+        """Feeds the last drawn token and draws the next one."""
+        t = loop.step - 1
+        positions = jnp.where(loop.alive, lengths + t, -1)[:, None]
+        tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
+        hidden, cache = apply(base, policy.adapter, config, tokens, positions, cache=loop.cache)
+        return draw(loop._replace(cache=cache), hidden[:, 0])
+
+    cache = init_cache(config, batch, prompt_length + length)
+    positions = positions_from_mask(prompts.mask)
+    hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache)
+    nothing = jnp.zeros((batch, length), jnp.float32)
+    loop = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((batch, length), sampling.pad_id, jnp.int32),
+        mask=jnp.zeros((batch, length), bool),
+        logprobs=nothing,
+        policy_logprobs=nothing,
+        values=nothing,
+        alive=jnp.ones((batch,), bool),
+        cache=cache,
+    )
+    loop = draw(loop, hidden[:, -1])
+    loop = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), advance, loop)
+    return Rollout(
+        tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),
+        prompt_mask=prompts.mask,
+        response_mask=loop.mask,
+        logprobs=loop.logprobs,
+        policy_logprobs=loop.policy_logprobs,
+        values=loop.values,
+        terminated=~loop.alive,
+        index=prompts.index,
+    )
+
+
+def shared_prefix(
+    base: PyTree, config: ModelConfig, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], layers: int
+) -> Float[Array, "B S D"] | None:
+    """The residual stream below layer `layers`, equal for all roles whose adapters start there; None for 0 layers."""
+    if layers == 0:
+        return None
+    return apply(base, {}, config, tokens, positions_from_mask(mask), layers=(0, layers))
+
+
+def role_hidden(
+    base: PyTree,
+    adapter: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    prefix: Float[Array, "B S D"] | None = None,
+    prefix_layers: int = 0,
+) -> Float[Array, "B S D"]:
+    """Final hidden states of whole sequences under one role, from the shared prefix where there is one."""
+    positions = positions_from_mask(mask)
+    if prefix is None:
+        return apply(base, adapter, config, tokens, positions)
+    return apply(base, adapter, config, None, positions, hidden=prefix, layers=(prefix_layers, config.num_layers))
+
+
+def before_response(hidden: Float[Array, "B S D"], response_length: int) -> Float[Array, "B T D"]:
+    """The states in which the response tokens were chosen: slots P-1 .. S-2."""
+    return hidden[:, -response_length - 1 : -1]
