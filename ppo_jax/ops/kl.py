@@ -1,0 +1,80 @@
+"""Divergence of the policy from the reference, per token, and the controller of its coefficient."""
+
+from typing import Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ppo_jax.ops.logprobs import LOWEST
+
+Kind = Literal["k1", "k2", "k3", "abs"]
+
+
+def kl_penalty(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"], kind: Kind = "k1") -> Float[Array, "*B"]:
+    """Single-sample estimate of KL(policy || reference) at a token drawn from the policy, in nats.
+
+    With d = log policy(a) - log reference(a):
+
+        k1   d                    unbiased, high variance, may be negative
+        k2   d^2 / 2              biased, low variance
+        k3   exp(-d) - 1 + d      unbiased, low variance, never negative
+        abs  |d|                  no estimate of the KL; a penalty on any departure
+
+    Elementwise, so garbage outside a mask stays where it is.
+
+    Raises:
+      ValueError: unknown kind.
+
+    References:
+      Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    difference = logprobs - ref_logprobs
+    match kind:
+        case "k1":
+            return difference
+        case "k2":
+            return 0.5 * jnp.square(difference)
+        case "k3":
+            return jnp.expm1(-difference) + difference
+        case "abs":
+            return jnp.abs(difference)
+        case _:
+            raise ValueError(f"unknown kind of KL penalty {kind!r}; choose one of {', '.join(get_args(Kind))}")
+
+
+def kl_full(logits: Float[Array, "*B V"], ref_logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """KL(policy || reference) = sum_v p_v (log p_v - log q_v) over the last axis, in nats, exactly (no sampling).
+
+    Tokens that the policy excludes (logit -inf) contribute 0. Divide logits by the temperature beforehand.
+    """
+    chex.assert_equal_shape([logits, ref_logits])
+    logp = jax.nn.log_softmax(jnp.maximum(logits.astype(jnp.float32), LOWEST), axis=-1)
+    logq = jax.nn.log_softmax(jnp.maximum(ref_logits.astype(jnp.float32), LOWEST), axis=-1)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
+def adaptive_kl(
+    coef: float | Float[Array, ""],
+    observed_kl: float | Float[Array, ""],
+    n: float | Float[Array, ""],
+    target: float | Float[Array, ""],
+    horizon: float | Float[Array, ""],
+) -> Float[Array, ""]:
+    """Next KL coefficient of the log-space proportional controller.
+
+        e     = clip(observed_kl / target - 1, -0.2, 0.2)
+        coef' = coef * (1 + e * n / horizon)
+
+    Args:
+      observed_kl, target: nats per response (the sum over its tokens), averaged over responses.
+      n: episodes since the last update.
+      horizon: episodes over which a full error changes the coefficient by a fifth.
+
+    References:
+      Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """
+    error = jnp.clip(observed_kl / jnp.asarray(target, jnp.float32) - 1, -0.2, 0.2)
+    return coef * (1 + error * n / horizon)
