@@ -1,6 +1,7 @@
 """Prompts to responses: one prefill and one while_loop; and the log-probs of responses that exist."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -84,7 +85,9 @@ def generate(
         t = loop.step
         logits = jnp.einsum("bd,vd->bv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(keys, logits)
+        tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(
+            keys, logits
+        )
         whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
         values = ValueHead().apply({"params": policy.value_head}, hidden)
         alive = loop.alive

@@ -1,0 +1,42 @@
+"""Everything that decides a run's future, in one pytree."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.heads import ValueHead
+from ppo_jax.types import Policy, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The carry of training. The frozen base is not in it: it is named by the run's config and never changes."""
+
+    step: Int[Array, ""]  # iterations done; also the data cursor
+    key: PRNGKeyArray  # the run's root key; iteration i uses fold_in(key, i)
+    policy: Policy
+    opt_state: optax.OptState
+    kl_coef: Float[Array, ""]  # beta now; changes only when it adapts
+
+
+def init_state(
+    key: PRNGKeyArray,
+    adapter: PyTree,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    kl_coef: float,
+) -> TrainState:
+    """A fresh state around `adapter`, with a value head of zeros. `key` is kept as the run's root key."""
+    # Value-head parameters are zeros whatever the key, so the root key is not spent here.
+    value_head = ValueHead().init(jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
+    policy = Policy(adapter=adapter, value_head=value_head)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        policy=policy,
+        opt_state=optimizer.init(policy),
+        kl_coef=jnp.asarray(kl_coef, jnp.float32),
+    )
