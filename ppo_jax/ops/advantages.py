@@ -3,15 +3,15 @@
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from ppo_jax.ops.masked import deviations, prepare
 
-Scalar = float | Float[Array, ""]
+Scalar = float | Real[Array, ""]
 
 
 def gae(
-    rewards: Float[Array, "*B T"],
+    rewards: Real[Array, "*B T"],
     values: Float[Array, "*B T"],
     mask: Shaped[Array, "*B T"],
     gamma: Scalar,
@@ -56,7 +56,7 @@ def gae(
 
 
 def _groups(
-    scores: Float[Array, " B"], group_size: int, valid: Shaped[Array, " B"] | None
+    scores: Real[Array, " B"], group_size: int, valid: Shaped[Array, " B"] | None
 ) -> tuple[Float[Array, "G k"], Bool[Array, "G k"]]:
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: a group baseline needs at least 2 responses per prompt")
@@ -66,7 +66,7 @@ def _groups(
     return prepare(scores.reshape(-1, group_size), valid.reshape(-1, group_size))
 
 
-def rloo(scores: Float[Array, " B"], group_size: int, valid: Shaped[Array, " B"] | None = None) -> Float[Array, " B"]:
+def rloo(scores: Real[Array, " B"], group_size: int, valid: Shaped[Array, " B"] | None = None) -> Float[Array, " B"]:
     """Score minus the mean score of the *other* responses to the same prompt.
 
         A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean(R))
@@ -89,7 +89,7 @@ def rloo(scores: Float[Array, " B"], group_size: int, valid: Shaped[Array, " B"]
 
 
 def grpo(
-    scores: Float[Array, " B"], group_size: int, scale: bool = True, valid: Shaped[Array, " B"] | None = None
+    scores: Real[Array, " B"], group_size: int, scale: bool = True, valid: Shaped[Array, " B"] | None = None
 ) -> Float[Array, " B"]:
     """Score relative to its group: (R_i - mean(R)) / (std(R) + 1e-8), or without the division.
 

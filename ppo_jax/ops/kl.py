@@ -5,10 +5,11 @@ from typing import Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from ppo_jax.ops.logprobs import LOWEST
 
+Scalar = float | Real[Array, ""]
 Kind = Literal["k1", "k2", "k3", "abs"]
 
 
@@ -56,13 +57,7 @@ def kl_full(logits: Float[Array, "*B V"], ref_logits: Float[Array, "*B V"]) -> F
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
 
-def adaptive_kl(
-    coef: float | Float[Array, ""],
-    observed_kl: float | Float[Array, ""],
-    n: float | Float[Array, ""],
-    target: float | Float[Array, ""],
-    horizon: float | Float[Array, ""],
-) -> Float[Array, ""]:
+def adaptive_kl(coef: Scalar, observed_kl: Scalar, n: Scalar, target: Scalar, horizon: Scalar) -> Float[Array, ""]:
     """Next KL coefficient of the log-space proportional controller.
 
         e     = clip(observed_kl / target - 1, -0.2, 0.2)

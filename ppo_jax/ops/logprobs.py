@@ -5,19 +5,20 @@ All arithmetic is float32 whatever the dtype of the input.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 # exp(LOWEST - anything finite) is 0, and 0 * LOWEST is 0 where 0 * -inf would be NaN.
 LOWEST = -1e30
 
-Temperature = float | Float[Array, ""]
+Temperature = float | Real[Array, ""]  # a Python number (compiled in) or traced
 
 
-def _tempered(logits: Float[Array, "*B V"], temperature: Temperature) -> Float[Array, "*B V"]:
+def tempered(logits: Float[Array, "*B V"], temperature: Temperature) -> Float[Array, "*B V"]:
+    """logits / temperature in float32. Temperature 0 means greedy sampling, whose log-probs are those at 1."""
     logits = logits.astype(jnp.float32)
-    if isinstance(temperature, int | float) and temperature == 1:
-        return logits
-    return logits / temperature
+    if isinstance(temperature, int | float):
+        return logits if temperature in (0, 1) else logits / temperature
+    return logits / jnp.where(temperature == 0, 1.0, temperature)
 
 
 def token_logprobs(
@@ -27,16 +28,16 @@ def token_logprobs(
 
     Args:
       tokens: ids in [0, V), also at positions that a mask will drop.
-      temperature: positive; may be traced.
+      temperature: of sampling (see `tempered`); may be traced.
     """
-    logits = _tempered(logits, temperature)
+    logits = tempered(logits, temperature)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits: Float[Array, "*B V"], temperature: Temperature = 1.0) -> Float[Array, "*B"]:
     """-sum_v p_v log p_v with p = softmax(logits / temperature), in nats. A logit of -inf contributes 0."""
-    logits = jnp.maximum(_tempered(logits, temperature), LOWEST)
+    logits = jnp.maximum(tempered(logits, temperature), LOWEST)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     return normaliser - jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
 
@@ -56,7 +57,7 @@ def hidden_logprobs(
 
     Args:
       hidden: final hidden states (after the last norm), any float dtype. Matrix products accumulate in float32.
-      temperature: positive; may be traced.
+      temperature: of sampling (see `tempered`); may be traced.
       chunk: positions per piece.
     """
     return _in_pieces(hidden, unembedding, tokens, temperature, chunk, with_entropy=False)[0]

@@ -8,15 +8,15 @@ whole. Metrics are (total, count) of this call only, so they add up in the same 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from ppo_jax.ops.masked import prepare
 from ppo_jax.types import Metrics
 
-Scalar = float | Float[Array, ""]
+Scalar = float | Real[Array, ""]
 
 
-def _summary(terms: dict[str, Float[Array, "..."]], mask: Bool[Array, "..."]) -> Metrics:
+def _summary(terms: dict[str, Shaped[Array, "..."]], mask: Bool[Array, "..."]) -> Metrics:
     """{name: (sum over the mask, number of mask entries)}, outside differentiation."""
     count = jnp.sum(mask, dtype=jnp.float32)
     return {

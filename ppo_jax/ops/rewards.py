@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from ppo_jax.ops.masked import deviations, masked_mean, prepare
 
@@ -17,10 +17,10 @@ def last_token(mask: Shaped[Array, "*B T"]) -> Bool[Array, "*B T"]:
 
 
 def shape_rewards(
-    scores: Float[Array, " B"],
+    scores: Real[Array, " B"],
     kl: Float[Array, "B T"],
     mask: Shaped[Array, "B T"],
-    kl_coef: float | Float[Array, ""],
+    kl_coef: float | Real[Array, ""],
 ) -> Float[Array, "B T"]:
     """r_t = -kl_coef * kl_t, plus the score at the last response token; 0 outside the mask.
 
@@ -54,7 +54,7 @@ class RunningMoments(NamedTuple):
         """Nothing seen yet."""
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
-    def update(self, x: Float[Array, "*B"], valid: Shaped[Array, "*B"] | None = None) -> "RunningMoments":
+    def update(self, x: Real[Array, "*B"], valid: Shaped[Array, "*B"] | None = None) -> "RunningMoments":
         """Moments after also seeing the valid entries of x (all when `valid` is None).
 
         n = n_a + n_b,  d = mean_b - mean_a
@@ -80,7 +80,7 @@ class RunningMoments(NamedTuple):
         variance = self.m2 / jnp.maximum(self.count - 1, 1)
         return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1)
 
-    def normalise(self, x: Float[Array, "*B"], shift_mean: bool = True) -> Float[Array, "*B"]:
+    def normalise(self, x: Real[Array, "*B"], shift_mean: bool = True) -> Float[Array, "*B"]:
         """(x - mean) / std. With fewer than two samples seen, x unchanged: a lone score must not become 0.
 
         Args:

@@ -2,27 +2,26 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
-from ppo_jax.ops.logprobs import LOWEST, token_logprobs
+from ppo_jax.ops.logprobs import LOWEST, tempered, token_logprobs
 
-Scalar = float | Float[Array, ""]
-Count = int | Int[Array, ""]
+Scalar = float | Real[Array, ""]  # a Python number (compiled in) or traced
 
 _BLOCK = 256  # logits per block of the two-level cumulative sum
 
 
-def _off(value: Scalar | Count, neutral: float) -> bool:
+def _off(value: Scalar, neutral: float) -> bool:
     """Whether a filter is known to be off while tracing; a traced value never is."""
     return isinstance(value, int | float) and value == neutral
 
 
-def filter_logits(logits: Float[Array, "*B V"], top_k: Count = 0, top_p: Scalar = 1.0) -> Float[Array, "*B V"]:
+def filter_logits(logits: Float[Array, "*B V"], top_k: Scalar = 0, top_p: Scalar = 1.0) -> Float[Array, "*B V"]:
     """Logits with every token outside the top-k, then outside the nucleus, at -1e30 (probability exactly 0).
 
     top_k keeps exactly the k largest (0: all). top_p keeps the smallest set of the largest, by their probabilities
     after top_k, whose mass reaches p, at least one token. Ties go to the lower id. Both may be traced; a Python 0 or
-    1.0 compiles to nothing, and a Python top_k is cheaper than a traced one (no full sort).
+    1.0 compiles to nothing.
 
     Apply the temperature first. NaN logits stay NaN.
 
@@ -30,37 +29,42 @@ def filter_logits(logits: Float[Array, "*B V"], top_k: Count = 0, top_p: Scalar 
       Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus).
     """
     logits = logits.astype(jnp.float32)
-    if _off(top_k, 0) and _off(top_p, 1.0):
-        return logits
-    vocab = logits.shape[-1]
-    if isinstance(top_k, int):
-        count: Count = top_k if 0 < top_k < vocab else vocab
-        largest = jax.lax.top_k(logits, count)[0]
-    else:
-        count = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)
-        largest = -jnp.sort(-logits, axis=-1)
-        largest = jnp.where(jnp.arange(vocab) < count, largest, LOWEST)
+    if not _off(top_k, 0):
+        kept = _keep_largest(logits, jnp.ones_like(logits), top_k)
+        logits = jnp.where(jnp.asarray(top_k) > 0, kept, logits)
     if not _off(top_p, 1.0):
-        probs = jax.nn.softmax(largest, axis=-1)
-        mass_before = jnp.cumsum(probs, axis=-1) - probs
-        nucleus = jnp.sum(mass_before < top_p, axis=-1, dtype=jnp.int32)
-        # Rounding may let the running mass reach 1 early: p >= 1 keeps everything, by definition.
-        count = jnp.where(jnp.asarray(top_p) >= 1, count, jnp.clip(nucleus, 1, count))
-    return jnp.where(_beyond(logits, largest, jnp.asarray(count)), LOWEST, logits)
+        kept = _keep_largest(logits, jax.nn.softmax(logits, axis=-1), top_p)
+        # Rounding may let the mass reach 1 early: p >= 1 keeps everything, by definition.
+        logits = jnp.where(jnp.asarray(top_p) < 1, kept, logits)
+    return logits
 
 
-def _beyond(
-    logits: Float[Array, "*B V"], largest: Float[Array, "*B K"], count: Int[Array, "*#B"]
-) -> Bool[Array, "*B V"]:
-    """True where a logit is not among the `count` largest; among equals the lower ids stay.
+def _keep_largest(logits: Float[Array, "*B V"], weights: Float[Array, "*B V"], target: Scalar) -> Float[Array, "*B V"]:
+    """Keeps the fewest of the largest logits whose weights sum to `target`, at least one; the rest becomes -1e30.
 
-    Compares with the smallest kept logit instead of sorting ids along, which a float sort does several times faster.
+    The smallest kept logit is found by bisection on the ordered bits of a float32, 32 masked sums, instead of sorting
+    (measured on a CPU at [64, 49152]: 6 times faster, and k may be traced). `weights` are a function of the logit.
     """
-    count = jnp.broadcast_to(count, logits.shape[:-1])[..., None]
-    threshold = jnp.take_along_axis(largest, count - 1, axis=-1)
-    above = jnp.sum(logits > threshold, axis=-1, keepdims=True)
-    tied = logits == threshold
-    return (logits < threshold) | (tied & (jnp.cumsum(tied, axis=-1) > count - above))
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    ranks = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # the same order, as integers
+    ranks = jnp.where(jnp.isnan(logits), jnp.iinfo(jnp.int32).max, ranks)  # a NaN is kept, so that it shows
+    target = jnp.maximum(jnp.asarray(target, jnp.float32), 1e-30)
+
+    def mass(selected: Bool[Array, "*B V"]) -> Float[Array, "*B 1"]:
+        return jnp.sum(jnp.where(selected, weights, 0), axis=-1, keepdims=True)
+
+    def halve(_: Int[Array, ""], bounds: tuple[Int[Array, "*B 1"], Int[Array, "*B 1"]]) -> tuple:
+        low, high = bounds  # the threshold lies in [low, high]
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean rounded up, without overflow
+        enough = mass(ranks >= middle) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    bounds = (jnp.min(ranks, axis=-1, keepdims=True), jnp.max(ranks, axis=-1, keepdims=True))
+    threshold, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    tied = ranks == threshold
+    missing = target - mass(ranks > threshold)  # how much of the ties is needed
+    before = (jnp.cumsum(tied, axis=-1) - 1) * weights
+    return jnp.where((ranks < threshold) | (tied & (before >= missing)), LOWEST, logits)
 
 
 def _pick(weights: Float[Array, "*B N"], uniform: Float[Array, "*B"]) -> Int[Array, "*B"]:
@@ -82,7 +86,8 @@ def _draw(key: PRNGKeyArray, logits: Float[Array, "*B V"], greedy: bool | Bool[A
     """
     vocab = logits.shape[-1]
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.where(greedy, (shifted == 0).astype(shifted.dtype), jnp.exp(shifted))
+    # Greedy sharpens until only the largest logits weigh anything: one pass, where a branch per logit costs three.
+    weights = jnp.exp(shifted * jnp.where(greedy, 1e30, 1.0))
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -vocab % _BLOCK)]
     blocks = jnp.pad(weights, padding).reshape(*logits.shape[:-1], -1, _BLOCK)
     uniforms = jnp.where(greedy, 0.0, jax.random.uniform(key, (2, *logits.shape[:-1])))
@@ -96,7 +101,7 @@ def sample(
     key: PRNGKeyArray,
     logits: Float[Array, "*B V"],
     temperature: Scalar,
-    top_k: Count = 0,
+    top_k: Scalar = 0,
     top_p: Scalar = 1.0,
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
     """One token per row, and its log-probability in nats under the distribution it was drawn from.
@@ -111,12 +116,7 @@ def sample(
         filters. May be traced.
       top_k, top_p: see `filter_logits`; Python 0 and 1.0 compile to no filter and no sort.
     """
-    if isinstance(temperature, int | float):
-        greedy: bool | Bool[Array, ""] = temperature == 0
-        divisor: Scalar = temperature or 1.0
-    else:
-        greedy = temperature == 0
-        divisor = jnp.where(greedy, 1.0, temperature)
-    logits = filter_logits(logits.astype(jnp.float32) / divisor, top_k, top_p)
+    logits = filter_logits(tempered(logits, temperature), top_k, top_p)
+    greedy = temperature == 0
     tokens = _draw(key, logits, greedy)
     return tokens, token_logprobs(logits, tokens)
