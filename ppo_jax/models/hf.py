@@ -1,0 +1,295 @@
+"""Models and tokenizers on disk: Hugging Face directories in and out, GGUF files in."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ppo_jax.models import families, gguf, weights
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.families import Dtype
+from ppo_jax.types import PyTree
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# What a model needs from the hub: configs, weights, tokenizer files; no code, no pickles.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "*.model"]
+
+
+def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
+    """Reads a model.
+
+    Args:
+      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub.
+      dtype: of the parameters that are returned, whatever the file holds.
+
+    Returns:
+      The configuration and the parameters (jax arrays, laid out as `ModelConfig` says). Tensors are read one at a
+      time, so the host holds little more than one stacked array beside the result.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or describes a model that is not supported. The message names file and field.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} is not supported; supported: float32, bfloat16")
+    where = resolve(path)
+    if where.suffix == ".gguf":
+        return gguf.load(where, dtype)
+    if where.is_file():
+        raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
+    config = _read_config(where, dtype)
+    shards = _find_shards(where)
+    with contextlib.ExitStack() as stack:
+        source: dict[str, tuple[Path, Any]] = {}
+        for shard in shards:
+            handle = stack.enter_context(_open(shard))
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in source:
+                    raise ValueError(f"{shard}: tensor {name} is also in {source[name][0].name}")
+                source[name] = (shard, handle)
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name not in source:
+                raise ValueError(f"{where}: tensor {name} {shape} is in none of {[s.name for s in shards]}")
+            return _read_tensor(*source.pop(name), name, shape)
+
+        params = weights.gather(config, read)
+        _check_surplus(config, params, source)
+    return config, params
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Any = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    config.json is written last: a directory that has one is complete.
+
+    Args:
+      path: made if absent.
+      config: of the model.
+      params: the parameters, an adapter already merged in; stored in the dtype they have.
+      tokenizer: a transformers tokenizer, saved beside the model.
+      max_shard_bytes: a model larger than this is split into files of at most this size (a larger tensor has one
+        of its own).
+      overwrite: replace a model that is already there.
+
+    Raises:
+      ValueError: the parameters do not fit the configuration, or the tokenizer has more ids than the model.
+      FileExistsError: the directory holds a model, and `overwrite` is off.
+    """
+    where = Path(path)
+    raw = families.config_to_hf(config)
+    weights.check_params(config, params)
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer)
+    where.mkdir(parents=True, exist_ok=True)
+    old = [where / "config.json", where / INDEX, *where.glob("model*.safetensors")]
+    if any(file.exists() for file in old) and not overwrite:
+        raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
+    for file in old:
+        file.unlink(missing_ok=True)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
+    if tokenizer is not None:
+        _save_tokenizer(where, tokenizer)
+        generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
+    _write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    _write_weights(where, config, params, max_shard_bytes)
+    _write_json(where / "config.json", raw)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The transformers tokenizer of a Hugging Face directory, a `.gguf` file or a name on the hub."""
+    where = resolve(path)
+    if where.suffix == ".gguf":
+        return gguf.load_tokenizer(where)
+    from transformers import AutoTokenizer  # slow to import, and not needed to load weights
+
+    if not where.is_dir() or not any((where / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json")):
+        raise FileNotFoundError(f"{where} has no tokenizer.json or tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        raise ValueError(f"{where}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
+    """Raises ValueError when the tokenizer has an id for which the model has no embedding."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's token {token!r} has id {largest}, but the model's vocab_size is {config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def resolve(path: str | Path) -> Path:
+    """The local path of a model: the path itself, or the snapshot of a hub name ("organisation/model")."""
+    where = Path(path).expanduser()
+    if where.exists():
+        return where
+    name = str(path)
+    if isinstance(path, Path) or where.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{where} does not exist; give a Hugging Face directory or a .gguf file")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # no network, no such name, no permission: the client has a class for each
+        raise FileNotFoundError(
+            f"{name} is not a local path, and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {error}). Give the path of a directory with config.json and model.safetensors"
+        ) from error
+
+
+def _read_config(where: Path, dtype: Dtype) -> ModelConfig:
+    """config.json, and the stop tokens of generation_config.json where it names some (they win, as in transformers)."""
+    file, generation = where / "config.json", where / "generation_config.json"
+    try:
+        config = families.config_from_hf(_read_json(file), dtype)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not generation.is_file():
+        return config
+    try:
+        ids = families.token_ids(_read_json(generation), "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{generation}: {error}") from error
+    return dataclasses.replace(config, eos_token_ids=ids or config.eos_token_ids)
+
+
+def _find_shards(where: Path) -> list[Path]:
+    """The safetensors files of a directory."""
+    if (where / SINGLE).is_file():
+        return [where / SINGLE]
+    index = where / INDEX
+    if not index.is_file():
+        pickles = sorted(f.name for f in where.glob("*.bin"))
+        hint = f" ({pickles[0]} is a pickle, which is not read: convert it to safetensors)" if pickles else ""
+        raise FileNotFoundError(f"{where} has neither {SINGLE} nor {INDEX}{hint}")
+    try:
+        weight_map = _read_json(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is not an object with entries")
+    shards = []
+    for file in sorted({str(f) for f in weight_map.values()}):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map names {file!r}, which is not a safetensors file beside it")
+        if not (where / file).is_file():
+            raise FileNotFoundError(f"{where / file} is missing ({INDEX} names it)")
+        shards.append(where / file)
+    return shards
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from error
+    with handle:
+        yield handle
+
+
+def _read_tensor(file: Path, handle: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    view = handle.get_slice(name)
+    if view.get_dtype() not in FLOATS:
+        raise ValueError(f"{file}: tensor {name} is {view.get_dtype()}; supported: {', '.join(FLOATS)}")
+    if tuple(view.get_shape()) != shape:
+        raise ValueError(f"{file}: tensor {name} has shape {tuple(view.get_shape())}, config.json implies {shape}")
+    return handle.get_tensor(name)
+
+
+def _check_surplus(config: ModelConfig, params: PyTree, source: dict[str, tuple[Path, Any]]) -> None:
+    """Refuses tensors that were not read, but for copies of what was: RoPE frequencies, a tied unembedding."""
+    surplus = [name for name in source if not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_embeddings and "lm_head.weight" in surplus:
+        file, handle = source["lm_head.weight"]
+        head = _read_tensor(file, handle, "lm_head.weight", params["embedding"].shape)
+        if not np.array_equal(head.astype(params["embedding"].dtype), np.asarray(params["embedding"])):
+            raise ValueError(
+                f"{file}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+                "tie_word_embeddings=true; set it to false if the model is not tied"
+            )
+        surplus.remove("lm_head.weight")
+    if surplus:
+        some = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
+        raise ValueError(f"{source[surplus[0]][0]}: {len(surplus)} tensors have no place in the model: {some}")
+
+
+def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: int) -> None:
+    """Writes one shard at a time; the host holds one shard."""
+    plan: list[list[tuple[str, weights.Tensor, int]]] = [[]]
+    total = used = 0
+    for entry in weights.tensors(config):
+        size = int(np.prod(entry.shape)) * weights.leaf(params, entry.key).dtype.itemsize
+        for layer in range(config.num_layers if entry.stacked else 1):
+            if plan[-1] and used + size > max_bytes:
+                plan.append([])
+                used = 0
+            plan[-1].append((entry.name.format(layer), entry, layer))
+            used, total = used + size, total + size
+    weight_map = {}
+    for i, shard in enumerate(plan):
+        file = SINGLE if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
+        arrays = {}
+        for name, entry, layer in shard:
+            value = weights.leaf(params, entry.key)
+            value = np.asarray(value[layer] if entry.stacked else value)
+            arrays[name] = np.ascontiguousarray(value.T if entry.transpose else value)
+            weight_map[name] = file
+        # Under another name first, so that an interrupted write leaves nothing that looks like a model.
+        save_file(arrays, where / f"{file}.partial", metadata={"format": "pt"})
+        # The library makes files that only their owner can read; a server may run as somebody else.
+        shutil.copymode(where / "generation_config.json", where / f"{file}.partial")
+        os.replace(where / f"{file}.partial", where / file)
+    if len(plan) > 1:
+        _write_json(where / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save_tokenizer(where: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(where)
+    # transformers 5 writes a class name that version 4 does not know; both know this one, its old name.
+    file = where / "tokenizer_config.json"
+    if (content := _read_json(file)).get("tokenizer_class") == "TokenizersBackend":
+        _write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError without the file's name: the caller adds it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"not a JSON object but {type(raw).__name__}")
+    return raw
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)

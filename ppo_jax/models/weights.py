@@ -1,0 +1,105 @@
+"""The table of our parameters and the Hugging Face tensors that they are made of.
+
+The layout of the parameter tree is in `config.ModelConfig`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.types import PyTree
+
+
+class Tensor(NamedTuple):
+    """One of our parameters and the Hugging Face tensors it is made of."""
+
+    key: str  # "embedding", "layers.q": path in the parameter tree
+    name: str  # Hugging Face name; "{}" stands for the layer
+    shape: tuple[int, ...]  # ours, of one layer
+    transpose: bool  # torch.nn.Linear stores [out, in], we keep [in, out]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our array has a leading layer axis."""
+        return "{}" in self.name
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape in the Hugging Face file."""
+        return self.shape[::-1] if self.transpose else self.shape
+
+
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Every parameter of a model of this configuration, in the order of the file."""
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    query, key = config.num_heads * h, config.num_kv_heads * h
+    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+    table = [
+        Tensor("embedding", "model.embed_tokens.weight", (config.vocab_size, d), False),
+        Tensor("layers.attention_norm", "model.layers.{}.input_layernorm.weight", (d,), False),
+    ]
+    linears = [
+        ("q", attention + "q_proj", d, query, config.attention_bias),
+        ("k", attention + "k_proj", d, key, config.attention_bias),
+        ("v", attention + "v_proj", d, key, config.attention_bias),
+        ("o", attention + "o_proj", query, d, config.output_bias),
+        ("gate", mlp + "gate_proj", d, f, config.mlp_bias),
+        ("up", mlp + "up_proj", d, f, config.mlp_bias),
+        ("down", mlp + "down_proj", f, d, config.mlp_bias),
+    ]
+    for ours, theirs, fan_in, fan_out, bias in linears:
+        table.append(Tensor(f"layers.{ours}", f"{theirs}.weight", (fan_in, fan_out), True))
+        if bias:
+            table.append(Tensor(f"layers.{ours}_bias", f"{theirs}.bias", (fan_out,), False))
+    table.append(Tensor("layers.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (d,), False))
+    table.append(Tensor("final_norm", "model.norm.weight", (d,), False))
+    if not config.tie_embeddings:
+        table.append(Tensor("unembedding", "lm_head.weight", (config.vocab_size, d), False))
+    return tuple(table)
+
+
+def gather(config: ModelConfig, read: Callable[[str, tuple[int, ...]], np.ndarray]) -> PyTree:
+    """Builds the parameter tree, one stacked array at a time.
+
+    Args:
+      config: shapes and dtype of the result.
+      read: (Hugging Face tensor name, its shape) -> the tensor; called once per tensor, so that the host never
+        holds more than one of our arrays and one of theirs.
+    """
+    params: dict[str, Any] = {"layers": {}}
+    for entry in tensors(config):
+        layers = config.num_layers if entry.stacked else 1
+        stack = np.empty((layers, *entry.shape), jnp.dtype(config.dtype))
+        for layer in range(layers):
+            found = read(entry.name.format(layer), entry.hf_shape)
+            stack[layer] = found.T if entry.transpose else found
+        # A copy: on the CPU backend jax may otherwise share the numpy buffer.
+        array = jnp.array(stack if entry.stacked else stack[0], copy=True)
+        parent, _, leaf = entry.key.rpartition(".")
+        (params[parent] if parent else params)[leaf] = array
+    return params
+
+
+def leaf(params: PyTree, key: str) -> Any:
+    """`leaf(params, "layers.q")` is `params["layers"]["q"]`."""
+    for part in key.split("."):
+        params = params[part]
+    return params
+
+
+def check_params(config: ModelConfig, params: PyTree) -> None:
+    """Raises ValueError when a parameter is missing, surplus or of the wrong shape; it names the parameter."""
+    found = {k: v for k, v in params.items() if k != "layers"}
+    found |= {f"layers.{k}": v for k, v in params.get("layers", {}).items()}
+    for entry in tensors(config):
+        shape = (config.num_layers, *entry.shape) if entry.stacked else entry.shape
+        if entry.key not in found:
+            raise ValueError(f"parameter {entry.key} is missing; the configuration needs it with shape {shape}")
+        if tuple(found[entry.key].shape) != shape:
+            raise ValueError(f"parameter {entry.key} has shape {tuple(found[entry.key].shape)}, expected {shape}")
+        del found[entry.key]
+    if found:
+        raise ValueError(f"parameters {sorted(found)} do not belong to this configuration")
