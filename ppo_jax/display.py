@@ -1,0 +1,247 @@
+"""Live progress of a run on a terminal (rich), or plain one-line summaries where there is none (CI logs).
+
+    with progress("sentiment") as screen:
+        screen.update(phase="ppo", step=3, total=60, values={"reward": 0.4, "kl": 1.2})
+        screen.sample(prompts, before, after, before_scores, after_scores)
+        screen.message("saved checkpoints/3")
+
+Only the first process of a multi-host run shows anything.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+# What is shown, in this order, with its label and format; a phase that has none of these shows what it has.
+SHOWN = {
+    "reward": ("reward", "{:+.3f}"),
+    "kl": ("KL", "{:.2f} nats"),
+    "loss": ("loss", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "heldout_accuracy": ("held-out accuracy", "{:.3f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "clip_fraction": ("clip fraction", "{:.3f}"),
+    "explained_variance": ("explained variance", "{:+.2f}"),
+    "vader": ("VADER", "{:+.3f}"),
+    "judge": ("judge", "{:+.3f}"),
+    "response_length": ("length", "{:.1f} tok"),
+    "eos_rate": ("EOS rate", "{:.2f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+HEADLINE = ("reward", "loss")  # drawn as a sparkline: the first of these that the phase has
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@contextmanager
+def progress(
+    title: str,
+    main_process: bool = True,
+    console: Console | None = None,
+    live: bool | None = None,
+    interval: float = 10.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator["Screen"]:
+    """A `Screen` for the length of a `with` block; what it last showed stays on the terminal, also after an error.
+
+    main_process: False (every process but the first of a multi-host run) shows nothing at all.
+    live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
+    interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
+    """
+    screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
+    if screen.live:
+        with Live(screen, console=screen.console, refresh_per_second=2):
+            yield screen
+        return
+    try:
+        yield screen
+    finally:
+        screen.flush()
+
+
+@dataclasses.dataclass
+class _Phase:
+    """What is known of one phase. Phases may take turns (an evaluation between two PPO updates)."""
+
+    name: str
+    first_step: int  # the first step compiles, so the rate starts after it
+    first_time: float
+    step: int = 0
+    total: int | None = None
+    time: float = 0.0  # of the last step
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    history: list[float] = dataclasses.field(default_factory=list)  # of the headline metric
+    printed_time: float = -math.inf
+    printed_step: int | None = None
+
+
+class Screen:
+    """What `progress` gives: `update`, `sample` and `message`."""
+
+    def __init__(
+        self,
+        title: str,
+        main_process: bool,
+        console: Console,
+        live: bool | None,
+        interval: float,
+        clock: Callable[[], float],
+    ) -> None:
+        # FORCE_COLOR makes rich believe in a terminal where there is a log file: ask the file too
+        able = console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+        self.title, self.console, self.interval, self.clock = title, console, interval, clock
+        self.shown = main_process
+        self.live = main_process and (able if live is None else live)
+        self.start = clock()
+        self.phases: dict[str, _Phase] = {}
+        self.current: _Phase | None = None
+
+    def update(
+        self, *, phase: str, step: int, total: int | None = None, values: Mapping[str, float] | None = None
+    ) -> None:
+        """Shows that `step` of `total` of `phase` is done, with the newest values (names as in metrics.jsonl)."""
+        if not self.shown:
+            return
+        if self.current is not None and self.current.name != phase:
+            self.flush()
+        now = self.clock()
+        if phase not in self.phases or step < self.phases[phase].step:  # new, or begun again
+            self.phases[phase] = _Phase(phase, step, now)
+        state = self.current = self.phases[phase]
+        state.step, state.total, state.time = step, total, now
+        state.values.update({name: float(value) for name, value in (values or {}).items()})
+        headline = next((name for name in HEADLINE if values and name in values), None)
+        if headline:
+            state.history = [*state.history, state.values[headline]][-30:]
+        if now - state.printed_time >= self.interval or step == total:
+            self.flush()
+
+    def flush(self) -> None:
+        """Without a live terminal: prints the line of the last update, if it was held back."""
+        state = self.current
+        if state is not None and not self.live and state.printed_step != state.step:
+            state.printed_step, state.printed_time = state.step, self.clock()
+            self.message(self._summary(state))
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        before: Sequence[str],
+        after: Sequence[str],
+        before_scores: Sequence[float] | None = None,
+        after_scores: Sequence[float] | None = None,
+        title: str = "Samples before and after",
+    ) -> None:
+        """A table: each prompt, what the policy wrote `before` and `after`, and what the reward says of each."""
+        if not self.shown:
+            return
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_lines=True, title_justify="left", expand=True)
+        table.add_column("prompt", ratio=2, style="dim")
+        for name, scores in (("before", before_scores), ("after", after_scores)):
+            table.add_column(name, ratio=3)
+            if scores is not None:
+                table.add_column("score", justify="right", no_wrap=True, min_width=5)
+        for i, prompt in enumerate(prompts):
+            row = [Text(self._safe(prompt))]
+            for texts, scores in ((before, before_scores), (after, after_scores)):
+                row.append(Text(self._safe(texts[i])))
+                if scores is not None:
+                    row.append(Text(f"{scores[i]:+.2f}"))
+            table.add_row(*row)
+        self.console.print(table)
+
+    def message(self, text: str) -> None:
+        """Text above the live part, shown as it is (no markup)."""
+        if self.shown:
+            lines = "\n".join(self._safe(line) for line in text.splitlines())
+            self.console.print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def seconds_left(self) -> float | None:
+        """(total - step) * seconds per step of this phase - what has passed since its last step.
+
+        None before the second step, or without a total.
+        """
+        state = self.current
+        if state is None or state.total is None or state.step <= state.first_step:
+            return None
+        pace = (state.time - state.first_time) / (state.step - state.first_step)
+        return max(0.0, (state.total - state.step) * pace - (self.clock() - state.time))
+
+    def __rich__(self) -> RenderableType:
+        """The live part: bar and times in one row, values in columns below, then a sparkline."""
+        state = self.current
+        head = Table.grid(padding=(0, 2))
+        title = Text(self._safe(self.title), style="bold")
+        if state is None:
+            head.add_row(title, Text("starting", style="cyan"), self._times())
+            return head
+        bar = ProgressBar(total=state.total or 1, completed=state.step if state.total else 0, width=24)
+        head.add_row(title, Text(self._safe(state.name), style="cyan"), bar, _count(state), self._times())
+        body = Table.grid(padding=(0, 2))
+        pairs = _pairs(state)
+        columns = max(1, min(4, self.console.width // 29))
+        for start in range(0, len(pairs), columns):
+            row = pairs[start : start + columns]
+            body.add_row(*[cell for name, value in row for cell in (Text(self._safe(name), style="dim"), Text(value))])
+        spark = _sparkline(state) if self.console.encoding.startswith("utf") else ""
+        return Group(head, *([body] if pairs else []), *([Text(spark, style="cyan")] if spark else []))
+
+    def _summary(self, state: _Phase) -> str:
+        values = "  ".join(f"{label} {value}" for label, value in _pairs(state))
+        return "  ".join(part for part in (f"[{state.name}]", _count(state), values, self._times()) if part)
+
+    def _times(self) -> str:
+        left = self.seconds_left()
+        elapsed = f"elapsed {clock_time(self.clock() - self.start)}"
+        return elapsed if left is None else f"{elapsed}  left {clock_time(left)}"
+
+    def _safe(self, text: str) -> str:
+        """The text as this terminal can show it: a model may write escape sequences, and a log may be ASCII."""
+        spaced = text.replace("\n", " ⏎ ").replace("\t", " ")
+        clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
+        return clean.encode(self.console.encoding, "replace").decode(self.console.encoding)
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False)
+    wide = console.is_terminal or "COLUMNS" in os.environ
+    return console if wide else Console(highlight=False, width=120)  # a log has no width of its own
+
+
+def _count(state: _Phase) -> str:
+    return str(state.step) if state.total is None else f"{state.step}/{state.total}"
+
+
+def _pairs(state: _Phase) -> list[tuple[str, str]]:
+    """(label, formatted value) of what is shown of a phase."""
+    values = state.values
+    known = [(label, form.format(values[name])) for name, (label, form) in SHOWN.items() if name in values]
+    return known or [(name, f"{value:.4g}") for name, value in list(values.items())[:8]]
+
+
+def _sparkline(state: _Phase) -> str:
+    """The last headline values as bars between their lowest and their highest; empty below two finite values."""
+    points = [x for x in state.history if math.isfinite(x)]
+    if len(points) < 2:
+        return ""
+    low, high = min(points), max(points)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    bars = "".join(BLOCKS[round((x - low) * scale)] for x in points)
+    name = next(name for name in HEADLINE if name in state.values)
+    return f"{name} {bars}  {low:.3g} to {high:.3g}"

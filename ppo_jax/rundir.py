@@ -1,0 +1,117 @@
+"""The run directory: one folder that holds all that a run leaves behind.
+
+    config.yaml      everything needed to repeat it          tensorboard/   events, a folder per phase
+    metrics.jsonl    one line per update                     plots/         PNG curves
+    samples.jsonl    the same prompts at several steps       checkpoints/   state to resume from
+    summary.json     the numbers of the report               export/        adapter and heads, merged model
+    report.html      one self-contained page
+
+Only the first process of a multi-host run opens and writes it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_jax import metrics
+
+CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
+SUMMARY, REPORT = "summary.json", "report.html"
+TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT = "tensorboard", "plots", "checkpoints", "export"
+
+LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
+
+
+def holds_run(path: str | os.PathLike) -> bool:
+    """Whether `path` holds a run: a config.yaml or a metrics.jsonl."""
+    return any((Path(path) / name).exists() for name in (CONFIG, METRICS))
+
+
+def open_run(path: str | os.PathLike, resume: bool = False, overwrite: bool = False) -> Path:
+    """Makes `path` ready for a run and returns it.
+
+    A new or empty directory is taken as it is, and one that holds other things keeps them. A directory that
+    already holds a run is refused, unless
+      resume: the run goes on. Where there is none a new one starts, so that a pre-empted job may always pass it.
+      overwrite: the files of LAYOUT are deleted, and nothing else.
+
+    Raises ValueError that says what is in the way and what to do.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: choose one")
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # a mode bit does not tell: a disk may be read-only or full
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
+
+    found = [name for name in LAYOUT if (path / name).exists()]
+    if found and not resume:
+        if not overwrite:
+            raise ValueError(
+                f"{path} already holds a run ({', '.join(found)}): "
+                "pass --resume to go on, --overwrite to delete it, or choose another directory"
+            )
+        if not holds_run(path):  # a `checkpoints/` of somebody else is not ours to delete
+            raise ValueError(
+                f"{path} holds {', '.join(found)} but neither {CONFIG} nor {METRICS}, so it may not be a run of "
+                "ppo_jax and nothing was deleted: empty it by hand or choose another directory"
+            )
+        for name in found:
+            item = path / name
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    return path
+
+
+def truncate_run(path: str | os.PathLike, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
+    """Drops what a resumed run wrote after `step`: metrics of `phases`, and samples."""
+    metrics.truncate_jsonl(Path(path) / METRICS, step, phases)
+    metrics.truncate_jsonl(Path(path) / SAMPLES, step)
+
+
+def write_samples(
+    path: str | os.PathLike,
+    step: int,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    scores: Mapping[str, Sequence[float]],
+) -> None:
+    """Appends one line per sample to samples.jsonl: {"step", "index", "prompt", "response", "scores": {name: number}}.
+
+    `index` counts the prompts of this call, so give the same prompts in the same order at every step.
+    Raises ValueError when the lists differ in length.
+    """
+    for name, column in {"responses": responses, **scores}.items():
+        if len(column) != len(prompts):
+            raise ValueError(f"samples of step {step}: {len(prompts)} prompts but {len(column)} of {name!r}")
+    file = Path(path) / SAMPLES
+    metrics.repair_jsonl(file)
+    records = (
+        {
+            "step": int(step),
+            "index": index,
+            "prompt": prompt,
+            "response": responses[index],
+            "scores": {name: float(column[index]) for name, column in scores.items()},
+        }
+        for index, prompt in enumerate(prompts)
+    )
+    metrics.append_jsonl(file, records)
+
+
+def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json, whole or not at all (NaN as null)."""
+    text = json.dumps(metrics.strict(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    metrics.replace_file(Path(path) / SUMMARY, f"{text}\n".encode("utf-8", "replace"))
+
+
+def read_summary(path: str | os.PathLike) -> dict[str, Any]:
+    """The record that `write_summary` wrote; {} when there is none."""
+    file = Path(path) / SUMMARY
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -1,0 +1,185 @@
+"""metrics: sums are exact, files survive a crash, the writers write what they were given."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_jax import metrics
+
+
+def pair(values: list[float]) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(sum(values), jnp.float32), jnp.asarray(len(values), jnp.float32)
+
+
+def test_mean_of_merged_parts_weighs_every_token_once():
+    # tokens 1 2 3 in one micro-batch and 10 in the other: mean 16/4 = 4, not the mean of means (2 + 10)/2 = 6
+    merged = metrics.merge({"kl": pair([1.0, 2.0, 3.0])}, {"kl": pair([10.0])})
+    assert metrics.mean(merged) == {"kl": 4.0}
+
+
+def test_merge_keeps_names_of_one_side():
+    merged = metrics.merge({"a": pair([1.0]), "c": pair([1.0])}, {"b": pair([2.0, 4.0]), "c": pair([3.0])})
+    assert metrics.mean(merged) == {"a": 1.0, "b": 3.0, "c": 2.0}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.integers(-100, 100).map(float), max_size=4), min_size=1, max_size=5))
+def test_any_cut_of_the_batch_has_the_same_mean(cut):
+    values = [x for part in cut for x in part]
+    merged = metrics.merge({"x": pair([])}, {"x": pair(cut[0])})
+    for part in cut[1:]:
+        merged = metrics.merge(merged, {"x": pair(part)})
+    stacked = {"x": tuple(jnp.stack(column) for column in zip(*map(pair, cut), strict=True))}
+    for result in (metrics.mean(merged)["x"], metrics.mean(metrics.reduce(stacked))["x"]):
+        if values:
+            assert result == pytest.approx(float(np.mean(values)), abs=1e-5)
+        else:
+            assert math.isnan(result)
+
+
+def test_reduce_takes_what_scan_stacks_under_jit():
+    def body(carry, x):
+        return carry, {"x": (x * 2.0, jnp.asarray(2.0))}
+
+    stacked = jax.jit(lambda xs: metrics.reduce(jax.lax.scan(body, 0, xs)[1]))(jnp.asarray([1.0, 2.0, 6.0]))
+    assert metrics.mean(stacked) == {"x": 3.0}  # (2 + 4 + 12) / 6
+
+
+def test_mean_refuses_a_pair_that_was_not_reduced():
+    with pytest.raises(ValueError, match=r"'kl' has shape \(3,\).*reduce"):
+        metrics.mean({"kl": (jnp.ones(3), jnp.ones(3))})
+
+
+def test_jsonl_is_strict_json_with_null_for_nan(tmp_path: Path):
+    write = metrics.jsonl_writer(tmp_path / "metrics.jsonl")
+    write(3, "ppo", {"reward": float("nan"), "kl": np.float32(0.5), "ratio": float("inf")})
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=refuse)
+    assert record["time"] > 1.7e9
+    del record["time"]
+    assert record == {"step": 3, "phase": "ppo", "reward": None, "kl": 0.5, "ratio": "Infinity"}
+
+
+def test_jsonl_is_on_disk_when_write_returns(tmp_path: Path):
+    write = metrics.jsonl_writer(tmp_path / "m.jsonl")
+    for step in range(3):
+        write(step, "ppo", {"reward": step})
+        assert [r["step"] for r in metrics.read_jsonl(tmp_path / "m.jsonl")] == list(range(step + 1))
+
+
+def test_value_named_as_a_column_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="'time'"):
+        metrics.jsonl_writer(tmp_path / "m.jsonl")(0, "ppo", {"time": 1.0})
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "pha', b'{"step": 2, "text": "\xc3', b"12"])
+def test_torn_last_line_is_tolerated_and_does_not_spoil_the_next(tmp_path: Path, torn: bytes):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1, "phase": "ppo"}\n' + torn)
+    assert [r["step"] for r in metrics.read_jsonl(path)] == [1]
+    metrics.jsonl_writer(path)(2, "ppo", {})
+    assert [r["step"] for r in metrics.read_jsonl(path)] == [1, 2]
+
+
+def test_whole_last_line_without_newline_is_kept(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1, "phase": "ppo"}')
+    metrics.jsonl_writer(path)(2, "ppo", {})
+    assert [r["step"] for r in metrics.read_jsonl(path)] == [1, 2]
+
+
+def test_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 3"):
+        metrics.read_jsonl(path)
+    with pytest.raises(ValueError, match="line 3"):
+        metrics.truncate_jsonl(path, 1)
+    assert path.read_text().count("\n") == 4  # nothing was lost
+
+
+def test_truncate_drops_later_steps_of_the_named_phases_only(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    write = metrics.jsonl_writer(path)
+    for phase, steps in (("reward", (100, 300)), ("ppo", (1, 2, 3)), ("eval", (0, 3))):
+        for step in steps:
+            write(step, phase, {"x": 1.0})
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "ph')
+    before = path.read_bytes().splitlines()
+    assert metrics.truncate_jsonl(path, 2, phases=("ppo", "eval")) == 2
+    left = [(r["phase"], r["step"]) for r in metrics.read_jsonl(path)]
+    assert left == [("reward", 100), ("reward", 300), ("ppo", 1), ("ppo", 2), ("eval", 0)]
+    assert set(path.read_bytes().splitlines()) <= set(before)  # kept lines byte for byte
+    assert metrics.truncate_jsonl(path, 2) == 2  # without phases, all
+    assert metrics.truncate_jsonl(tmp_path / "missing.jsonl", 2) == 0
+
+
+def test_combine_calls_all_in_order_and_nothing_is_fine():
+    calls = []
+    writers = [lambda *a, n=n: calls.append((n, *a)) for n in "ab"]
+    metrics.combine(writers)(1, "ppo", {"x": 2.0})
+    assert calls == [("a", 1, "ppo", {"x": 2.0}), ("b", 1, "ppo", {"x": 2.0})]
+    metrics.combine([])(1, "ppo", {"x": 2.0})
+
+
+def events(folder: Path) -> list:
+    """Reads TFRecords by their layout: length u64, its CRC u32, payload, its CRC u32."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("*tfevents*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return found
+
+
+def test_tensorboard_events_are_readable_and_a_resume_purges(tmp_path: Path):
+    code = """if True:
+        import math, sys
+        from ppo_jax import metrics
+        first = metrics.tensorboard_writer(sys.argv[1])
+        first(1, "ppo", {"reward": 0.5, "kl": math.nan})
+        first(2, "ppo", {"reward": 0.25})
+        first(9, "reward", {"loss": 0.75})
+        again = metrics.tensorboard_writer(sys.argv[1])  # as a resumed process would do update 2 again
+        again(2, "ppo", {"reward": 0.125})
+    """  # a process of its own: nothing may be lost when it ends
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    scalars = [(e.step, v.tag, v.simple_value) for e in events(tmp_path / "ppo") for v in e.summary.value]
+    assert scalars == [(1, "reward", 0.5), (2, "reward", 0.25), (2, "reward", 0.125)]  # NaN: nothing to draw
+    starts = [e.step for e in events(tmp_path / "ppo") if e.HasField("session_log")]
+    assert starts[-1] == 2  # TensorBoard hides what came before from step 2 on
+    assert [v.simple_value for e in events(tmp_path / "reward") for v in e.summary.value] == [0.75]
+
+
+def test_missing_tensorboard_is_one_notice_and_the_run_goes_on(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    notices = []
+    write = metrics.tensorboard_writer(tmp_path, notify=notices.append)
+    write(1, "ppo", {"reward": 1.0})
+    write(2, "ppo", {"reward": 1.0})
+    assert len(notices) == 1 and "pip install 'ppo_jax[tensorboard]'" in notices[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_wandb_says_how_to_get_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"ppo_jax\[wandb\]"):
+        metrics.wandb_writer("project", tmp_path)
