@@ -5,7 +5,7 @@ model computes is either understood or refused; it is never skipped.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
 
@@ -188,12 +188,16 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScalin
         for key, value in (raw.get(field) or {}).items():
             if isinstance(value, Mapping):
                 raise ValueError(f"{field}.{key} is an object: rotary embeddings that differ by layer are unsupported")
-            if merged.setdefault(key, value) != value:
+            if key in merged and merged[key] != value:
                 raise ValueError(f"rope_parameters.{key}={merged[key]!r} and rope_scaling.{key}={value!r} disagree")
+            merged[key] = value
     for field, source in (("rope_theta", raw), ("original_max_position_embeddings", raw), ("rope_type", merged)):
         other = source.get("type" if field == "rope_type" else field)
-        if other is not None and merged.setdefault(field, other) != other:
+        if other is None:
+            continue
+        if merged.get(field) not in (None, other):
             raise ValueError(f"{field} is given twice, as {merged[field]!r} and {other!r}")
+        merged[field] = other
     theta = _number(merged, "rope_theta", 10_000.0)
     _require_neutral(merged, "partial_rotary_factor", (1.0,))
     kind = merged.get("rope_type") or "default"
@@ -261,7 +265,7 @@ def _count(raw: Mapping[str, Any], field: str, default: int | None = None, null:
         raise ValueError(f"{field} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field}={value!r} is not a positive integer")
-    return cast(int, value)
+    return value
 
 
 def _number(raw: Mapping[str, Any], field: str, default: float | None = None) -> float:

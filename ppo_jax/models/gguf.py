@@ -151,9 +151,9 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
             "smollm or gpt-2); take the tokenizer from the model's Hugging Face directory"
         )
     tokens, merges = (_texts(metadata, f"tokenizer.ggml.{field}") for field in ("tokens", "merges"))
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if bad := [pair for pair in pairs if len(pair) != 2]:
-        raise ValueError(f"tokenizer.ggml.merges: {' '.join(bad[0])!r} is not a pair of tokens")
+    if bad := [merge for merge in merges if merge.count(" ") != 1]:
+        raise ValueError(f"tokenizer.ggml.merges: {bad[0]!r} is not a pair of tokens")
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     except Exception as error:  # the Rust side has no class of its own

@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     if path.stat().st_size < 24:
         raise ValueError("not a GGUF file: shorter than a header")
     data = np.memmap(path, mode="r")
-    view = memoryview(data)
+    view = data.data
     if bytes(view[:4]) != MAGIC:
         raise ValueError("not a GGUF file: it does not begin with GGUF")
     (version, tensor_count, field_count), offset = _unpack(view, 4, "IQQ")

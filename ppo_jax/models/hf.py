@@ -20,8 +20,9 @@ from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What a model needs from the hub: configs, weights, tokenizer files; no code, no pickles.
+# What a model needs from the hub: configs, weights, tokenizer files; no code, no pickles, no second copies.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "*.model"]
+HUB_SKIP = ["consolidated*", "original/*", "onnx/*"]
 
 
 def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
@@ -149,7 +150,7 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
     except Exception as error:  # no network, no such name, no permission: the client has a class for each
         raise FileNotFoundError(
             f"{name} is not a local path, and could not be fetched from the Hugging Face hub "
