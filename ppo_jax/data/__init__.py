@@ -1,0 +1,47 @@
+"""The user's data: files -> records (`records`) -> token rows (`encode`) -> batches addressed by step (`batches`)."""
+
+from ppo_jax.data.batches import PairBatch, SFTBatch, left_pad, pair_batches, prompt_batches, right_pad, sft_batches
+from ppo_jax.data.encode import (
+    EncodedPairs,
+    EncodedPrompts,
+    EncodedSFT,
+    TooLong,
+    encode_pairs,
+    encode_prompts,
+    encode_sft,
+    render,
+)
+from ppo_jax.data.records import (
+    PairRecord,
+    PromptRecord,
+    SFTRecord,
+    Text,
+    read_pairs,
+    read_prompts,
+    read_sft,
+)
+
+__all__ = [
+    "EncodedPairs",
+    "EncodedPrompts",
+    "EncodedSFT",
+    "PairBatch",
+    "PairRecord",
+    "PromptRecord",
+    "SFTBatch",
+    "SFTRecord",
+    "Text",
+    "TooLong",
+    "encode_pairs",
+    "encode_prompts",
+    "encode_sft",
+    "left_pad",
+    "pair_batches",
+    "prompt_batches",
+    "read_pairs",
+    "read_prompts",
+    "read_sft",
+    "render",
+    "right_pad",
+    "sft_batches",
+]

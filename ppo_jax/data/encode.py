@@ -1,0 +1,177 @@
+"""Records -> token rows, in the form that the policy sees when it generates.
+
+Chats are rendered by the tokenizer's own template. A response is tokenised apart from its prompt and closed with
+EOS, so that training and sampling agree on the tokens at the seam.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from ppo_jax.data.records import PairRecord, SFTRecord, Text
+
+TooLong = Literal["error", "truncate_left", "drop"]
+
+
+class EncodedPrompts(NamedTuple):
+    rows: list[list[int]]
+    kept: list[int]  # kept[i] is the place of rows[i] among the texts that were given
+    too_long: int  # how many were truncated or dropped
+
+
+class EncodedPairs(NamedTuple):
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+    margins: list[float]
+    kept: list[int]
+    too_long: int
+
+
+class EncodedSFT(NamedTuple):
+    rows: list[list[int]]
+    starts: list[int]  # rows[i][starts[i]:] is the response
+    kept: list[int]
+    too_long: int
+
+
+def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
+    """Chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
+
+    Raises:
+      ValueError: the tokenizer has no chat template, or its template refuses these messages.
+    """
+    if isinstance(text, str):
+        return text
+    at = f"{where}: " if where else ""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{at}these are chat messages, but the tokenizer has no chat template; use plain text, or a tokenizer "
+            "with one (chat_template.jinja or tokenizer_config.json in the model's folder)"
+        )
+    import jinja2
+
+    try:
+        rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{at}the tokenizer's chat template refuses these messages: {error}") from error
+    return str(rendered)
+
+
+def encode_prompts(
+    prompts: Sequence[Text],
+    tokenizer: Any,
+    max_length: int,
+    too_long: TooLong = "error",
+    where: Sequence[str] | None = None,
+) -> EncodedPrompts:
+    """Token rows of prompts, each of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
+
+    Args:
+      too_long: what to do with longer ones. "error"; "truncate_left" keeps BOS and the last tokens; "drop".
+        The result says how many there were.
+      where: names of the prompts for messages, such as `PromptRecord.where`; by default their places.
+
+    Raises:
+      ValueError: some are too long (how many, and which is the longest), one has no tokens, or none is left.
+    """
+    names = where or [f"prompt {i}" for i in range(len(prompts))]
+    bos = _bos(tokenizer)
+    rows = [_encode(prompt, tokenizer, bos, name) for prompt, name in zip(prompts, names, strict=True)]
+    for row, name in zip(rows, names, strict=True):
+        if row == bos:
+            raise ValueError(f"{name}: the prompt has no tokens")
+    kept, count = _limit([len(row) for row in rows], max_length, too_long, names)
+    return EncodedPrompts([_cut(rows[i], max_length, bos) for i in kept], kept, count)
+
+
+def encode_pairs(
+    records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error", eos: bool = True
+) -> EncodedPairs:
+    """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
+
+    A pair is too long if one of its rows is.
+    """
+    bos, end = _bos(tokenizer), _eos(tokenizer) if eos else []
+    sides: list[list[list[int]]] = [[], []]
+    for record in records:
+        for rows, answer in zip(sides, (record.chosen, record.rejected), strict=True):
+            prompt, response = record.prompt, answer
+            if isinstance(response, list):
+                prompt, response = [*(prompt or []), *response[:-1]], response[-1]["content"]
+            rows.append(_joined(prompt, response, tokenizer, bos, end, record.where)[0])
+    lengths = [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
+    kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
+    chosen, rejected = ([_cut(side[i], max_length, bos) for i in kept] for side in sides)
+    return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count)
+
+
+def encode_sft(
+    records: Sequence[SFTRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
+) -> EncodedSFT:
+    """Token rows of prompt + response + EOS, and where the responses start. Arguments as `encode_prompts`.
+
+    Raises:
+      ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
+    """
+    bos, end = _bos(tokenizer), _eos(tokenizer)
+    both = [_joined(r.prompt, r.response, tokenizer, bos, end, r.where) for r in records]
+    kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
+    rows, starts = [], []
+    for i in kept:
+        row, start = both[i]
+        room = max_length - len(bos)
+        if len(row) - start > room:
+            raise ValueError(
+                f"{records[i].where}: the response alone has {len(row) - start} tokens, there is room for {room}"
+            )
+        rows.append(_cut(row, max_length, bos))
+        starts.append(start - (len(row) - len(rows[-1])))
+    return EncodedSFT(rows, starts, kept, count)
+
+
+def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]:
+    ids: list[int] = tokenizer(render(text, tokenizer, where), add_special_tokens=False)["input_ids"]
+    return ids if isinstance(text, list) else bos + ids  # a chat template writes its own BOS
+
+
+def _joined(
+    prompt: Text | None, response: str, tokenizer: Any, bos: list[int], end: list[int], where: str
+) -> tuple[list[int], int]:
+    before = bos if prompt is None else _encode(prompt, tokenizer, bos, where)
+    return before + list(tokenizer(response, add_special_tokens=False)["input_ids"]) + end, len(before)
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """[the BOS id] if this tokenizer puts one before plain text, else []."""
+    first = list(tokenizer("a")["input_ids"])[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _eos(tokenizer: Any) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so responses cannot be closed; set tokenizer.eos_token")
+    return [tokenizer.eos_token_id]
+
+
+def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
+    """Which rows to keep, and how many were too long."""
+    if too_long not in get_args(TooLong):
+        raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length} must be at least 2")
+    long = [i for i, length in enumerate(lengths) if length > max_length]
+    if long and too_long == "error":
+        longest = max(long, key=lengths.__getitem__)
+        raise ValueError(
+            f"{len(long)} of {len(lengths)} texts are longer than {max_length} tokens; the longest has "
+            f'{lengths[longest]} ({names[longest]}). Raise the limit, or choose "truncate_left" or "drop"'
+        )
+    kept = [i for i, length in enumerate(lengths) if too_long != "drop" or length <= max_length]
+    if not kept:
+        raise ValueError(f"no text is left: all {len(lengths)} are longer than {max_length} tokens")
+    return kept, len(long)
+
+
+def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
+    if len(row) <= max_length:
+        return row
+    return bos + row[len(row) - max_length + len(bos) :] if row[: len(bos)] == bos else row[-max_length:]
