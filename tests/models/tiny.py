@@ -25,14 +25,14 @@ CONFIG = ModelConfig(
 def random_params(config: ModelConfig, seed: int = 0) -> PyTree:
     """N(0, 0.3) in every array, norms around 1."""
     rng = np.random.default_rng(seed)
-    params = init_params(jax.random.key(seed), config)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
 
-    def fill(path: tuple, leaf: jax.Array) -> jax.Array:
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         value = rng.normal(1.0 if "norm" in name else 0.0, 0.3, leaf.shape)
-        return jax.numpy.asarray(value, leaf.dtype)
+        return jax.numpy.asarray(value.astype(leaf.dtype))
 
-    return jax.tree_util.tree_map_with_path(fill, params)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def equal(left: PyTree, right: PyTree) -> bool:
