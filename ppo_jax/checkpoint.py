@@ -1,0 +1,258 @@
+"""Save and restore a state (any pytree of arrays) with Orbax: asynchronous, atomic, keep the last n.
+
+A checkpoint is a directory `DIRECTORY/STEP` with two items: `arrays`, the leaves under their paths, and `meta`, JSON
+with the caller's facts and a manifest {path: shape, dtype, key implementation}. The tree's structure is the
+target's on restore, so no class is looked up by a name that a file holds. Typed PRNG keys are stored as their
+words, empty arrays in the manifest alone (Orbax takes neither).
+
+    with checkpoint.open_manager(run / "checkpoints", keep=3) as manager:
+        checkpoint.save(manager, step, state, {"config": config_yaml})
+    state, step = checkpoint.restore(run / "checkpoints", abstract_state)
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ppo_jax.types import PyTree
+
+FORMAT = 1
+Manifest = dict[str, dict[str, Any]]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the state it is read into."""
+
+
+class CheckpointSaveError(RuntimeError):
+    """A save that failed, at once or in the background. What was saved before is untouched."""
+
+
+@contextlib.contextmanager
+def open_manager(directory: str | Path, keep: int | None = 3) -> Iterator[ocp.CheckpointManager]:
+    """An Orbax manager that writes steps under `directory` (made if absent) and keeps the newest `keep` (None: all).
+
+    Leaving the block waits for the last save; a save that failed in the background raises `CheckpointSaveError`
+    there, unless the block is already being left by another error.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
+    path = Path(directory).absolute()
+    policy = None if keep is None else ocp.checkpoint_managers.LatestN(n=keep)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+        # Made in the background, a directory that cannot be made leaves Orbax's threads waiting for it for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
+    try:
+        manager = ocp.CheckpointManager(path, options=options)
+    except OSError as error:
+        raise CheckpointSaveError(f"{path}: cannot hold checkpoints: {error}") from error
+    try:
+        yield manager
+    except BaseException:
+        # The error on its way out matters more than that of a save in the background.
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
+    with _save_errors(manager):
+        manager.close()
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping[str, Any] | None = None) -> None:
+    """Saves `state` as `step`; returns when the arrays may be donated, and writes to disk in the background.
+
+    The step appears under its name only when it is complete. `meta` is any JSON value, see `read_meta`.
+
+    Raises:
+        ValueError: `step` is not newer than what the directory holds, or the state has no array.
+        CheckpointSaveError: this save, or the one before it in the background, failed.
+    """
+    latest = manager.latest_step()
+    if latest is not None and step <= latest:
+        raise ValueError(
+            f"{manager.directory}: step {step} is not after the newest checkpoint, {latest}; "
+            "save into another directory, or delete the newer checkpoints first"
+        )
+    leaves = _flatten(state)
+    manifest = {path: _describe(leaf) for path, leaf in leaves.items()}
+    arrays = {path: _storable(leaf) for path, leaf in leaves.items() if np.size(leaf)}
+    if not arrays:
+        raise ValueError(f"{manager.directory}: the state has no array to save")
+    document = {"format": FORMAT, "manifest": manifest, "meta": dict(meta or {})}
+    args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(document))
+    with _save_errors(manager):
+        manager.save(step, args=args, force=True)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Blocks until the last save is on disk; raises `CheckpointSaveError` if it failed."""
+    with _save_errors(manager):
+        manager.wait_until_finished()
+        manager.check_for_errors()
+
+
+def all_steps(directory: str | Path) -> list[int]:
+    """Steps of the complete checkpoints under `directory`, oldest first (empty where there are none)."""
+    return sorted(ocp.utils.checkpoint_steps(Path(directory).absolute()))
+
+
+def latest_step(directory: str | Path) -> int | None:
+    """The newest complete step under `directory`, or None."""
+    return max(all_steps(directory), default=None)
+
+
+def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What the caller gave `save` as `meta`, of `step` (None: the newest)."""
+    return _read_document(*_find(directory, step))["meta"]
+
+
+def restore(directory: str | Path, target: PyTree, step: int | None = None) -> tuple[PyTree, int]:
+    """Reads `step` (None: the newest) into the structure of `target`. Returns (state, step).
+
+    A leaf of `target` is an array or a `jax.ShapeDtypeStruct`. Where it has a sharding (a committed array's, or the
+    struct's) the leaf is read straight onto it, whatever mesh it was saved from; else it becomes an uncommitted
+    array. NumPy arrays and Python scalars come back as such. Values are bitwise those that were saved.
+
+    Raises:
+        FileNotFoundError: no such directory, no checkpoint in it, or not that step.
+        CheckpointError: leaves are missing, unexpected, or differ in shape or dtype (all are listed); unreadable files.
+    """
+    path, step = _find(directory, step)
+    manifest: Manifest = _read_document(path, step)["manifest"]
+    leaves = _flatten(target)
+    differences = _compare(manifest, {name: _describe(leaf) for name, leaf in leaves.items()})
+    if differences:
+        raise CheckpointError(f"{path / str(step)} does not fit the state:\n  " + "\n  ".join(differences))
+    wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
+    with _read_errors(path, step):
+        args = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
+        arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / str(step) / "arrays", args=args)
+    read = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(target), read), step
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """{path: leaf} in the tree's order; a path reads `params.layers.q`."""
+    pairs = [
+        (jax.tree_util.keystr(path, simple=True, separator=".") or "state", leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    leaves = dict(pairs)
+    if len(leaves) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two leaves share a path: {sorted({name for name in names if names.count(name) > 1})}")
+    return leaves
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", np.dtype(float)), jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+    """The implementation's name (`threefry2x32`), of a concrete key: the leaf may be abstract."""
+    return jax.random.key_impl(jnp.zeros((), leaf.dtype))
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    if _is_key(leaf):
+        return {"shape": list(leaf.shape), "dtype": f"key<{_key_impl(leaf)}>"}
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _storable(leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = _sharding(leaf)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    # A key's words are one more axis, which a NamedSharding leaves replicated.
+    shape = jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape)
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding if leaf.committed else None
+    return getattr(leaf, "sharding", None)
+
+
+def _as_target(leaf: Any, value: Any) -> Any:
+    """The stored value (None: it is empty) in the kind of the target's leaf."""
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=_key_impl(leaf))
+    if isinstance(leaf, np.ndarray | np.generic):
+        value = np.empty(leaf.shape, leaf.dtype) if value is None else value
+        return value if isinstance(leaf, np.ndarray) else value[()]
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(value)
+    if value is None:
+        return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), _sharding(leaf))
+    return jnp.asarray(value)
+
+
+def _compare(saved: Manifest, wanted: Manifest) -> list[str]:
+    """One line for each leaf that is not the same in both, by path."""
+
+    def text(entry: dict[str, Any]) -> str:
+        return f"{entry['dtype']}{entry['shape']}"
+
+    lines = []
+    for path in sorted(saved.keys() | wanted.keys()):
+        if path not in saved:
+            lines.append(f"{path}: missing in the checkpoint, the state has {text(wanted[path])}")
+        elif path not in wanted:
+            lines.append(f"{path}: {text(saved[path])} in the checkpoint, not in the state")
+        elif text(saved[path]) != text(wanted[path]):
+            lines.append(f"{path}: {text(saved[path])} in the checkpoint, {text(wanted[path])} in the state")
+    return lines
+
+
+def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
+    path = Path(directory).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory of checkpoints")
+    steps = all_steps(path)
+    if not steps:
+        raise FileNotFoundError(f"{path}: holds no complete checkpoint")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{path}: holds no step {step}; it has {', '.join(map(str, steps))}")
+    return path, steps[-1] if step is None else step
+
+
+def _read_document(path: Path, step: int) -> dict[str, Any]:
+    with _read_errors(path, step):
+        document = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / str(step) / "meta")
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise CheckpointError(f"{path / str(step)}: format {found!r}, this version reads {FORMAT}")
+    return document
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        raise CheckpointError(f"{path / str(step)}: cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _save_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk, a vanished directory and the like, in Orbax's many kinds
+        raise CheckpointSaveError(f"{manager.directory}: a checkpoint could not be saved: {error}") from error
