@@ -21,6 +21,15 @@ def tempered(logits: Float[Array, "*B V"], temperature: Temperature) -> Float[Ar
     return logits / jnp.where(temperature == 0, 1.0, temperature)
 
 
+def _shifted(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B V"], Float[Array, "*B 1"]]:
+    """(logits - max, log sum exp of that): log softmax is their difference.
+
+    The maximum is never added back: log-probs near 0 would lose digits to logits that are far from it.
+    """
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+
+
 def token_logprobs(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], temperature: Temperature = 1.0
 ) -> Float[Array, "*B"]:
@@ -30,16 +39,15 @@ def token_logprobs(
       tokens: ids in [0, V), also at positions that a mask will drop.
       temperature: of sampling (see `tempered`); may be traced.
     """
-    logits = tempered(logits, temperature)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    shifted, normaliser = _shifted(tempered(logits, temperature))
+    return jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0] - normaliser[..., 0]
 
 
 def entropy(logits: Float[Array, "*B V"], temperature: Temperature = 1.0) -> Float[Array, "*B"]:
     """-sum_v p_v log p_v with p = softmax(logits / temperature), in nats. A logit of -inf contributes 0."""
-    logits = jnp.maximum(tempered(logits, temperature), LOWEST)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    return normaliser - jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
+    shifted, normaliser = _shifted(jnp.maximum(tempered(logits, temperature), LOWEST))
+    logprobs = shifted - normaliser
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
 def hidden_logprobs(

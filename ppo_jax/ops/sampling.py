@@ -47,6 +47,7 @@ def _keep_largest(logits: Float[Array, "*B V"], weights: Float[Array, "*B V"], t
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     ranks = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # the same order, as integers
+    ranks = jnp.where(logits == 0, 0, ranks)  # -0 is 0
     ranks = jnp.where(jnp.isnan(logits), jnp.iinfo(jnp.int32).max, ranks)  # a NaN is kept, so that it shows
     target = jnp.maximum(jnp.asarray(target, jnp.float32), 1e-30)
 

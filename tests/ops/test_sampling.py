@@ -1,0 +1,199 @@
+"""Sampling: frequencies against probabilities, the support of the filters, and whose log-probs come back."""
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ppo_jax.ops.logprobs import token_logprobs
+from ppo_jax.ops.sampling import _pick, filter_logits, sample
+
+DRAWS = 10_000
+jit_sample = jax.jit(sample, static_argnames=("top_k", "top_p"))
+jit_filter = jax.jit(filter_logits)
+
+
+def draw(logits, temperature=1.0, seed=0, top_k=0, top_p=1.0):
+    """DRAWS independent tokens from one row of logits, and their log-probs."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
+    return jit_sample(jax.random.key(seed), rows, temperature, top_k=top_k, top_p=top_p)
+
+
+def p_value(tokens, probabilities):
+    """Chi-square test that tokens were drawn with these probabilities (all expected counts large enough)."""
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    probabilities = np.asarray(probabilities, np.float64)
+    return stats.chisquare(counts, probabilities / probabilities.sum() * DRAWS).pvalue
+
+
+# 7: less than one block of the cumulative sum; 256: one; 600: three, the last one partly padding.
+@pytest.mark.parametrize("vocab", [7, 256, 600])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_match_probabilities(vocab, temperature):
+    logits = jax.random.normal(jax.random.key(vocab), (vocab,)) * 0.5
+    tokens, _ = draw(logits, temperature)
+    assert p_value(tokens, jax.nn.softmax(logits / temperature)) > 1e-3
+    assert p_value(tokens, jax.nn.softmax(logits / (temperature * 1.5))) < 1e-6  # the test can tell
+
+
+def test_the_tail_behind_a_dominant_token_is_sampled_faithfully():
+    # Half of the mass on token 0, the other half spread evenly over the 1,000 others: 10 bins of 100.
+    logits = np.append(np.log(1000), np.zeros(1000))
+    tokens = np.asarray(draw(logits)[0])
+    assert abs((tokens == 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(DRAWS)
+    counts = np.bincount((tokens[tokens > 0] - 1) // 100, minlength=10)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_per_row_keys_give_independent_rows_and_equal_single_calls():
+    keys, logits = jax.random.split(jax.random.key(0), 6), jax.random.normal(jax.random.key(1), (6, 50))
+    tokens, logprobs = jax.jit(jax.vmap(sample, in_axes=(0, 0, None)))(keys, logits, 1.0)
+    for row in range(6):
+        token, logprob = jit_sample(keys[row], logits[row], 1.0)
+        assert token == tokens[row] and float(logprob) == pytest.approx(float(logprobs[row]), abs=1e-6)
+
+
+def test_defect_3_rows_draw_differently_and_keys_matter():
+    logits = jnp.zeros((100, 1000))
+    a, again, b = (np.asarray(jit_sample(jax.random.key(seed), logits, 1.0)[0]) for seed in (0, 0, 1))
+    assert (a == again).all() and (a != b).mean() > 0.9
+    assert len(set(a)) > 80  # 100 draws from 1000: about 95 different ones
+
+
+def test_both_levels_of_the_draw_have_their_own_randomness():
+    # With one shared uniform, the block would determine the place inside the block.
+    tokens = np.asarray(draw(jnp.zeros(512))[0])
+    assert abs(np.corrcoef(tokens // 256, tokens % 256)[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, jnp.array(0.0)])
+def test_greedy_takes_the_lowest_largest_token_with_untempered_log_probs(temperature):
+    logits = jnp.array([[1.0, 3.0, 2.0, 3.0], [-5.0, -7.0, -6.0, -5.0]])
+    tokens, logprobs = sample(jax.random.key(0), logits, temperature)
+    np.testing.assert_array_equal(tokens, [1, 0])
+    np.testing.assert_allclose(logprobs, token_logprobs(logits, tokens, 1.0), atol=1e-6)
+    np.testing.assert_allclose(logprobs, token_logprobs(logits, tokens, temperature), atol=1e-6)
+
+
+def test_greedy_over_many_blocks_is_argmax():
+    logits = jax.random.normal(jax.random.key(0), (100, 1000))
+    np.testing.assert_array_equal(jit_sample(jax.random.key(1), logits, 0.0)[0], logits.argmax(-1))
+
+
+def test_traced_and_constant_temperature_draw_the_same():
+    logits = jax.random.normal(jax.random.key(0), (50, 300))
+    constant = jax.jit(lambda k, x: sample(k, x, 0.7))(jax.random.key(1), logits)
+    np.testing.assert_array_equal(jit_sample(jax.random.key(1), logits, 0.7)[0], constant[0])
+
+
+def test_changing_the_temperature_does_not_recompile():
+    compiled = jax.jit(lambda *arguments: sample(*arguments))
+    for temperature in (0.0, 0.7, 1.0):
+        compiled(jax.random.key(0), jnp.zeros((2, 5)), temperature)
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "support"),
+    [
+        ({"top_k": 2}, [1, 3]),
+        ({"top_p": 0.6}, [1, 3]),  # 0.4 does not reach 0.6, 0.4 + 0.3 does
+        ({"top_p": 0.75}, [1, 2, 3]),
+        ({"top_p": 0.0}, [1]),  # always at least one token
+        ({"top_k": 3, "top_p": 0.75}, [1, 3]),  # of the three, renormalised: 0.444 + 0.333 = 0.778 reaches 0.75
+        ({"top_k": 5, "top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_filters_by_hand_and_defect_20_log_probs_of_the_filtered_distribution(settings, support):
+    probabilities = np.array([0.05, 0.4, 0.2, 0.3, 0.05])
+    tokens, logprobs = draw(np.log(probabilities), **settings)
+    kept = np.where(np.isin(np.arange(5), support), probabilities, 0) / probabilities[support].sum()
+    assert sorted(set(tokens.tolist())) == support
+    np.testing.assert_allclose(np.exp(logprobs), kept[tokens], rtol=1e-5)
+    if len(support) > 1:
+        counts = np.bincount(tokens, minlength=5)
+        assert stats.chisquare(counts[support], kept[support] * DRAWS).pvalue > 1e-3
+
+
+def test_filters_act_on_the_tempered_distribution():
+    # At temperature 1/2, (0.5, 0.3, 0.2) becomes (25, 9, 4) / 38: 0.658 alone reaches 0.6.
+    tokens, _ = draw(np.log([0.5, 0.3, 0.2]), temperature=0.5, top_p=0.6)
+    assert set(tokens.tolist()) == {0}
+
+
+def test_ties_keep_the_exact_number_and_the_lower_ids():
+    uniform = jnp.zeros((1, 8))
+    assert (np.asarray(filter_logits(uniform, top_k=3)) == 0).tolist() == [[True] * 3 + [False] * 5]
+    assert (np.asarray(filter_logits(uniform, top_p=0.5)) == 0).tolist() == [[True] * 4 + [False] * 4]
+
+
+def reference_filter(logits, top_k, top_p):
+    """By sorting, in float64: which tokens are kept, and how far each running mass is from p."""
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    weights = np.exp(logits[order].astype(np.float64) - logits.max())
+    mass_before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+    kept = order if top_p >= 1 else order[mass_before < top_p]
+    return set(kept.tolist()) | {int(order[0])}, np.abs(mass_before - top_p).min()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.float32, 12, elements=st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32))),
+    st.integers(0, 15),
+    st.one_of(st.just(1.0), st.floats(0.01, 0.99)),
+)
+def test_filter_agrees_with_sorting(logits, top_k, top_p):
+    expected, distance = reference_filter(logits, top_k, top_p)
+    assume(top_p == 1 or distance > 1e-4)  # at an exact boundary rounding decides
+    kept = np.asarray(jit_filter(logits, top_k, top_p)) > -1e29
+    assert set(np.flatnonzero(kept).tolist()) == expected
+    np.testing.assert_array_equal(jit_filter(logits, top_k, top_p)[kept], logits[kept])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.float32, 16, elements=st.one_of(st.just(0.0), st.floats(0, 1, width=32))),
+    st.sampled_from([0.0, 0.25, 0.5, 1 - 2**-23, 1.0]),
+)
+def test_an_impossible_token_is_never_picked(weights, uniform):
+    assume(weights.max() > 1e-30)
+    assert weights[int(jax.jit(_pick)(weights, jnp.float32(uniform)))] > 0
+
+
+def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def test_no_filter_compiles_to_no_search():
+    def names(**filters):
+        jaxpr = jax.make_jaxpr(lambda k, x, t: sample(k, x, t, **filters))(jax.random.key(0), jnp.zeros((2, 9)), 0.7)
+        return set(primitives(jaxpr.jaxpr))
+
+    search = {"sort", "top_k", "while", "scan"}
+    assert not names() & search
+    assert not names(top_k=0, top_p=1.0) & search
+    assert names(top_k=3) & search
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("nan", [np.nan, -np.nan])
+def test_defect_21_a_nan_logit_shows_and_the_token_stays_in_the_vocabulary(filters, temperature, nan):
+    token, logprob = jit_sample(jax.random.key(0), jnp.array([0.0, nan, 1.0]), temperature, **filters)
+    assert 0 <= int(token) < 3 and np.isnan(logprob)
+
+
+def test_bfloat16_logits():
+    tokens, logprobs = sample(jax.random.key(0), jnp.zeros((4, 6), jnp.bfloat16), 1.0)
+    assert tokens.dtype == jnp.int32 and logprobs.dtype == jnp.float32
+    np.testing.assert_allclose(logprobs, -np.log(6), rtol=1e-6)
