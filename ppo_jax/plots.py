@@ -153,11 +153,13 @@ def judges(records: Records) -> "Figure | None":
 
 def explained_variance(records: Records) -> "Figure | None":
     """1 - Var(returns - values) / Var(returns): how much of the returns the value head foresees."""
-    _, values = series(records, "ppo", "explained_variance")
+    steps, values = series(records, "ppo", "explained_variance")
     if not values:
         return None
     figure, (axes,) = _panels(1, height=3.1)
-    _curve(axes, records, "ppo", "explained_variance", BLUE)
+    # the first updates of a zero-initialised head may be at -50: they would flatten the curve and drag its average
+    shown = [{"step": s, "phase": "ppo", "value": max(v, -1.1)} for s, v in zip(steps, values, strict=True)]
+    _curve(axes, shown, "ppo", "value", BLUE)
     axes.axhline(0, color=GREY, lw=0.9)
     axes.annotate(
         "0: no better than a constant", (0.99, 0), xycoords=("axes fraction", "data"),
@@ -166,7 +168,7 @@ def explained_variance(records: Records) -> "Figure | None":
     low = max(-1.0, min(values))
     axes.set_ylim(min(low * 1.1, -0.12), max(1.0, max(values)) * 1.03)
     below = sum(value < -1.1 for value in values)
-    hidden = f" ({below} below −1.1 not shown)" if below else ""
+    hidden = f" ({below} below −1.1 drawn there)" if below else ""
     axes.set(title=f"Value head: explained variance{hidden}", xlabel="PPO update", ylabel="fraction of variance")
     _whole_steps(axes)
     return figure

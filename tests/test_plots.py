@@ -74,7 +74,11 @@ def test_long_runs_show_a_moving_average_and_say_so():
 
 def test_explained_variance_says_what_it_cuts_off():
     (axes,) = plots.explained_variance(records(explained_variance=lambda i: [-50.0, -2.0, 0.1, 0.5][i - 1])).axes
-    assert "2 below" in axes.get_title() and axes.get_ylim()[0] == pytest.approx(-1.1)
+    assert (
+        line(axes)[1] == [-1.1, -1.1, 0.1, 0.5]
+        and "2 below" in axes.get_title()
+        and axes.get_ylim()[0] == pytest.approx(-1.1)
+    )
 
 
 def test_reward_model_shows_chance():
