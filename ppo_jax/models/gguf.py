@@ -12,7 +12,7 @@ import numpy as np
 
 from ppo_jax.models import gguf_file, weights
 from ppo_jax.models.config import ModelConfig, RopeScaling
-from ppo_jax.models.families import Dtype
+from ppo_jax.models.families import Dtype, token_ids
 from ppo_jax.types import PyTree
 
 # Hugging Face module -> GGUF tensor, without ".weight" or ".bias".
@@ -58,20 +58,15 @@ def load(path: Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
             factors = gguf_file.dequantize(ROPE_FACTORS, tensors.pop(ROPE_FACTORS))
         config = read_config(metadata, tensors, factors, dtype)
 
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            theirs = _gguf_name(name)
-            if theirs not in tensors:
-                raise ValueError(f"tensor {theirs} {shape} is missing")
-            if tensors[theirs].shape != shape:
-                raise ValueError(f"tensor {theirs} has shape {tensors[theirs].shape}, the metadata implies {shape}")
-            array = gguf_file.dequantize(theirs, tensors.pop(theirs))
-            if ".attn_q." in theirs:
-                return unpermute(array, config.num_heads)
-            return unpermute(array, config.num_kv_heads) if ".attn_k." in theirs else array
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
 
-        params = weights.gather(config, read)
-        if tensors:
-            raise ValueError(f"{len(tensors)} tensors have no place in the model: {', '.join(sorted(tensors)[:5])}")
+        def read(name: str) -> np.ndarray:
+            array = gguf_file.dequantize(name, tensors[name])
+            module = name.split(".")[-2]
+            return unpermute(array, heads[module]) if module in heads else array
+
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        params = weights.gather(config, shapes, read, _gguf_name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params
@@ -87,7 +82,7 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, Any], rope_factors: np.ndarray | None, dtype: Dtype
+    metadata: Mapping[str, Any], tensors: Mapping[str, gguf_file.Stored], rope_factors: np.ndarray | None, dtype: Dtype
 ) -> ModelConfig:
     """The metadata of a `llama` GGUF file as a `ModelConfig`. ValueError names a field that is not supported."""
     if (name := metadata.get("general.architecture")) != "llama":
@@ -104,7 +99,7 @@ def read_config(
             raise ValueError(f"llama.{field}={value} differs from the head width {head_dim}, which is not supported")
     theta = _number(metadata, "rope.freq_base", 10_000.0)
     embedding = tensors.get("token_embd.weight")
-    stops = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    bos, eos, eot = (token_ids(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "eot"))
     return ModelConfig(
         vocab_size=_count(metadata, "vocab_size", None if embedding is None else embedding.shape[0]),
         hidden_size=width,
@@ -122,8 +117,8 @@ def read_config(
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         max_positions=_count(metadata, "context_length"),
         dtype=dtype,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=tuple(dict.fromkeys(eos + eot)),
     )
 
 
@@ -163,15 +158,17 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"tokenizer.chat_template={template!r} is not text")
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     for token, token_kind in zip(tokens, kinds, strict=False):
         if token_kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_kind == CONTROL, normalized=False)])
     special = {}
     for role, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = metadata.get(f"tokenizer.ggml.{field}_token_id")
-        if token_id is not None:
-            if not 0 <= token_id < len(tokens):
+        for token_id in token_ids(metadata, f"tokenizer.ggml.{field}_token_id"):
+            if token_id >= len(tokens):
                 raise ValueError(f"tokenizer.ggml.{field}_token_id={token_id} is beyond the {len(tokens)} tokens")
             special[f"{role}_token"] = tokens[token_id]
     if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
@@ -181,8 +178,8 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata.get("llama.context_length", 2048),
+        chat_template=template,
+        model_max_length=_count(metadata, "context_length"),
         clean_up_tokenization_spaces=False,
         **special,
     )

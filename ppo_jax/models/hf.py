@@ -57,14 +57,18 @@ def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTre
                 if name in source:
                     raise ValueError(f"{shard}: tensor {name} is also in {source[name][0].name}")
                 source[name] = (shard, handle)
-
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in source:
-                raise ValueError(f"{where}: tensor {name} {shape} is in none of {[s.name for s in shards]}")
-            return _read_tensor(*source.pop(name), name, shape)
-
-        params = weights.gather(config, read)
-        _check_surplus(config, params, source)
+        shapes = {
+            name: tuple(handle.get_slice(name).get_shape())
+            for name, (_, handle) in source.items()
+            if not name.endswith("rotary_emb.inv_freq")  # old files carry these; the config says the same
+        }
+        repeated = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
+        try:
+            params = weights.gather(config, shapes, lambda name: _read_tensor(*source[name], name))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error} (config.json, {', '.join(s.name for s in shards)})") from error
+        if repeated is not None:
+            _check_repeated(_read_tensor(*source["lm_head.weight"], "lm_head.weight"), params["embedding"], where)
     return config, params
 
 
@@ -211,30 +215,20 @@ def _open(file: Path) -> Iterator[Any]:
         yield handle
 
 
-def _read_tensor(file: Path, handle: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    view = handle.get_slice(name)
-    if view.get_dtype() not in FLOATS:
-        raise ValueError(f"{file}: tensor {name} is {view.get_dtype()}; supported: {', '.join(FLOATS)}")
-    if tuple(view.get_shape()) != shape:
-        raise ValueError(f"{file}: tensor {name} has shape {tuple(view.get_shape())}, config.json implies {shape}")
+def _read_tensor(file: Path, handle: Any, name: str) -> np.ndarray:
+    kind = handle.get_slice(name).get_dtype()
+    if kind not in FLOATS:
+        raise ValueError(f"tensor {name} in {file.name} is {kind}; supported: {', '.join(FLOATS)}")
     return handle.get_tensor(name)
 
 
-def _check_surplus(config: ModelConfig, params: PyTree, source: dict[str, tuple[Path, Any]]) -> None:
-    """Refuses tensors that were not read, but for copies of what was: RoPE frequencies, a tied unembedding."""
-    surplus = [name for name in source if not name.endswith("rotary_emb.inv_freq")]
-    if config.tie_embeddings and "lm_head.weight" in surplus:
-        file, handle = source["lm_head.weight"]
-        head = _read_tensor(file, handle, "lm_head.weight", params["embedding"].shape)
-        if not np.array_equal(head.astype(params["embedding"].dtype), np.asarray(params["embedding"])):
-            raise ValueError(
-                f"{file}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
-                "tie_word_embeddings=true; set it to false if the model is not tied"
-            )
-        surplus.remove("lm_head.weight")
-    if surplus:
-        some = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
-        raise ValueError(f"{source[surplus[0]][0]}: {len(surplus)} tensors have no place in the model: {some}")
+def _check_repeated(head: np.ndarray, embedding: Any, where: Path) -> None:
+    """A tied model's file may repeat the embedding as lm_head.weight, but may not hold another matrix."""
+    if not np.array_equal(head.astype(embedding.dtype), np.asarray(embedding)):
+        raise ValueError(
+            f"{where}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+            "tie_word_embeddings=true; set it to false if the model is not tied"
+        )
 
 
 def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: int) -> None:

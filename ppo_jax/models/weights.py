@@ -3,7 +3,7 @@
 The layout of the parameter tree is in `config.ModelConfig`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,25 +61,48 @@ def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     return tuple(table)
 
 
-def gather(config: ModelConfig, read: Callable[[str, tuple[int, ...]], np.ndarray]) -> PyTree:
+def gather(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    rename: Callable[[str], str] = str,
+) -> PyTree:
     """Builds the parameter tree, one stacked array at a time.
 
     Args:
       config: shapes and dtype of the result.
-      read: (Hugging Face tensor name, its shape) -> the tensor; called once per tensor, so that the host never
+      shapes: of every tensor in the file, by its name there; they are compared before anything is read.
+      read: name in the file -> the tensor, in Hugging Face's layout. Called once per tensor, so that the host never
         holds more than one of our arrays and one of theirs.
+      rename: Hugging Face name -> name in the file.
+
+    Raises:
+      ValueError: a tensor is missing, surplus or of the wrong shape; it is named.
     """
+    surplus = set(shapes)
+    for entry in tensors(config):
+        for layer in range(config.num_layers if entry.stacked else 1):
+            name = rename(entry.name.format(layer))
+            if name not in shapes:
+                raise ValueError(f"tensor {name} {entry.hf_shape} is missing")
+            if shapes[name] != entry.hf_shape:
+                raise ValueError(f"tensor {name} has shape {shapes[name]}, the configuration implies {entry.hf_shape}")
+            surplus.discard(name)
+    if surplus:
+        some = ", ".join(sorted(surplus)[:5]) + (", ..." if len(surplus) > 5 else "")
+        raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}")
+
     params: dict[str, Any] = {"layers": {}}
     for entry in tensors(config):
         layers = config.num_layers if entry.stacked else 1
         stack = np.empty((layers, *entry.shape), jnp.dtype(config.dtype))
         for layer in range(layers):
-            found = read(entry.name.format(layer), entry.hf_shape)
+            found = read(rename(entry.name.format(layer)))
             stack[layer] = found.T if entry.transpose else found
         # A copy: on the CPU backend jax may otherwise share the numpy buffer.
         array = jnp.array(stack if entry.stacked else stack[0], copy=True)
-        parent, _, leaf = entry.key.rpartition(".")
-        (params[parent] if parent else params)[leaf] = array
+        parent, _, key = entry.key.rpartition(".")
+        (params[parent] if parent else params)[key] = array
     return params
 
 

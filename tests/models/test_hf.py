@@ -198,7 +198,7 @@ def test_an_unsupported_config_names_file_and_field(copy: Path) -> None:
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
     retensor(copy, model__layers__2__mlp__up_proj__weight=None)
-    with pytest.raises(ValueError, match=r"model.layers.2.mlp.up_proj.weight \(48, 32\) is in none of"):
+    with pytest.raises(ValueError, match=r"model.layers.2.mlp.up_proj.weight \(48, 32\) is missing"):
         hf.load(copy)
 
 
@@ -216,13 +216,17 @@ def test_more_layers_in_the_file_than_in_the_config(copy: Path) -> None:
 
 def test_a_wrong_shape_is_named_with_both_shapes(copy: Path) -> None:
     edit(copy, "config.json", vocab_size=68)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(67, 32\), config.json implies \(68, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight has shape \(67, 32\), the configuration implies \(68, 32\)"
+    ):
         hf.load(copy)
 
 
 def test_an_integer_tensor_is_refused(copy: Path) -> None:
     retensor(copy, model__norm__weight=np.ones(32, np.int8))
-    with pytest.raises(ValueError, match="model.norm.weight is I8; supported: F64, F32, F16, BF16"):
+    with pytest.raises(
+        ValueError, match="model.norm.weight in model.safetensors is I8; supported: F64, F32, F16, BF16"
+    ):
         hf.load(copy)
 
 
