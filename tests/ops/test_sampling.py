@@ -13,14 +13,19 @@ from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import _pick, filter_logits, sample
 
 DRAWS = 10_000
-jit_sample = jax.jit(sample, static_argnames=("top_k", "top_p"))
+jit_sample = jax.jit(lambda key, logits, temperature: sample(key, logits, temperature))
+jit_filtered_sample = jax.jit(lambda *arguments: sample(*arguments))  # top_k and top_p traced: one program for all
 jit_filter = jax.jit(filter_logits)
 
 
-def draw(logits, temperature=1.0, seed=0, top_k=0, top_p=1.0):
+def draw(logits, temperature=1.0, **filters):
     """DRAWS independent tokens from one row of logits, and their log-probs."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
-    return jit_sample(jax.random.key(seed), rows, temperature, top_k=top_k, top_p=top_p)
+    if filters:
+        return jit_filtered_sample(
+            jax.random.key(0), rows, temperature, filters.get("top_k", 0), filters.get("top_p", 1.0)
+        )
+    return jit_sample(jax.random.key(0), rows, temperature)
 
 
 def p_value(tokens, probabilities):
@@ -126,10 +131,18 @@ def test_filters_act_on_the_tempered_distribution():
     assert set(tokens.tolist()) == {0}
 
 
+@pytest.mark.parametrize("filters", [(3, 1.0), (0, 0.5), (3, 0.5)])
+def test_constant_filters_keep_what_traced_ones_keep(filters):
+    logits = jax.random.normal(jax.random.key(0), (4, 12))
+    constant = jax.jit(lambda x: filter_logits(x, *filters))(logits)
+    np.testing.assert_array_equal(constant, jit_filter(logits, *filters))
+    assert (np.asarray(constant) < -1e29).any()
+
+
 def test_ties_keep_the_exact_number_and_the_lower_ids():
     uniform = jnp.zeros((1, 8))
-    assert (np.asarray(filter_logits(uniform, top_k=3)) == 0).tolist() == [[True] * 3 + [False] * 5]
-    assert (np.asarray(filter_logits(uniform, top_p=0.5)) == 0).tolist() == [[True] * 4 + [False] * 4]
+    assert (np.asarray(jit_filter(uniform, 3, 1.0)) == 0).tolist() == [[True] * 3 + [False] * 5]
+    assert (np.asarray(jit_filter(uniform, 0, 0.5)) == 0).tolist() == [[True] * 4 + [False] * 4]
 
 
 def reference_filter(logits, top_k, top_p):
@@ -185,11 +198,15 @@ def test_no_filter_compiles_to_no_search():
     assert names(top_k=3) & search
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("filters", [None, (0, 1.0), (2, 1.0), (0, 0.5)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("nan", [np.nan, -np.nan])
 def test_defect_21_a_nan_logit_shows_and_the_token_stays_in_the_vocabulary(filters, temperature, nan):
-    token, logprob = jit_sample(jax.random.key(0), jnp.array([0.0, nan, 1.0]), temperature, **filters)
+    logits = jnp.array([0.0, nan, 1.0])
+    if filters:
+        token, logprob = jit_filtered_sample(jax.random.key(0), logits, temperature, *filters)
+    else:
+        token, logprob = jit_sample(jax.random.key(0), logits, temperature)
     assert 0 <= int(token) < 3 and np.isnan(logprob)
 
 
