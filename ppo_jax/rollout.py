@@ -1,7 +1,6 @@
 """Prompts to responses: one prefill and one while_loop; and the log-probs of responses that exist."""
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax

@@ -10,15 +10,40 @@ An adapter always touches the *last* n layers, n being the length of its stacked
 `first_layer(adapter)` all roles share their activations. Nothing downstream asks which kind it is.
 """
 
+import dataclasses
+from typing import Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.types import PyTree
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Which parameters of the base are trained."""
+
+    kind: Literal["lora", "top_k", "full"] = "lora"
+    """Low-rank updates; the last layers whole ("freeze" tuning); or everything."""
+    layers: int = 0
+    """How many layers, counted from the top, are touched; 0: all. Layers below them are computed once per rollout."""
+    rank: int = 8
+    """LoRA rank."""
+    alpha: float = 16.0
+    """LoRA scale is alpha / rank."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear maps that carry LoRA."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "top_k", "full"):
+            raise ValueError(f"adapter kind={self.kind!r}; allowed: lora, top_k, full")
+        if self.kind == "full" and self.layers:
+            raise ValueError(f"adapter kind=full trains every layer; layers={self.layers} needs kind=top_k")
 
 
 @flax.struct.dataclass
@@ -30,8 +55,20 @@ class Lora:
     scale: float = flax.struct.field(pytree_node=False)  # alpha / rank
 
 
+def init_adapter(key: PRNGKeyArray, params: PyTree, config: ModelConfig, adapter: AdapterConfig) -> PyTree:
+    """A fresh adapter as configured; the role it makes equals the base. `key` is consumed."""
+    if not 0 <= adapter.layers <= config.num_layers:
+        raise ValueError(f"adapter layers={adapter.layers} must lie in [0, {config.num_layers}]")
+    count = adapter.layers or config.num_layers
+    if adapter.kind == "full":
+        return init_full(params)
+    if adapter.kind == "top_k":
+        return init_top_k(params, config, count)
+    return init_lora(key, config, adapter.rank, adapter.alpha, adapter.targets, config.num_layers - count)
+
+
 def init_lora(
-    key: Array,
+    key: PRNGKeyArray,
     config: ModelConfig,
     rank: int,
     alpha: float,

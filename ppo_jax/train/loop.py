@@ -1,0 +1,153 @@
+"""The host's loop around an iteration: schedule, time, evaluate, write, save. Files and screens come as functions."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+
+from ppo_jax.rewards.base import HostReward
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.ppo import Collect, Iteration, Learn
+from ppo_jax.train.state import TrainState
+from ppo_jax.types import Frozen, Hyper, Metrics, Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is and what happens when."""
+
+    updates: int = 40
+    """PPO iterations."""
+    batch_size: int = 64
+    """Prompts per iteration, one response each."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls from hyper.learning_rate over the run; linear and cosine end at 0."""
+    warmup: int = 0
+    """Iterations in which the learning rate first rises linearly."""
+    eval_every: int = 10
+    """Iterations between evaluations on held-out prompts; always before the first and after the last. 0: only those."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints; the last one is always saved. 0: only that."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name, least in dict(
+            updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1
+        ).items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.warmup >= self.updates:
+            raise ValueError(f"warmup={self.warmup} must be shorter than updates={self.updates}")
+
+
+def learning_rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
+    """step -> learning rate; linear warm-up from peak / warmup, then the configured fall."""
+    rest = loop.updates - loop.warmup
+    falls = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }
+    fall = falls[loop.schedule]
+    return lambda step: peak * (step + 1) / loop.warmup if step < loop.warmup else float(fall(step - loop.warmup))
+
+
+def train(
+    state: TrainState,
+    frozen: Frozen,
+    iteration: Iteration,
+    prompts: Callable[[int], Prompts],
+    hyper: Hyper,
+    loop: LoopConfig,
+    *,
+    write: Callable[[int, Mapping[str, float]], None],
+    evaluate: Callable[[int, TrainState], None],
+    save: Callable[[int, TrainState], None],
+) -> TrainState:
+    """Runs iterations state.step .. loop.updates - 1 and returns the last state.
+
+    Args:
+      prompts: step -> batch; a pure function of the step, so that `state.step` is the data cursor.
+      write: called after every iteration with the number of iterations done and the metrics, which have gained
+        `seconds` and `tokens_per_second` (of responses).
+      evaluate, save: called when due; the state must not be kept, since the next iteration is donated its buffers.
+
+    Raises:
+      FloatingPointError: a loss is no longer finite; what was saved before is untouched.
+    """
+    rate = learning_rate(hyper.learning_rate, loop)
+    start = int(state.step)
+    if start == 0:
+        evaluate(0, state)
+    for step in range(start, loop.updates):
+        began = time.perf_counter()
+        state, metrics = iteration(state, frozen, prompts(step), hyper._replace(learning_rate=rate(step)))
+        values = means(metrics)
+        seconds = time.perf_counter() - began
+        tokens = float(metrics["response_length"][0])
+        write(step + 1, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
+        _check_finite(step + 1, values)
+        done, last = step + 1, step + 1 == loop.updates
+        if last or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
+            save(done, state)
+        if last or (loop.eval_every and done % loop.eval_every == 0):
+            evaluate(done, state)
+    return state
+
+
+def means(metrics: Metrics) -> dict[str, float]:
+    """{name: total / count} on the host; NaN where nothing was counted."""
+    host = jax.device_get(metrics)
+    return {name: float(total / count) if count else math.nan for name, (total, count) in host.items()}
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    for name in ("policy_loss", "value_loss", "grad_norm"):
+        # A batch in which every reward failed has no loss: NaN by 0 / 0, and harmless.
+        if not math.isfinite(values[name]) and values.get("invalid_scores", 0.0) < 1:
+            raise FloatingPointError(
+                f"update {step}: {name} is {values[name]}. The last checkpoint is from before; lower "
+                "--hyper.learning-rate, or --hyper.max-grad-norm, and resume"
+            )
+
+
+def host_iteration(
+    collect: Collect,
+    learn: Learn,
+    reward: HostReward,
+    decode: Callable[[np.ndarray], str],
+    sampling: Sampling,
+    texts: tuple[str, ...],
+    metadata: tuple[dict, ...],
+) -> Iteration:
+    """An iteration whose reward is computed on the host between its two jitted halves.
+
+    Args:
+      decode: token ids -> text.
+      texts, metadata: the prompts' table; `Prompts.index` is the row.
+    """
+
+    def iteration(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        rollout = collect(state, frozen, prompts, hyper)
+        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+        responses = response_texts(tokens, mask, decode, sampling.stop_ids)
+        rows = np.asarray(prompts.index)
+        scores = reward([texts[i] for i in rows], responses, [metadata[i] for i in rows])
+        return learn(state, frozen, rollout, scores, hyper)
+
+    return iteration
+
+
+def response_texts(
+    tokens: np.ndarray, response_mask: np.ndarray, decode: Callable[[np.ndarray], str], stop_ids: tuple[int, ...]
+) -> list[str]:
+    """The text of each response, [B,S] and [B,T] -> B strings, without the stop token that ended it."""
+    length = response_mask.shape[1]
+    keep = response_mask & ~np.isin(tokens[:, -length:], stop_ids)
+    return [decode(row[-length:][on]) for row, on in zip(tokens, keep, strict=True)]
