@@ -194,6 +194,7 @@ def _run_pip(command: list[str], asset: Asset, staging: Path, log: Path, console
                 time.sleep(0.1)
         except BaseException:
             pip.terminate()
+            pip.wait()  # it must not write into the folder that is removed next
             raise
     return pip.returncode != 0
 

@@ -107,6 +107,14 @@ def test_splits_depend_on_the_seed_and_on_nothing_else(reviews: list[Review], pa
         splits(reviews[:100])
 
 
+def test_copies_never_straddle() -> None:
+    texts = ["A mess.", "... a mess", *(f"sentence {i}" for i in range(20))]
+    copies = [Review(i, 0.0, text) for i, text in enumerate(texts)]
+    for seed in range(20):
+        parts = splits(copies, seed, test=6, prompts=6, judge_train=6)
+        assert {0, 1} <= {review.id for review in parts.reward_train}
+
+
 def test_pairs(parts: Splits) -> None:
     drawn = pairs(parts.reward_train, 500, np.random.default_rng(0), min_gap=0.5)
     assert len(drawn) == 500
