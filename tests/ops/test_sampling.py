@@ -178,6 +178,20 @@ def test_an_impossible_token_is_never_picked(weights, uniform):
     assert weights[int(jax.jit(_pick)(weights, jnp.float32(uniform)))] > 0
 
 
+def test_a_cumulative_sum_that_rounds_as_on_accelerators_still_picks_no_impossible_token(monkeypatch):
+    # Summed as a tree, the cumulative weight can rise where the weight is 0. Aim the uniforms exactly there.
+    tree = lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis)
+    weights = jax.random.uniform(jax.random.key(0), (2000, 64)) * jax.random.bernoulli(
+        jax.random.key(1), 0.5, (2000, 64)
+    )
+    cumulative = np.asarray(tree(weights, -1))
+    row, place = np.nonzero((np.asarray(weights)[:, 1:] == 0) & (np.diff(cumulative) > 0))
+    assert len(row) > 100
+    monkeypatch.setattr(jnp, "cumsum", tree)
+    picked = jax.jit(lambda w, u: _pick(w, u))(weights[row], cumulative[row, place] / cumulative[row, -1])
+    assert (np.asarray(weights)[row, picked] > 0).all()
+
+
 def primitives(jaxpr):
     for equation in jaxpr.eqns:
         yield equation.primitive.name
