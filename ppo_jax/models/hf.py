@@ -66,7 +66,7 @@ def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTre
         try:
             params = weights.gather(config, shapes, lambda name: _read_tensor(*source[name], name))
         except ValueError as error:
-            raise ValueError(f"{where}: {error} (config.json, {', '.join(s.name for s in shards)})") from error
+            raise ValueError(f"{shards[0] if len(shards) == 1 else where / INDEX}: {error}") from error
         if repeated is not None:
             _check_repeated(_read_tensor(*source["lm_head.weight"], "lm_head.weight"), params["embedding"], where)
     return config, params

@@ -9,6 +9,8 @@ import gguf as gguf_package
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +123,20 @@ def test_the_model_comes_back(config: ModelConfig, tmp_path: Path) -> None:
     again, loaded = hf.load(path)
     assert again == config  # norm_eps too, although the file holds 9.9999997e-06
     assert equal(loaded, params)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_transformers_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
+    """transformers has a GGUF reader of its own: expansion, names, transposes and permutation agree bit by bit."""
+    config = dataclasses.replace(CONFIG, intermediate_size=64, tie_embeddings=False)
+    fields = fields_of(config) | TOKENIZER | {"general.architecture": "llama"}
+    path = write(tmp_path / "m.gguf", fields, tensors_of(config, random_params(config)), kind)
+    hf.save(tmp_path / "ours", *hf.load(path))
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor.float()), name
 
 
 def test_permutation_by_hand() -> None:
