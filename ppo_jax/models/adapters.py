@@ -16,7 +16,7 @@ from typing import Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.types import PyTree

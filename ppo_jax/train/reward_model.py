@@ -228,14 +228,18 @@ def keep_prefix(
 
 
 def text_features(
-    base: PyTree, role: RewardRole, trunk: ModelConfig, buckets: Sequence[Bucket], batch_size: int
+    base: PyTree,
+    role: RewardRole,
+    trunk: ModelConfig,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    prefix_layers: int = 0,
 ) -> Float[np.ndarray, "N D"]:
-    """What the head reads of every text, in the order of the original list."""
-    depth = first_layer(role.adapter, trunk)
+    """What the head reads of every text, in the order of the original list; from kept prefixes if there are any."""
 
     @jax.jit
     def run(base: PyTree, adapter: PyTree, tokens: Array, mask: Array, prefix: Array | None) -> Array:
-        return last_token(role_hidden(base, adapter, trunk, tokens, mask, prefix, depth), mask)
+        return last_token(role_hidden(base, adapter, trunk, tokens, mask, prefix, prefix_layers), mask)
 
     features = np.zeros((sum(len(b.index) for b in buckets), trunk.hidden_size), np.float32)
     for bucket in buckets:

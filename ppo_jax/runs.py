@@ -1,0 +1,265 @@
+"""One PPO run in one directory: what the command line and the experiments have in common.
+
+The algorithm knows no files and no screens; here it gets them: run directory, checkpoints, metrics, evaluations with
+samples, the live display, and the policy saved at the end.
+"""
+
+import contextlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import artifacts, checkpoint, metrics, rundir
+from ppo_jax.data import left_pad, prompt_batches
+from ppo_jax.display import Screen
+from ppo_jax.models import hf
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.loop import LoopConfig, host_iteration, response_texts, train
+from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration, make_optimizer
+from ppo_jax.train.state import TrainState, init_state
+from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout
+
+SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
+
+
+class Model(NamedTuple):
+    """A base model with its tokenizer."""
+
+    name: str  # the path or hub name the user gave
+    config: ModelConfig
+    params: PyTree
+    tokenizer: Any
+    fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+
+    @property
+    def pad_id(self) -> int:
+        """Fills empty slots; masks say which those are, so any id serves."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a response: the model's EOS ids and the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Token ids -> text without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class PromptSet(NamedTuple):
+    """Prompts as token rows and as text, with whatever else the user gave for each."""
+
+    rows: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    metadata: Sequence[dict[str, Any]]
+
+
+# A judge scores the responses of an evaluation: (rollout, prompts, responses) -> one number per row.
+Judge = Callable[[Rollout, Sequence[str], Sequence[str]], np.ndarray]
+
+
+class Setup(NamedTuple):
+    """What a run is about. Exactly one of the two rewards is given."""
+
+    model: Model
+    adapter: PyTree  # the policy's, at the start
+    prompts: PromptSet
+    held_out: PromptSet
+    ppo: PPOConfig
+    hyper: Hyper
+    loop: LoopConfig
+    seed: int
+    device_reward: DeviceReward | None = None
+    reward_params: PyTree = None  # `Frozen.reward`
+    host_reward: HostReward | None = None
+    judges: Mapping[str, Judge] = {}
+
+
+class Result(NamedTuple):
+    """The trained policy, and the evaluations before and after."""
+
+    policy: Policy
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def load_model(path: str | Path) -> Model:
+    """A base with its tokenizer from a Hugging Face directory, a .gguf file or a hub name.
+
+    Raises ValueError or FileNotFoundError that name the file and what is wrong with it.
+    """
+    where = hf.resolve(path)
+    config, params = hf.load(where)
+    tokenizer = hf.load_tokenizer(where)
+    hf.check_vocabulary(config, tokenizer)
+    return Model(str(path), config, params, tokenizer, artifacts.fingerprint(where))
+
+
+def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False) -> Result:
+    """Trains by PPO in an opened run directory (`rundir.open_run`); with `resume` from its last checkpoint, if any.
+
+    Writes metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/ and export/policy.
+    """
+    model, ppo, loop = setup.model, setup.ppo, setup.loop
+    ppo.check_batch(loop.batch_size)
+    frozen = Frozen(model.params, setup.reward_params)
+    optimizer = make_optimizer()
+    key = jax.random.key(setup.seed)
+    state = init_state(key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef)
+    checkpoints = directory / rundir.CHECKPOINTS
+    if resume and checkpoint.latest_step(checkpoints) is not None:
+        state, step = checkpoint.restore(checkpoints, state)
+        rundir.truncate_run(directory, step)
+        screen.message(f"resumed at update {step}")
+    iteration = _iteration(setup, optimizer)
+    batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, model.pad_id)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_manager(checkpoints, loop.keep))
+        write = run_writer(directory, screen, loop.updates)
+        evaluations: dict[int, dict[str, float]] = _earlier_evaluations(directory)
+        evaluate = _evaluator(directory, setup, frozen, write, screen, evaluations)
+        state = train(
+            state,
+            frozen,
+            iteration,
+            lambda step: jax.tree.map(jnp.asarray, batches[step]),
+            setup.hyper,
+            loop,
+            write=lambda step, values: write(step, "ppo", values),
+            evaluate=evaluate,
+            save=lambda step, state: checkpoint.save(manager, step, state),
+        )
+    if loop.updates not in evaluations:  # a finished run that was resumed
+        evaluate(loop.updates, state)
+    after = evaluations[loop.updates]
+    artifacts.save(
+        directory / rundir.EXPORT / "policy",
+        "policy",
+        state.policy.adapter,
+        state.policy.value_head,
+        {"updates": loop.updates, "evaluation": after},
+        config=model.config,
+        base=model.name,
+        base_fingerprint=model.fingerprint,
+        overwrite=True,
+    )
+    return Result(state.policy, evaluations.get(0, {}), after)
+
+
+def run_writer(directory: Path, screen: Screen, total: int | None = None) -> metrics.Writer:
+    """Writes a step's values to metrics.jsonl, to TensorBoard and onto the screen."""
+    files = metrics.combine(
+        [
+            metrics.jsonl_writer(directory / rundir.METRICS),
+            metrics.tensorboard_writer(directory / rundir.TENSORBOARD, screen.message),
+        ]
+    )
+
+    def write(step: int, phase: str, values: Mapping[str, float]) -> None:
+        files(step, phase, values)
+        screen.update(phase=phase, step=step, total=total if phase in ("ppo", "eval") else None, values=values)
+
+    return write
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report."""
+    names = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {name: packages.version(name) for name in names},
+        "machine": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}",
+    }
+
+
+def _iteration(setup: Setup, optimizer: Any) -> Any:
+    if setup.device_reward is not None:
+        return make_iteration(setup.model.config, setup.ppo, optimizer, setup.device_reward)
+    if setup.host_reward is None:
+        raise ValueError("a run needs a reward: give device_reward or host_reward")
+    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
+    texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
+    return host_iteration(collect, learn, setup.host_reward, setup.model.decode, setup.ppo.sampling, texts, table)
+
+
+def _evaluator(
+    directory: Path,
+    setup: Setup,
+    frozen: Frozen,
+    write: metrics.Writer,
+    screen: Screen,
+    evaluations: dict[int, dict[str, float]],
+) -> Callable[[int, TrainState], None]:
+    """evaluate(step, state): scores the held-out prompts, writes phase "eval" and samples, fills `evaluations`."""
+    run = make_evaluate(setup.model.config, setup.ppo.sampling, setup.device_reward)
+    held_out = setup.held_out
+    length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
+    tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
+    prompts = Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)))
+    key = jax.random.key(setup.seed + 1)  # the same at every step: policies are compared on equal random numbers
+    shown: dict[int, Any] = {}
+
+    def evaluate(step: int, state: TrainState) -> None:
+        result = run(state.policy, frozen, prompts, key, setup.hyper)
+        responses = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
+        columns = _columns(setup, result, responses)
+        values = _summary(columns, result.rollout)
+        evaluations[step] = values
+        write(step, "eval", values)
+        scores = {name: column[:SAMPLES] for name, column in columns.items()}
+        rundir.write_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
+        shown[step] = (responses[:4], columns["reward"][:4])
+        if step == setup.loop.updates and 0 in shown:
+            (before, before_scores), (after, after_scores) = shown[0], shown[step]
+            screen.sample(held_out.texts[:4], before, after, before_scores, after_scores)
+
+    return evaluate
+
+
+def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
+    """The text of every response."""
+    return response_texts(
+        np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
+    )
+
+
+def _columns(setup: Setup, result: Evaluation, responses: Sequence[str]) -> dict[str, np.ndarray]:
+    """One array per score, NaN where a reward failed."""
+    scores, held_out = result.scores, setup.held_out
+    if scores is None:
+        assert setup.host_reward is not None
+        scores = setup.host_reward(held_out.texts, responses, held_out.metadata)
+    columns = {"reward": np.where(np.asarray(scores.valid), np.asarray(scores.reward), np.nan)}
+    columns |= {
+        name: np.asarray(judge(result.rollout, held_out.texts, responses)) for name, judge in setup.judges.items()
+    }
+    return columns | {"kl": np.asarray(result.kl)}
+
+
+def _summary(columns: Mapping[str, np.ndarray], rollout: Rollout) -> dict[str, float]:
+    values = {name: float(np.nanmean(column)) for name, column in columns.items()}
+    values |= {f"{name}_std": float(np.nanstd(column, ddof=1)) for name, column in columns.items()}
+    tokens = np.asarray(rollout.response_mask).sum(axis=1)
+    values["kl_per_token"] = float(columns["kl"].sum() / max(tokens.sum(), 1))
+    values["response_length"] = float(tokens.mean())
+    values["eos_rate"] = float(np.asarray(rollout.terminated).mean())
+    return values
+
+
+def _earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """What an interrupted run had already evaluated."""
+    records = metrics.read_jsonl(directory / rundir.METRICS) if (directory / rundir.METRICS).exists() else []
+    return {
+        r["step"]: {k: v for k, v in r.items() if k not in metrics.RESERVED} for r in records if r["phase"] == "eval"
+    }
