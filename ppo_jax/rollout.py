@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.cache import Cache, init_cache
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.heads import ValueHead
+from ppo_jax.models.heads import value
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import sample
@@ -88,7 +88,7 @@ def generate(
             keys, logits
         )
         whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
-        values = ValueHead().apply({"params": policy.value_head}, hidden)
+        values = value(policy.value_head, hidden)
         alive = loop.alive
 
         def put(array: Array, column: Array) -> Array:

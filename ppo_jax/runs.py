@@ -217,7 +217,7 @@ def _evaluator(
         values = _summary(columns, result.rollout)
         evaluations[step] = values
         write(step, "eval", values)
-        scores = {name: column[:SAMPLES] for name, column in columns.items()}
+        scores = {name: column[:SAMPLES].tolist() for name, column in columns.items()}
         rundir.write_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
         shown[step] = (responses[:4], columns["reward"][:4])
         if step == setup.loop.updates and 0 in shown:

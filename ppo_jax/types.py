@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
 
     tokens: Int[Array, "B P"]  # left-padded
     mask: Bool[Array, "B P"]  # True on prompt tokens
-    index: Int[Array, " B"]  # row of the host's table (text, metadata)
+    index: Int[Array, " B"]  # type: ignore[assignment]  # row of the host's table; the name hides tuple.index
 
 
 class Rollout(NamedTuple):
@@ -42,7 +42,7 @@ class Rollout(NamedTuple):
     policy_logprobs: Float[Array, "B T"]  # same temperature, whole vocabulary; equal when nothing is filtered
     values: Float[Array, "B T"]  # V(state before token t)
     terminated: Bool[Array, " B"]  # ended by a stop token (False: cut by length)
-    index: Int[Array, " B"]
+    index: Int[Array, " B"]  # type: ignore[assignment]
 
     @property
     def mask(self) -> Bool[Array, "B S"]:

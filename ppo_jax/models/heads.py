@@ -1,8 +1,12 @@
 """Scalar heads on hidden states, as Flax Linen modules; computed in float32."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from ppo_jax.types import PyTree
 
 
 class ValueHead(nn.Module):
@@ -28,6 +32,16 @@ class RewardHead(nn.Module):
         gain = self.param("gain", nn.initializers.ones, ())
         bias = self.param("bias", nn.initializers.zeros, ())
         return gain * out[..., 0] + bias
+
+
+def value(head: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """V of each hidden state, by the parameters of a ValueHead."""
+    return cast(Array, ValueHead().apply({"params": head}, hidden))
+
+
+def score(head: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """r of each hidden state, by the parameters of a RewardHead."""
+    return cast(Array, RewardHead().apply({"params": head}, hidden))
 
 
 def last_token(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:

@@ -17,6 +17,9 @@ from ppo_jax.models.cache import Cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.types import PyTree
 
+# A scan body over layers: (residual stream, stored keys and values), (layer number, adapter's arrays) -> carry, nothing
+Step = Callable[[tuple, tuple], tuple[tuple, None]]
+
 
 def init_params(key: Array, config: ModelConfig) -> PyTree:
     """Random parameters: N(0, 0.02) matrices, unit norms, zero biases. `key` is consumed."""
@@ -41,9 +44,9 @@ def init_params(key: Array, config: ModelConfig) -> PyTree:
 
 def biased_linears(config: ModelConfig) -> tuple[str, ...]:
     """The linear maps that carry a bias under this configuration."""
-    names = ("q", "k", "v") if config.attention_bias else ()
-    names += ("o",) if config.output_bias else ()
-    return names + (("gate", "up", "down") if config.mlp_bias else ())
+    groups = ((config.attention_bias, "qkv"), (config.output_bias, "o"))
+    names = [name for biased, group in groups if biased for name in group]
+    return (*names, *(("gate", "up", "down") if config.mlp_bias else ()))
 
 
 def positions_from_mask(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -130,10 +133,12 @@ def _layers_of(adapter: PyTree, config: ModelConfig, low: int, high: int) -> PyT
     return jax.tree.map(lambda leaf: leaf[low - first : high - first], stacked)
 
 
-def _layer_step(base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None):
+def _layer_step(
+    base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None
+) -> Step:
     """The scan body over layers: carry (residual stream, stored keys and values)."""
 
-    def step(carry: tuple, inputs: tuple) -> tuple:
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
         x, stored = carry
         index, trained = inputs
         layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base)

@@ -1,1 +1,1 @@
-
+"""Where rewards come from, behind one protocol (`base`)."""

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.heads import RewardHead, last_token
+from ppo_jax.models.heads import last_token, score
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import role_hidden
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
@@ -33,7 +33,7 @@ def score_tokens(
     if prefix is not None and first_layer(role.adapter, config) < prefix_layers:
         prefix = None  # this role already differs below the shared layers
     hidden = role_hidden(base, role.adapter, config, tokens, mask, prefix, prefix_layers)
-    return RewardHead().apply({"params": role.head}, last_token(hidden, mask))
+    return score(role.head, last_token(hidden, mask))
 
 
 def text_mask(rollout: Rollout, stop_ids: tuple[int, ...]) -> Bool[Array, "B S"]:

@@ -1,1 +1,1 @@
-
+"""The algorithms: PPO, supervised fine-tuning, reward models, and the loop around them."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.adapters import first_layer, unembedding
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.heads import ValueHead
+from ppo_jax.models.heads import value
 from ppo_jax.ops.advantages import gae
 from ppo_jax.ops.kl import Kind, adaptive_kl, kl_penalty
 from ppo_jax.ops.logprobs import hidden_logprobs, hidden_logprobs_and_entropy
@@ -158,7 +158,7 @@ def learn(
         total, rows = metrics["kl"]
         observed = total / jnp.maximum(rows, 1)
         kl_coef = adaptive_kl(kl_coef, observed, rows, hyper.kl_target, hyper.kl_horizon)
-    return state.replace(step=state.step + 1, kl_coef=kl_coef), metrics
+    return dataclasses.replace(state, step=state.step + 1, kl_coef=kl_coef), metrics
 
 
 def reference_logprobs(
@@ -257,7 +257,7 @@ def update(
     grads, _ = optax.clip_by_global_norm(hyper.max_grad_norm).update(grads, optax.EmptyState())
     direction, opt_state = optimizer.update(grads, state.opt_state, state.policy)
     policy = jax.tree.map(lambda p, d: (p - hyper.learning_rate * d).astype(p.dtype), state.policy, direction)
-    return state.replace(policy=policy, opt_state=opt_state), metrics
+    return dataclasses.replace(state, policy=policy, opt_state=opt_state), metrics
 
 
 def ppo_loss(
@@ -276,7 +276,7 @@ def ppo_loss(
     hidden = before_response(hidden, length)
     actions, table = batch.tokens[:, -length:], unembedding(frozen.base, policy.adapter)
     logprobs, entropy = hidden_logprobs_and_entropy(hidden, table, actions, hyper.temperature, ppo.logprob_chunk)
-    values = ValueHead().apply({"params": policy.value_head}, hidden)
+    values = value(policy.value_head, hidden)
 
     mask = batch.loss_mask
     policy_loss, policy_metrics = clipped_policy_loss(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppo_jax.models.adapters import first_layer, init_lora
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.heads import RewardHead, last_token
+from ppo_jax.models.heads import RewardHead, last_token, score
 from ppo_jax.ops.losses import bradley_terry_loss
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.rollout import role_hidden, shared_prefix
@@ -208,7 +208,7 @@ def bucket_texts(rows: Sequence[Sequence[int]], lengths: Sequence[int], pad_id: 
         if index.size:
             mask = np.arange(length) < sizes[index, None]
             tokens = np.full(mask.shape, pad_id, np.int32)
-            tokens[mask] = np.concatenate([rows[i] for i in index])
+            tokens[mask] = np.concatenate([rows[int(i)] for i in index])
             buckets.append(Bucket(index, tokens, mask))
     return buckets
 
@@ -250,15 +250,19 @@ def text_features(
 
 def head_scores(head: PyTree, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
     """The head's scores of features from `text_features`."""
-    return np.asarray(RewardHead().apply({"params": head}, jnp.asarray(features)))
+    return np.asarray(score(head, jnp.asarray(features)))
 
 
 def _slices(bucket: Bucket, size: int) -> Iterator[Bucket]:
     """Pieces of exactly `size` rows (the last one repeats its first rows), so that one program serves all."""
     for start in range(0, len(bucket.index), size):
         rows = np.arange(start, start + size)
-        rows = np.where(rows < len(bucket.index), rows, start)
-        yield Bucket(*(None if x is None else x[rows] for x in bucket))
+        yield _take(bucket, np.where(rows < len(bucket.index), rows, start))
+
+
+def _take(bucket: Bucket, rows: Int[np.ndarray, " n"]) -> Bucket:
+    prefix = None if bucket.prefix is None else bucket.prefix[rows]
+    return Bucket(bucket.index[rows], bucket.tokens[rows], bucket.mask[rows], prefix)
 
 
 def rated_batches(
@@ -267,8 +271,7 @@ def rated_batches(
     """One epoch of batches of rated texts, in random order; within a batch every pair with different ratings counts."""
     batches = []
     for bucket in buckets:
-        order = rng.permutation(len(bucket.index))
-        shuffled = Bucket(*(None if x is None else x[order] for x in bucket))
+        shuffled = _take(bucket, rng.permutation(len(bucket.index)))
         batches += [_compare(piece, ratings[piece.index]) for piece in _slices(shuffled, batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -279,4 +282,6 @@ def _compare(piece: Bucket, ratings: Float[np.ndarray, " N"]) -> Comparisons:
     real = np.zeros(len(ratings), bool)
     real[first] = True  # a row that only fills up the batch is not compared
     better &= real[:, None] & real[None, :]
-    return Comparisons(piece.tokens, piece.mask, better, np.zeros(better.shape, np.float32), piece.prefix)
+    margin = np.zeros(better.shape, np.float32)
+    prefix = None if piece.prefix is None else jnp.asarray(piece.prefix)
+    return Comparisons(*map(jnp.asarray, (piece.tokens, piece.mask, better, margin)), prefix)
