@@ -12,7 +12,7 @@ from ppo_jax.models.config import ModelConfig, RopeScaling
 MASKED = -1e30
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     """Radians per position of each rotary pair: theta^(-2i/H), stretched by the checkpoint's scaling.
 
     RoPE: Su et al. 2021, section 3.4. The `llama3` rule: The Llama 3 Herd of Models, and the released configs.
@@ -27,7 +27,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
     return _llama3(frequency, scaling)
 
 
-def _llama3(frequency: Float[Array, " H/2"], scaling: RopeScaling) -> Float[Array, " H/2"]:
+def _llama3(frequency: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
     # turns: how often a pair rotates within the original context; few turns = low frequency = divided by factor.
     turns = scaling.original_max_positions * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -282,6 +282,5 @@ def _compare(piece: Bucket, ratings: Float[np.ndarray, " N"]) -> Comparisons:
     real = np.zeros(len(ratings), bool)
     real[first] = True  # a row that only fills up the batch is not compared
     better &= real[:, None] & real[None, :]
-    margin = np.zeros(better.shape, np.float32)
-    prefix = None if piece.prefix is None else jnp.asarray(piece.prefix)
-    return Comparisons(*map(jnp.asarray, (piece.tokens, piece.mask, better, margin)), prefix)
+    batch = Comparisons(piece.tokens, piece.mask, better, np.zeros(better.shape, np.float32), piece.prefix)  # type: ignore[arg-type]
+    return jax.tree.map(jnp.asarray, batch)
