@@ -1,7 +1,4 @@
-"""Metrics as (total, count) pairs on the device, and the writers that put their means into a run directory.
-
-A loss returns `{name: (total, count)}`; pairs are summed over micro-batches, scan steps and devices, and divided
-once, here, on the host. So a mean over tokens is exact however the batch was cut (DESIGN, defects 11 and 15).
+"""The writers that put metrics into a run directory, and their files.
 
 A *writer* is any function `write(step, phase, values)`. Only process 0 needs one; `combine([])` writes nothing.
 """
@@ -15,45 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from ppo_jax.types import Metrics
-
 Writer = Callable[[int, str, Mapping[str, float]], None]
 
 RESERVED = ("step", "phase", "time")  # the columns of metrics.jsonl that are not values
-
-
-# -- on the device ---------------------------------------------------------------------------------------------------
-
-
-def merge(a: Metrics, b: Metrics) -> Metrics:
-    """Sum of two sets of metrics: (t_a + t_b, n_a + n_b) for each name; a name in one of them only is kept."""
-    both = {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a if name in b}
-    return {**a, **b, **both}
-
-
-def reduce(metrics: Metrics) -> Metrics:
-    """Sum over the leading axis, the one that `lax.scan` stacks: totals[N], counts[N] -> total, count."""
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-
-
-# -- on the host -----------------------------------------------------------------------------------------------------
-
-
-def mean(metrics: Metrics) -> dict[str, float]:
-    """total / count of each metric, in one transfer from the device.
-
-    A count of 0 gives NaN (nothing was measured, which is not the same as 0); `jsonl_writer` writes it as null.
-    Raises ValueError for a pair that still has an axis.
-    """
-    values = {}
-    for name, (total, count) in jax.device_get(metrics).items():
-        if jnp.ndim(total) or jnp.ndim(count):
-            raise ValueError(f"metric {name!r} has shape {jnp.shape(total)}, expected a scalar: call reduce() first")
-        values[name] = float(total) / float(count) if float(count) != 0 else math.nan
-    return values
 
 
 def combine(writers: Iterable[Writer]) -> Writer:

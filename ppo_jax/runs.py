@@ -23,7 +23,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
-from ppo_jax.train.loop import LoopConfig, host_iteration, response_texts, train
+from ppo_jax.train.loop import LoopConfig, evaluation_due, host_iteration, response_texts, train
 from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration, make_optimizer
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout
@@ -118,10 +118,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
     key = jax.random.key(setup.seed)
     state = init_state(key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef)
     checkpoints = directory / rundir.CHECKPOINTS
-    if resume and checkpoint.latest_step(checkpoints) is not None:
-        state, step = checkpoint.restore(checkpoints, state)
-        rundir.truncate_run(directory, step)
-        screen.message(f"resumed at update {step}")
+    if resume:
+        state = _restored(directory, state, loop.updates, screen)
     iteration = _iteration(setup, optimizer)
     batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, model.pad_id)
     with contextlib.ExitStack() as stack:
@@ -129,6 +127,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
         write = run_writer(directory, screen, loop.updates)
         evaluations: dict[int, dict[str, float]] = _earlier_evaluations(directory)
         evaluate = _evaluator(directory, setup, frozen, write, screen, evaluations)
+        if (done := int(state.step)) and evaluation_due(done, loop) and done not in evaluations:
+            evaluate(done, state)  # the run was stopped between saving and evaluating
         state = train(
             state,
             frozen,
@@ -140,8 +140,6 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
             evaluate=evaluate,
             save=lambda step, state: checkpoint.save(manager, step, state),
         )
-    if loop.updates not in evaluations:  # a finished run that was resumed
-        evaluate(loop.updates, state)
     after = evaluations[loop.updates]
     artifacts.save(
         directory / rundir.EXPORT / "policy",
@@ -257,9 +255,28 @@ def _summary(columns: Mapping[str, np.ndarray], rollout: Rollout) -> dict[str, f
     return values
 
 
+def _restored(directory: Path, state: TrainState, updates: int, screen: Screen) -> TrainState:
+    """The state of the last checkpoint, or `state` where there is none; drops what the run wrote after it."""
+    checkpoints = directory / rundir.CHECKPOINTS
+    step = checkpoint.latest_step(checkpoints)
+    if step is None:
+        rundir.truncate_run(directory, -1)  # stopped before its first checkpoint: all is done again
+        return state
+    if step > updates:
+        raise ValueError(
+            f"{checkpoints} is at update {step}, beyond --loop.updates {updates}: give at least {step}, or another "
+            "run directory"
+        )
+    state, step = checkpoint.restore(checkpoints, state)
+    rundir.truncate_run(directory, step)
+    screen.message(f"resumed at update {step}")
+    return state
+
+
 def _earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     """What an interrupted run had already evaluated."""
-    records = metrics.read_jsonl(directory / rundir.METRICS) if (directory / rundir.METRICS).exists() else []
     return {
-        r["step"]: {k: v for k, v in r.items() if k not in metrics.RESERVED} for r in records if r["phase"] == "eval"
+        record["step"]: {name: value for name, value in record.items() if name not in metrics.RESERVED}
+        for record in metrics.read_jsonl(directory / rundir.METRICS)
+        if record["phase"] == "eval"
     }

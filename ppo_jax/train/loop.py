@@ -93,12 +93,17 @@ def train(
         tokens = float(metrics["response_length"][0])
         write(step + 1, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
         _check_finite(step + 1, values)
-        done, last = step + 1, step + 1 == loop.updates
-        if last or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
+        done = step + 1
+        if done == loop.updates or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
             save(done, state)
-        if last or (loop.eval_every and done % loop.eval_every == 0):
+        if evaluation_due(done, loop):
             evaluate(done, state)
     return state
+
+
+def evaluation_due(done: int, loop: LoopConfig) -> bool:
+    """Whether the policy is evaluated after `done` iterations."""
+    return done in (0, loop.updates) or bool(loop.eval_every and done % loop.eval_every == 0)
 
 
 def means(metrics: Metrics) -> dict[str, float]:
@@ -108,12 +113,19 @@ def means(metrics: Metrics) -> dict[str, float]:
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:
-    for name in ("policy_loss", "value_loss", "grad_norm"):
-        # A batch in which every reward failed has no loss: NaN by 0 / 0, and harmless.
-        if not math.isfinite(values[name]) and values.get("invalid_scores", 0.0) < 1:
+    smaller_steps = "lower --hyper.learning-rate, or --hyper.max-grad-norm"
+    remedies = {
+        "reward": "mend the reward (a score that failed must be marked invalid)",
+        "policy_loss": smaller_steps,
+        "value_loss": smaller_steps,
+        "grad_norm": smaller_steps,
+    }
+    for name, remedy in remedies.items():
+        # Where every reward failed the means are 0 / 0, and harmless; the gradient is a plain 0.
+        measured = name == "grad_norm" or values.get("invalid_scores") != 1
+        if measured and not math.isfinite(values[name]):
             raise FloatingPointError(
-                f"update {step}: {name} is {values[name]}. The last checkpoint is from before; lower "
-                "--hyper.learning-rate, or --hyper.max-grad-norm, and resume"
+                f"update {step}: {name} is {values[name]}. The last checkpoint is from before; {remedy}, and resume"
             )
 
 

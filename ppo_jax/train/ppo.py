@@ -306,17 +306,18 @@ def experience_metrics(
     mask, valid = batch.loss_mask, scores.valid
     one = jnp.ones(())
     rows, tokens = jnp.sum(valid, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
+    measured = jnp.minimum(rows, 1)  # a spread of no rows is unknown, not 0
     kl = jnp.sum(jnp.where(mask, experience.kl, 0.0))
     unexplained = masked_var(batch.returns - batch.values, mask) / jnp.maximum(masked_var(batch.returns, mask), 1e-8)
     metrics = {
         "reward": (jnp.sum(jnp.where(valid, scores.reward, 0.0)), rows),
-        "reward_std": (jnp.sqrt(masked_var(scores.reward, valid)), one),
+        "reward_std": (jnp.sqrt(masked_var(scores.reward, valid)) * measured, measured),
         "shaped_reward": (jnp.sum(jnp.where(mask, experience.rewards, 0.0)), rows),
         "kl": (kl, rows),
         "kl_per_token": (kl, tokens),
         "value": (jnp.sum(jnp.where(mask, batch.values, 0.0)), tokens),
         "return": (jnp.sum(jnp.where(mask, batch.returns, 0.0)), tokens),
-        "explained_variance": (1 - unexplained, one),
+        "explained_variance": ((1 - unexplained) * measured, measured),
         "response_length": (tokens, rows),
         "eos_rate": (jnp.sum(rollout.terminated & valid, dtype=jnp.float32), rows),
         "invalid_scores": (jnp.sum(~valid, dtype=jnp.float32), jnp.asarray(valid.size, jnp.float32)),

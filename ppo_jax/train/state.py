@@ -29,13 +29,14 @@ def init_state(
     optimizer: optax.GradientTransformation,
     kl_coef: float,
 ) -> TrainState:
-    """A fresh state around `adapter`, with a value head of zeros. `key` is kept as the run's root key."""
+    """A fresh state around a copy of `adapter`, with a value head of zeros. `key` is kept as the run's root key."""
     # Value-head parameters are zeros whatever the key, so the root key is not spent here.
     value_head = ValueHead().init(jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
-    policy = Policy(adapter=adapter, value_head=value_head)
+    # Copies: an iteration is donated the state's buffers, and the caller's own must outlive it.
+    policy = Policy(adapter=jax.tree.map(jnp.copy, adapter), value_head=value_head)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        key=key,
+        key=jnp.copy(key),
         policy=policy,
         opt_state=optimizer.init(policy),
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
