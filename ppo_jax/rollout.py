@@ -72,6 +72,7 @@ def generate(
     tokens. The loop ends when every row has. temperature 0 decodes greedily. `key` is consumed; row b draws
     with fold_in(key, b), so a row's response depends on the key, its number and its prompt, not on its neighbours.
     """
+    _check_ids(sampling, config)
     batch, prompt_length = prompts.tokens.shape
     length = sampling.response_length
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -82,7 +83,7 @@ def generate(
     def draw(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
         """Token `step` of every living row, from the hidden state before it."""
         t = loop.step
-        logits = jnp.einsum("bd,vd->bv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)  # as hidden_logprobs
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
         tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(
             keys, logits
@@ -140,10 +141,21 @@ def generate(
     )
 
 
+def _check_ids(sampling: Sampling, config: ModelConfig) -> None:
+    for name, ids in (("pad_id", (sampling.pad_id,)), ("stop_ids", sampling.stop_ids)):
+        if not all(0 <= i < config.vocab_size for i in ids):
+            raise ValueError(f"{name}={getattr(sampling, name)} must lie in the vocabulary [0, {config.vocab_size})")
+
+
 def shared_prefix(
     base: PyTree, config: ModelConfig, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], layers: int
 ) -> Float[Array, "B S D"] | None:
-    """The residual stream below layer `layers`, equal for all roles whose adapters start there; None for 0 layers."""
+    """The residual stream below layer `layers`, equal for all roles whose adapters start there; None for 0 layers.
+
+    The last layer is never part of it (an adapter may touch no layer at all): what follows it is the final norm,
+    which belongs to the role.
+    """
+    layers = min(layers, config.num_layers - 1)
     if layers == 0:
         return None
     return apply(base, {}, config, tokens, positions_from_mask(mask), layers=(0, layers))
@@ -162,7 +174,8 @@ def role_hidden(
     positions = positions_from_mask(mask)
     if prefix is None:
         return apply(base, adapter, config, tokens, positions)
-    return apply(base, adapter, config, None, positions, hidden=prefix, layers=(prefix_layers, config.num_layers))
+    start = min(prefix_layers, config.num_layers - 1)  # as in shared_prefix
+    return apply(base, adapter, config, None, positions, hidden=prefix, layers=(start, config.num_layers))
 
 
 def before_response(hidden: Float[Array, "B S D"], response_length: int) -> Float[Array, "B T D"]:

@@ -121,10 +121,14 @@ def first_layer(adapter: PyTree, config: ModelConfig) -> int:
 
     An adapter that replaces the embedding changes every activation: 0.
     """
-    if "embedding" in adapter:
-        return 0
     stacked = jax.tree.leaves((adapter.get("lora", {}), adapter.get("layers", {})))
-    return config.num_layers - max((leaf.shape[0] for leaf in stacked), default=0)
+    counts = {leaf.shape[0] for leaf in stacked} or {0}
+    if len(counts) > 1 or max(counts) > config.num_layers:
+        raise ValueError(
+            f"the adapter's arrays are stacked over {sorted(counts)} layers; all must have the same number, "
+            f"at most num_layers={config.num_layers}"
+        )
+    return 0 if "embedding" in adapter else config.num_layers - max(counts)
 
 
 def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
@@ -136,8 +140,8 @@ def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
         update = lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)
         base = layers[name][-update.shape[0] :]
         layers[name] = layers[name].at[-update.shape[0] :].set((base + update).astype(base.dtype))
-    whole = {name: adapter.get(name, array) for name, array in params.items() if name != "layers"}
-    return {**whole, "layers": layers}
+    whole = {name: array for name, array in adapter.items() if name not in ("lora", "layers")}
+    return {**params, **whole, "layers": layers}
 
 
 def unembedding(params: PyTree, adapter: PyTree) -> Float[Array, "V D"]:

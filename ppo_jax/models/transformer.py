@@ -84,7 +84,8 @@ def apply(
       tokens: token ids; None when `hidden` is given.
       positions: each token's position in its own sequence; -1 marks padding, which no token attends to.
         Causality follows positions, so left and right padding give equal results.
-      cache: earlier keys and values; the new ones are written at slots [length, length + S).
+      cache: earlier keys and values; the new ones are written at slots [length, length + S). Its length grows
+        when the last layer has run, so the ranges of one pass share their slots.
       layers: (start, stop): run this range only. With start > 0 the input is `hidden`, the output of
         [0, start); with stop < L the output is the raw residual stream, without the final norm.
       hidden: the residual stream that enters layer `start`.
@@ -93,10 +94,10 @@ def apply(
       hidden states, and the updated cache when one was given.
     """
     start, stop = layers or (0, config.num_layers)
+    if not 0 <= start < stop <= config.num_layers:
+        raise ValueError(f"layers [{start}, {stop}) is empty or not within [0, {config.num_layers})")
     if (hidden is None) == (tokens is None) or (hidden is None) != (start == 0):
         raise ValueError(f"layers [{start}, {stop}): give tokens when start is 0, else hidden, and not both")
-    if not 0 <= start <= stop <= config.num_layers:
-        raise ValueError(f"layers [{start}, {stop}) is not a range within [0, {config.num_layers})")
     x = adapter.get("embedding", params["embedding"])[tokens] if hidden is None else hidden
     x = x.astype(config.dtype)
     cos_sin = rotary(positions, config)
@@ -104,19 +105,24 @@ def apply(
         slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
         cache = cache._replace(positions=slots)
 
-    split = min(max(first_layer(adapter, config), start), stop)
+    stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
+    first = first_layer(stacked, config)
+    split = min(max(first, start), stop)
+    trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
     step = _layer_step(params["layers"], config, positions, cos_sin, cache)
     if config.remat:
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
     stored = None if cache is None else (cache.keys, cache.values)
-    for low, high, trained in ((start, split, {}), (split, stop, _layers_of(adapter, config, split, stop))):
+    for low, high, scanned in ((start, split, {}), (split, stop, trained)):
         if low < high:
-            (x, stored), _ = jax.lax.scan(step, (x, stored), (jnp.arange(low, high), trained))
-    if stop == config.num_layers:
+            (x, stored), _ = jax.lax.scan(step, (x, stored), (jnp.arange(low, high), scanned))
+    last = stop == config.num_layers
+    if last:
         x = rms_norm(x, adapter.get("final_norm", params["final_norm"]), config.norm_eps)
     if cache is None or stored is None:
         return x
-    return x, cache._replace(keys=stored[0], values=stored[1], length=cache.length + positions.shape[1])
+    written = positions.shape[1] if last else 0
+    return x, cache._replace(keys=stored[0], values=stored[1], length=cache.length + written)
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
@@ -124,13 +130,6 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def _layers_of(adapter: PyTree, config: ModelConfig, low: int, high: int) -> PyTree:
-    """The adapter's stacked arrays for layers [low, high)."""
-    stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
-    first = first_layer({name: stacked[name] for name in stacked}, config)
-    return jax.tree.map(lambda leaf: leaf[low - first : high - first], stacked)
 
 
 def _layer_step(
