@@ -30,8 +30,8 @@ def score_tokens(
     prefix_layers: int = 0,
 ) -> Float[Array, " B"]:
     """The head's value at each row's last real token, wherever the padding lies."""
-    if prefix is not None and first_layer(role.adapter, config) < prefix_layers:
-        prefix = None  # this role already differs below the shared layers
+    if prefix is not None and min(first_layer(role.adapter, config), config.num_layers - 1) < prefix_layers:
+        prefix = None  # this role already differs, or ends, below the shared layers
     hidden = role_hidden(base, role.adapter, config, tokens, mask, prefix, prefix_layers)
     return score(role.head, last_token(hidden, mask))
 

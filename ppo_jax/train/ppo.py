@@ -132,7 +132,7 @@ def rollout_prefix(
     policy: Policy, frozen: Frozen, rollout: Rollout, config: ModelConfig
 ) -> tuple[Float[Array, "B S D"] | None, int]:
     """What all roles share of a rollout, constant over the epochs, and how many layers deep it is."""
-    depth = first_layer(policy.adapter, config)
+    depth = min(first_layer(policy.adapter, config), config.num_layers - 1)  # the last layer is never shared
     return shared_prefix(frozen.base, config, rollout.tokens, rollout.mask, depth), depth
 
 
