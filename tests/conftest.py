@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: several test processes share the cores
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -16,3 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Every annotation such as Float[Array, "B T"] in ppo_jax is checked on each call.
 install_import_hook("ppo_jax", "tests.typecheck.check")
+
+# No deadline: the first call of a property compiles. In CI the same examples are drawn each time.
+hypothesis.settings.register_profile("ppo_jax", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("ppo_jax")
