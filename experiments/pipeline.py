@@ -1,0 +1,157 @@
+"""Demonstrations -> SFT, comparisons -> reward model, prompts -> PPO: the classic pipeline in a minute on a laptop.
+
+    python -m experiments.pipeline
+    python -m experiments.pipeline --hyper.kl-coef 0.05     # more reward, further from the fine-tuned model
+
+A random model of four layers learns a toy language from demonstrations ("the plot is very lovely and dull"). A reward
+model on it learns from comparisons that good words are better than bad ones, and PPO makes the model say good words
+while the KL to the fine-tuned model stays small. On an own model the same three stages are `ppo-jax sft`, `reward`
+and `ppo` (Ouyang et al. 2022, figure 2).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.smoke import BAD, GOOD, model
+from ppo_jax import config, report, rundir
+from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
+from ppo_jax.display import progress
+from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.rewards.adapter import adapter_reward
+from ppo_jax.rollout import Sampling
+from ppo_jax.runs import PromptSet, Setup, environment, run_ppo
+from ppo_jax.stages import run_reward, run_sft
+from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.ppo import PPOConfig
+from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.sft import SFTConfig
+from ppo_jax.types import Hyper
+
+OPENINGS = [f"the {noun} {verb}" for noun in ("film", "plot", "cast", "script") for verb in ("is", "was")]
+MAX_LENGTH = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Everything needed to repeat a run."""
+
+    run_dir: Path = Path("runs/pipeline")
+    """Where all results go; each stage has a folder of its own."""
+    seed: int = 0
+    """Of data, sampling and initialisation."""
+    demonstrations: int = 512
+    """Sentences that SFT learns from."""
+    pairs: int = 512
+    """Comparisons that the reward model learns from."""
+    sft: SFTConfig = SFTConfig(epochs=4, batch_size=32, learning_rate=3e-3)
+    """Supervised fine-tuning, of all parameters."""
+    reward: RewardConfig = RewardConfig(lora_layers=2, batch_size=32, epochs=10, learning_rate=3e-3)
+    """The reward model."""
+    policy: AdapterConfig = AdapterConfig(layers=2, rank=8)
+    """What of the policy is trained by PPO."""
+    ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=8), epochs=2, num_minibatches=4)
+    """PPO's static choices."""
+    hyper: Hyper = Hyper(learning_rate=2e-3, temperature=1.0, kl_coef=0.3)
+    """Its scalars."""
+    loop: LoopConfig = LoopConfig(updates=20, batch_size=64, eval_every=10, checkpoint_every=10)
+    """How long, and what when."""
+    overwrite: bool = False
+    """Delete the run in run_dir and start anew."""
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Runs the three stages; returns the path of the report."""
+    settings = config.parse(PipelineConfig, args, prog="experiments.pipeline")
+    stages = [
+        rundir.open_run(settings.run_dir / name, overwrite=settings.overwrite) for name in ("sft", "reward", "ppo")
+    ]
+    for directory in stages:
+        repeatable = dataclasses.replace(settings, overwrite=False)
+        (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
+    rng = np.random.default_rng(settings.seed)
+    base = model(settings.seed)
+    with progress("ppo_jax · pipeline") as screen:
+        # -- 1: SFT, on sentences whose words are good and bad by chance ------------------------------------------
+        demonstrations, unseen = (
+            encode_sft(sentences(rng, n), base.tokenizer, MAX_LENGTH) for n in (settings.demonstrations, 64)
+        )
+        adapter = AdapterConfig(kind="full")
+        sft = run_sft(stages[0], base, adapter, demonstrations, unseen, settings.sft, settings.seed, screen)
+        screen.message(f"SFT: perplexity {sft.before['perplexity']:.1f} -> {sft.after['perplexity']:.2f}")
+
+        # -- 2: reward model, on pairs of sentences of which one has more good words --------------------------------
+        pairs, unseen_pairs = (
+            encode_pairs(comparisons(rng, n), base.tokenizer, MAX_LENGTH, eos=False) for n in (settings.pairs, 128)
+        )
+        reward = run_reward(stages[1], sft.model, settings.reward, pairs, unseen_pairs, settings.seed, screen)
+        screen.message(f"reward model: {reward.accuracy:.3f} of held-out pairs in the right order")
+
+        # -- 3: PPO, from the fine-tuned model, which is also its reference -----------------------------------------
+        rows = encode_prompts(OPENINGS * 8, base.tokenizer, MAX_LENGTH).rows
+        prompts = PromptSet(rows, OPENINGS * 8, [{}] * len(rows))
+        sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=base.stop_ids, pad_id=base.pad_id)
+        key = jax.random.key(settings.seed)
+        setup = Setup(
+            model=sft.model,
+            adapter=init_adapter(key, sft.model.params, sft.model.config, settings.policy),
+            prompts=prompts,
+            held_out=prompts,  # all there are
+            ppo=dataclasses.replace(settings.ppo, sampling=sampling),
+            hyper=settings.hyper,
+            loop=settings.loop,
+            seed=settings.seed,
+            device_reward=adapter_reward(reward.trunk, sampling.stop_ids),
+            reward_params=reward.role,
+            judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
+        )
+        result = run_ppo(stages[2], setup, screen)
+        path = report.write(
+            stages[2],
+            {
+                "title": "SFT, reward model, PPO on a toy language",
+                "task": __doc__.split("\n\n")[2].replace("\n", " "),
+                "before": result.before,
+                "after": result.after,
+                "prompts": len(rows),
+                "reward_accuracy": reward.accuracy,
+                "reward_accuracy_note": "held-out pairs",
+                "seed": settings.seed,
+                "notes": ["The judge counts: good words less bad ones."],
+                **environment(),
+            },
+        )
+        screen.message(f"report: {path}")
+    return path
+
+
+def sentences(rng: np.random.Generator, count: int) -> list[SFTRecord]:
+    """Random sentences of the toy language: an opening, an adverb, two adjectives."""
+    return [SFTRecord(OPENINGS[rng.integers(len(OPENINGS))], continuation(rng), f"sentence {i}") for i in range(count)]
+
+
+def continuation(rng: np.random.Generator) -> str:
+    first, second = rng.choice(GOOD + BAD, 2)
+    return f" {rng.choice(['very', 'really', 'quite'])} {first} and {second}"
+
+
+def comparisons(rng: np.random.Generator, count: int) -> list[PairRecord]:
+    """Two continuations of one opening; the better one has more good words."""
+    found: list[PairRecord] = []
+    while len(found) < count:
+        worse, better = sorted((continuation(rng), continuation(rng)), key=goodness)
+        if goodness(better) > goodness(worse):
+            found.append(PairRecord(OPENINGS[len(found) % len(OPENINGS)], better, worse, 0.0, f"pair {len(found)}"))
+    return found
+
+
+def goodness(text: str) -> float:
+    """How many good words a text has, less its bad ones."""
+    words = text.split()
+    return float(sum(word in GOOD for word in words) - sum(word in BAD for word in words))
+
+
+if __name__ == "__main__":
+    main()
