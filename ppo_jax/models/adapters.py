@@ -50,8 +50,8 @@ class AdapterConfig:
 class Lora:
     """A low-rank update W + scale * a @ b of a stack of linear maps (Hu et al. 2021, section 4.1)."""
 
-    a: Float[Array, "*n i r"]
-    b: Float[Array, "*n r o"]
+    a: PyTree  # [n, in, r]; tree functions also put shapes, shardings and flags here, so no array type is claimed
+    b: PyTree  # [n, r, out]
     scale: float = flax.struct.field(pytree_node=False)  # alpha / rank
 
 
