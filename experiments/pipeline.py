@@ -108,6 +108,7 @@ def main(args: list[str] | None = None) -> Path:
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
         )
         result = run_ppo(stages[2], setup, screen)
+        facts = environment()
         path = report.write(
             stages[2],
             {
@@ -120,7 +121,8 @@ def main(args: list[str] | None = None) -> Path:
                 "reward_accuracy_note": "held-out pairs",
                 "seed": settings.seed,
                 "notes": ["The judge counts: good words less bad ones."],
-                **environment(),
+                "versions": facts["versions"],
+                "machine": facts["machine"],
             },
         )
         screen.message(f"report: {path}")

@@ -1,0 +1,79 @@
+"""The console command `ppo-jax`, and what becomes of an error: one line and an exit code, no traceback."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from ppo_jax import commands, config
+from ppo_jax.settings import GenerateSettings, PPOSettings, RewardSettings, SFTSettings
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
+
+
+class Command(NamedTuple):
+    settings: type
+    run: Callable[[Any], None]
+
+
+COMMANDS = {
+    "sft": Command(SFTSettings, commands.sft),
+    "reward": Command(RewardSettings, commands.reward),
+    "ppo": Command(PPOSettings, commands.ppo),
+    "generate": Command(GenerateSettings, commands.generate_responses),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `ppo-jax COMMAND OPTIONS`; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else MISTAKE
+    if args[0] == "--version":
+        print(f"ppo_jax {metadata.version('ppo_jax')}")
+        return 0
+    name, *options = args
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
+        return MISTAKE
+    command, prog = COMMANDS[name], f"ppo-jax {name}"
+    return exit_code(prog, lambda: command.run(config.parse(command.settings, options, prog=prog)))
+
+
+def usage() -> str:
+    """The list of commands, from the docstrings of their settings."""
+    lines = [f"  {name:<10}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
+
+
+def exit_code(prog: str, run: Callable[[], object]) -> int:
+    """Calls `run`. An error that a user can act on becomes a message on standard error and an exit code.
+
+    2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
+    loss that is not finite, a full disk). 130: interrupted. Anything else is a bug of ours, and keeps its traceback.
+    """
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+        ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
+        if not ours or os.environ.get(TRACEBACK):
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        return MISTAKE if known else FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

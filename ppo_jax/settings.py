@@ -1,0 +1,127 @@
+"""The options of `ppo-jax sft`, `reward`, `ppo` and `generate`: one record each, read from the command line or YAML."""
+
+import dataclasses
+from pathlib import Path
+
+from ppo_jax.data import TooLong
+from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.ppo import PPOConfig
+from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.sft import SFTConfig
+from ppo_jax.types import Hyper
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSettings:
+    """Teach a model to write the responses of demonstrations; the result is RUN_DIR/export/model."""
+
+    model: str
+    """Hugging Face directory, name on the hub, or .gguf file."""
+    data: Path
+    """Demonstrations, a JSON object per line: {"prompt", "response"}, {"messages"} or {"text"}; .txt: texts."""
+    run_dir: Path
+    """Where all results go."""
+    seed: int = 0
+    """Of the order of the data and of initialisation."""
+    max_length: int = 512
+    """Longest demonstration, in tokens."""
+    too_long: TooLong = "error"
+    """What to do with longer ones."""
+    held_out: int = 64
+    """Demonstrations kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Which parameters are trained."""
+    sft: SFTConfig = SFTConfig()
+    """How, and for how long."""
+    overwrite: bool = False
+    """Delete the run in run_dir and start anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Train a reward model from preferences; the result is RUN_DIR/export/reward, an adapter for the same base."""
+
+    model: str
+    """Base: Hugging Face directory, name on the hub, or .gguf file. PPO needs the same one."""
+    pairs: Path
+    """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
+    run_dir: Path
+    """Where all results go."""
+    seed: int = 0
+    """Of the order of the data and of initialisation."""
+    max_length: int = 512
+    """Longest text (prompt and answer), in tokens."""
+    too_long: TooLong = "error"
+    """What to do with pairs that have a longer one."""
+    held_out: int = 200
+    """Pairs kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    reward: RewardConfig = RewardConfig()
+    """The reward model and its training."""
+    overwrite: bool = False
+    """Delete the run in run_dir and start anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings:
+    """Train a policy by PPO against a reward model; the result is RUN_DIR/export/model."""
+
+    model: str
+    """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
+    prompts: Path
+    """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
+    reward: Path
+    """Run directory of `ppo-jax reward` on the same base, or the adapter in it."""
+    run_dir: Path
+    """Where all results go."""
+    seed: int = 0
+    """Of data, sampling and initialisation."""
+    max_prompt: int = 256
+    """Longest prompt, in tokens."""
+    too_long: TooLong = "error"
+    """What to do with longer ones."""
+    held_out: int = 64
+    """Prompts kept apart to evaluate on, at most a fifth; where that is none, the training ones are used."""
+    policy: AdapterConfig = AdapterConfig()
+    """What of the policy is trained."""
+    ppo: PPOConfig = PPOConfig()
+    """The algorithm's static choices. Empty sampling.stop_ids: those of model and tokenizer."""
+    hyper: Hyper = Hyper()
+    """Its scalars."""
+    loop: LoopConfig = LoopConfig()
+    """How long, and what when."""
+    resume: bool = False
+    """Go on with the run in run_dir."""
+    overwrite: bool = False
+    """Delete the run in run_dir and start anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateSettings:
+    """Sample responses to prompts, from a model or from a policy that was trained on it."""
+
+    model: str | None = None
+    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the policy names."""
+    policy: Path | None = None
+    """Run directory of `ppo-jax ppo` or `sft`, or the adapter in it; without one the model itself answers."""
+    prompt: tuple[str, ...] = ()
+    """Prompts as text."""
+    chat: bool = False
+    """Give each --prompt as a user's message, in the tokenizer's chat template."""
+    prompts: Path | None = None
+    """Prompts in a file, as for `ppo-jax ppo`."""
+    output: Path | None = None
+    """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal."""
+    seed: int = 0
+    """Of sampling."""
+    temperature: float = 0.7
+    """Of sampling; 0: greedy."""
+    sampling: Sampling = Sampling(response_length=64)
+    """The rest of sampling. Empty stop_ids: those of model and tokenizer."""
+    batch_size: int = 16
+    """Prompts answered at once."""
+    max_prompt: int = 1024
+    """Longest prompt, in tokens."""
+    too_long: TooLong = "error"
+    """What to do with longer ones."""
