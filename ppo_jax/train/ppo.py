@@ -253,7 +253,7 @@ def update(
     grads, metrics = jax.lax.scan(micro_batch, zeros, pieces)
     metrics = jax.tree.map(jnp.sum, metrics)
 
-    metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
     grads, _ = optax.clip_by_global_norm(hyper.max_grad_norm).update(grads, optax.EmptyState())
     direction, opt_state = optimizer.update(grads, state.opt_state, state.policy)
     policy = jax.tree.map(lambda p, d: (p - hyper.learning_rate * d).astype(p.dtype), state.policy, direction)

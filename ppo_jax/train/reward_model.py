@@ -121,7 +121,7 @@ def make_reward_step(
         grads, metrics = jax.grad(comparison_loss, has_aux=True)(role, base, trunk, batch)
         fixed = {name: jnp.zeros_like(grads.head[name]) for name in ("gain", "bias")}
         grads = grads._replace(head=grads.head | fixed)
-        metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
         grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
         direction, opt_state = optimizer.update(grads, opt_state, role)
         return jax.tree.map(lambda p, d: p - learning_rate * d, role, direction), opt_state, metrics

@@ -1,0 +1,195 @@
+"""One optimizer step and the epochs: what a gradient may depend on, and that it is clipped and shuffled."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ppo_jax.rollout import shared_prefix
+from ppo_jax.train.ppo import PPOConfig, update, update_epochs
+from ppo_jax.types import Minibatch
+from tests.train import toy
+from tests.train.toy import CONFIG, FROZEN, HYPER, assert_close, numbers
+
+B, P, T = 8, 4, 5
+UNCLIPPED = HYPER._replace(max_grad_norm=1e9, clip_low=0.1, clip_high=0.15, value_clip=0.1)
+
+# "Optimizers" that keep what they are given, so that a test can read it: the last gradient, or all their norms.
+LAST = optax.GradientTransformation(
+    lambda policy: jax.tree.map(jnp.zeros_like, policy), lambda grads, _, policy=None: (grads, grads)
+)
+
+
+def norms(length: int) -> optax.GradientTransformation:
+    def keep(grads, state, policy=None):
+        count, history = state
+        return grads, (count + 1, history.at[count].set(optax.tree.norm(grads)))
+
+    return optax.GradientTransformation(lambda policy: (jnp.zeros((), jnp.int32), jnp.zeros(length)), keep)
+
+
+@functools.cache
+def step(accumulate: int = 1):
+    ppo = PPOConfig(sampling=toy.SAMPLING, accumulate=accumulate)
+    return jax.jit(lambda state, rows, hyper: update(state, FROZEN, rows, hyper, CONFIG, ppo, LAST))
+
+
+def gradient(rows: Minibatch, hyper=UNCLIPPED, accumulate: int = 1, kind: str = "lora above a shared prefix"):
+    state, metrics = step(accumulate)(policy(kind), rows, hyper)
+    return state.opt_state, metrics
+
+
+def policy(kind: str = "lora above a shared prefix"):
+    return toy.moved(toy.start(toy.ADAPTERS[kind](), optimizer=LAST))
+
+
+def minibatch(left: int = 0, right: int = 0, garbage: float = 0.0, seed: int = 0) -> Minibatch:
+    """Ragged rows, with `left` and `right` more slots of padding than they need and `garbage` in what is masked."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths, lengths = rng.integers(1, P + 1, B), rng.integers(1, T + 1, B)
+    content = rng.integers(0, CONFIG.vocab_size, (B, P + T))
+    floats = (
+        rng.normal(0, 1, (4, B, T)) * np.array([0.2, 1, 1, 1])[:, None, None] - np.array([2, 0, 0, 0])[:, None, None]
+    )
+    padding = np.random.default_rng(seed + left + right)
+    tokens = padding.integers(0, CONFIG.vocab_size, (B, left + P + T + right))
+    tokens[:, left : left + P + T] = content
+    slots = np.arange(left + P + T + right)
+    mask = (slots >= left + P - prompt_lengths[:, None]) & (slots < left + P + lengths[:, None])
+    loss_mask = mask[:, left + P :]
+    columns = [np.where(loss_mask, np.pad(x, ((0, 0), (0, right))), garbage) for x in floats]
+    logprobs, values, advantages, returns = (jnp.asarray(x, jnp.float32) for x in columns)
+    return Minibatch(
+        jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), None, jnp.asarray(loss_mask),
+        logprobs, values, advantages, returns,
+    )  # fmt: skip
+
+
+def test_gradient_does_not_depend_on_micro_batches():
+    """Defect 15. The rows are ragged, so a mean of the micro-batches' means would differ."""
+    rows = minibatch()
+    tokens = np.asarray(rows.loss_mask).sum(axis=1)
+    assert len({tokens[:4].sum(), tokens[4:].sum()}) == 2
+    whole, expected = gradient(rows)
+    assert numbers(expected)["clip_fraction"] > 0
+    for accumulate in (2, 4):
+        parts, metrics = gradient(rows, accumulate=accumulate)
+        assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        assert_close(numbers(metrics), numbers(expected))
+
+
+def test_gradient_does_not_depend_on_the_order_of_rows():
+    rows = minibatch()
+    order = np.random.default_rng(1).permutation(B)
+    whole, expected = gradient(rows)
+    shuffled, metrics = gradient(jax.tree.map(lambda x: x[order], rows))
+    assert_close(shuffled, whole, rtol=1e-4, atol=1e-6)
+    assert_close(numbers(metrics), numbers(expected))
+
+
+def test_gradient_does_not_depend_on_padding_or_what_lies_in_it():
+    whole, expected = gradient(minibatch())
+    for rows in (minibatch(garbage=np.nan), minibatch(left=3, right=2, garbage=np.inf)):
+        padded, metrics = gradient(rows)
+        assert_close(padded, whole, rtol=1e-4, atol=1e-6)
+        assert_close(numbers(metrics), numbers(expected))
+
+
+def test_a_shared_prefix_changes_no_gradient():
+    rows = minibatch()
+    whole, _ = gradient(rows)
+    prefix = shared_prefix(FROZEN.base, CONFIG, rows.tokens, rows.mask, 1)
+    shared, _ = gradient(rows._replace(prefix=prefix))
+    assert_close(shared, whole, rtol=1e-4, atol=1e-6)
+    # A prefix is read, not recomputed: another one gives another gradient.
+    other, _ = gradient(rows._replace(prefix=prefix + 1))
+    assert abs(float(optax.tree.norm(other)) / float(optax.tree.norm(whole)) - 1) > 0.01
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """Defect 16: g * max_norm / |g| over all arrays together; the metric is the norm before clipping."""
+    rows = minibatch()
+    whole, metrics = gradient(rows)
+    norm = np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(whole)))
+    assert numbers(metrics)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    limit = norm / 3
+    clipped, metrics = gradient(rows, UNCLIPPED._replace(max_grad_norm=limit))
+    assert_close(clipped, jax.tree.map(lambda x: x / 3, whole), rtol=1e-4, atol=1e-7)
+    assert numbers(metrics)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    loose, _ = gradient(rows, UNCLIPPED._replace(max_grad_norm=norm * 1.01))
+    assert_close(loose, whole)
+
+
+def test_the_step_is_the_learning_rate_times_what_the_optimizer_returns():
+    before = policy()
+    after, _ = step()(before, minibatch(), UNCLIPPED._replace(learning_rate=0.25))
+    expected = jax.tree.map(lambda p, g: p - 0.25 * g, before.policy, after.opt_state)
+    assert_close(after.policy, expected, atol=1e-7)
+
+
+def test_the_last_token_of_a_response_is_trained_like_the_first():
+    """Defect 6."""
+    rows = minibatch()
+    unlimited = UNCLIPPED._replace(value_clip=1e9)
+    whole, _ = gradient(rows, unlimited)
+    last = np.asarray(rows.loss_mask).sum(axis=1) - 1
+    for row in range(B):
+        for slot in (0, last[row]):
+            other = rows._replace(returns=rows.returns.at[row, slot].add(1.0))
+            change = jax.tree.map(jnp.subtract, gradient(other, unlimited)[0], whole)
+            assert optax.tree.norm(change) > 1e-3
+
+
+def test_a_minibatch_without_valid_rows_has_gradient_0():
+    rows = minibatch()
+    rows = rows._replace(loss_mask=jnp.zeros_like(rows.loss_mask), returns=rows.returns * np.nan)
+    nothing, metrics = gradient(rows)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(nothing))
+    assert float(metrics["policy_loss"][1]) == 0 and np.isfinite(metrics["policy_loss"][0])
+
+
+@pytest.mark.parametrize("field", ["logprobs", "values", "advantages", "returns"])
+def test_a_nan_inside_the_mask_is_not_hidden(field: str):
+    """Defect 21."""
+    rows = minibatch()
+    rows = rows._replace(**{field: getattr(rows, field).at[0, 0].set(np.nan)})
+    _, metrics = gradient(rows)
+    loss = {"logprobs": "policy_loss", "advantages": "policy_loss"}.get(field, "value_loss")
+    values = {name: float(total) for name, (total, _) in metrics.items()}
+    assert np.isnan(values[loss]) and np.isnan(values["grad_norm"])
+
+
+def test_every_epoch_and_update_visits_all_rows_once_in_an_order_of_its_own():
+    """Defect 4. One row per minibatch and a learning rate of 0: a gradient's norm tells which row it came from."""
+    epochs = 3
+    ppo = PPOConfig(sampling=toy.SAMPLING, epochs=epochs, num_minibatches=B)
+    optimizer = norms(epochs * B)
+    state = toy.moved(toy.start(optimizer=optimizer))
+    frozen_rate = UNCLIPPED._replace(learning_rate=0.0)
+
+    @jax.jit
+    def run(key):
+        after, _ = update_epochs(state, FROZEN, minibatch(), key, frozen_rate, CONFIG, ppo, optimizer)
+        return after.opt_state
+
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        count, history = run(jax.random.key(seed))
+        assert int(count) == epochs * B
+        visits = np.asarray(history).reshape(epochs, B)
+        rows = np.sort(visits[0])
+        assert np.all(np.diff(rows) > 1e-4 * rows[:-1]), "rows are told apart"
+        np.testing.assert_allclose(np.sort(visits, axis=1), np.tile(rows, (epochs, 1)), rtol=1e-5)
+        return [tuple(np.argsort(np.argsort(epoch))) for epoch in visits]
+
+    assert orders(0) == orders(0)
+    assert len({*orders(0), *orders(1)}) == 2 * epochs
+
+
+def test_micro_batches_that_do_not_divide_are_refused():
+    ppo = dataclasses.replace(toy.ONCE, num_minibatches=2, accumulate=3)
+    with pytest.raises(ValueError, match="batch_size=8 .*use a multiple of 6"):
+        update_epochs(policy(), FROZEN, minibatch(), jax.random.key(0), HYPER, CONFIG, ppo, LAST)
