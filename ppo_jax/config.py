@@ -32,12 +32,24 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: says where (file, line, field), what was given and what is allowed."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes the line ends of Unicode as escapes; raw, PyYAML would read them back as spaces."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def to_yaml(config: Any) -> str:
     """Plain YAML in field order; `from_yaml(type(config), to_yaml(config)) == config`.
 
     Tuples become lists, paths and enum members text. Raises ConfigError for a value that YAML cannot say plainly.
     """
-    return yaml.safe_dump(_plain(config, ""), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_plain(config, ""), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | None = None) -> C:

@@ -98,6 +98,8 @@ RUNS = st.builds(
 
 
 @hypothesis.given(RUNS)
+@hypothesis.example(Run(name="a\x85b\u2028\u2029", extra={"\x85": 1.0}))
+@hypothesis.example(Run(name="1e-4", pair=(1, "2024-01-01"), budget="null"))
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_yaml_round_trip(run: Run) -> None:
     """Text that looks like a number, a date, a null or a list stays text; floats keep every bit."""
