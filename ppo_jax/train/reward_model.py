@@ -116,7 +116,7 @@ def make_reward_step(
     """step(role, opt_state, base, batch, learning_rate) -> (role, opt_state, metrics), jitted; gain and bias stay."""
 
     def step(
-        role: RewardRole, opt_state: optax.OptState, base: PyTree, batch: Comparisons, learning_rate: float
+        role: RewardRole, opt_state: optax.OptState, base: PyTree, batch: Comparisons, learning_rate: float | Array
     ) -> tuple[RewardRole, optax.OptState, Metrics]:
         grads, metrics = jax.grad(comparison_loss, has_aux=True)(role, base, trunk, batch)
         fixed = {name: jnp.zeros_like(grads.head[name]) for name in ("gain", "bias")}
