@@ -17,7 +17,7 @@ import numpy as np
 
 from ppo_jax import assets
 
-PROMPT_WORDS = (3, 4, 5, 6, 7, 8)
+PROMPT_WORDS = (2, 3, 4, 5)
 
 
 class Review(NamedTuple):

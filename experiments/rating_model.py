@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,83 +44,95 @@ class RatingModel(NamedTuple):
     role: RewardRole
     trunk: ModelConfig
     accuracy: float  # over all pairs of the held-out sentences with different ratings
-    reused: bool
+
+
+class Wanted(NamedTuple):
+    """What describes a rating model."""
+
+    name: str
+    train: Sequence[Review]
+    reward: RewardConfig
 
 
 def obtain(
-    name: str,
+    wanted: Sequence[Wanted],
     model: Model,
-    train: Sequence[Review],
     test: Sequence[Review],
-    reward: RewardConfig,
     seed: int,
     cache: Path,
     screen: Screen,
     write: metrics.Writer,
-) -> RatingModel:
-    """The reward model that these settings describe: from `cache` if an earlier run left it there, else trained."""
-    facts = {
-        "reward": dataclasses.asdict(reward),
-        "base": model.fingerprint,
-        "train": _digest(train),
-        "test": _digest(test),
-        "seed": seed,
-    }
-    path = cache / f"{name}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
-    trunk = reward.trunk(model.config)
-    if path.exists():
-        found = artifacts.load(path, "reward")
-        artifacts.check_base(found, model.fingerprint, model.config)
-        screen.message(f"{name}: reusing {path} (held-out pairwise accuracy {found.meta['accuracy']:.3f})")
-        return RatingModel(RewardRole(found.adapter, found.head), trunk, found.meta["accuracy"], True)
-
-    role = fit(name, model, train, reward, seed, screen, write)
-    held_out = list(_buckets(model, test, reward, trunk, trunk.num_layers))
-    features = text_features(model.params, role, trunk, held_out, reward.batch_size)
-    accuracy = movie_reviews.all_pairs_accuracy(head_scores(role.head, features), _ratings(test))
-    write(0, f"{name} test", {"heldout_accuracy": accuracy})
-    artifacts.save(
-        path,
-        "reward",
-        role.adapter,
-        role.head,
-        {"accuracy": accuracy, **facts},
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        layers=trunk.num_layers,
-    )
-    return RatingModel(role, trunk, accuracy, False)
+) -> list[RatingModel]:
+    """The rating models that these settings describe: from `cache` if an earlier run left them there, else trained."""
+    facts = [_facts(one, model, test, seed) for one in wanted]
+    paths = [cache / f"{one.name}-{_digest(fact)[:16]}" for one, fact in zip(wanted, facts, strict=True)]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    roles = {i: fit(wanted[i], model, seed, screen, write) for i in missing}
+    accuracies = _held_out_accuracies([(roles[i], wanted[i].reward) for i in missing], model, test, screen)
+    for i, accuracy in zip(missing, accuracies, strict=True):
+        one, role = wanted[i], roles[i]
+        write(0, f"{one.name} test", {"heldout_accuracy": accuracy})
+        artifacts.save(
+            paths[i],
+            "reward",
+            role.adapter,
+            role.head,
+            {"accuracy": accuracy, **facts[i]},
+            config=model.config,
+            base=model.name,
+            base_fingerprint=model.fingerprint,
+            layers=one.reward.trunk(model.config).num_layers,
+        )
+    return [
+        _load(one, path, model, i not in missing, screen)
+        for i, (one, path) in enumerate(zip(wanted, paths, strict=True))
+    ]
 
 
-def fit(
-    name: str,
-    model: Model,
-    train: Sequence[Review],
-    reward: RewardConfig,
-    seed: int,
-    screen: Screen,
-    write: metrics.Writer,
-) -> RewardRole:
+def _load(wanted: Wanted, path: Path, model: Model, reused: bool, screen: Screen) -> RatingModel:
+    found = artifacts.load(path, "reward")
+    artifacts.check_base(found, model.fingerprint, model.config)
+    accuracy = found.meta["accuracy"]
+    how = "reused from" if reused else "saved in"
+    screen.message(f"{wanted.name} model: held-out pairwise accuracy {accuracy:.3f}, {how} {path}")
+    return RatingModel(RewardRole(found.adapter, found.head), found.trunk(model.config), accuracy)
+
+
+def _held_out_accuracies(
+    trained: Sequence[tuple[RewardRole, RewardConfig]], model: Model, test: Sequence[Review], screen: Screen
+) -> list[float]:
+    """Pairwise accuracy of each on the same sentences, whose lower layers are computed once for all."""
+    if not trained:
+        return []
+    trunks = [reward.trunk(model.config) for _, reward in trained]
+    pairs = list(zip(trained, trunks, strict=True))
+    shared = min(min(first_layer(role.adapter, trunk), trunk.num_layers - 1) for (role, _), trunk in pairs)
+    size = trained[0][1].batch_size
+    held_out = _with_prefix("held-out features", model, test, trunks[0], shared, size, screen)
+    accuracies = []
+    for (role, _), trunk in pairs:
+        features = text_features(model.params, role, trunk, held_out, size, shared)
+        accuracies.append(movie_reviews.all_pairs_accuracy(head_scores(role.head, features), _ratings(test)))
+    return accuracies
+
+
+def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: metrics.Writer) -> RewardRole:
     """Head on frozen features first, then LoRA and head together; scores normalised on the training sentences."""
+    name, train, reward = wanted
     trunk, size, ratings = reward.trunk(model.config), reward.batch_size, _ratings(train)
     rng = np.random.default_rng(seed)
     role = init_role(jax.random.key(seed), model.config, reward)
-    layers = first_layer(role.adapter, trunk)
+    layers = min(first_layer(role.adapter, trunk), trunk.num_layers - 1)
+    texts = _with_prefix(f"{name} features", model, train, trunk, layers, size, screen)
 
-    kept: list[Bucket] = []
-    total = len(train)
-    for bucket in _buckets(model, train, reward, trunk, layers):
-        kept.append(bucket)
-        screen.update(phase=f"{name} features", step=sum(len(b.index) for b in kept), total=total)
-    features = text_features(model.params, role, trunk, kept, size, layers)
+    features = text_features(model.params, role, trunk, texts, size, layers)
     better, worse = rated_pairs(ratings, HEAD_PAIRS, rng)
     role = role._replace(head=fit_head(features, better, worse, reward.head_l2, reward.head_steps))
-
+    scores = head_scores(role.head, features)
     if reward.lora_layers and reward.epochs:
         optimizer = make_optimizer()
         step, opt_state = make_reward_step(trunk, optimizer, reward.max_grad_norm), optimizer.init(role)
-        epochs = [rated_batches(kept, ratings, size, rng) for _ in range(reward.epochs)]
+        epochs = [rated_batches(texts, ratings, size, rng) for _ in range(reward.epochs)]
         batches = [batch for epoch in epochs for batch in epoch]
         for number, batch in enumerate(batches):
             rate = reward.learning_rate * (1 - number / len(batches))
@@ -128,8 +140,8 @@ def fit(
             values = means(measured)
             write(number + 1, name, values)
             screen.update(phase=name, step=number + 1, total=len(batches), values=values)
-        features = text_features(model.params, role, trunk, kept, size, layers)
-    return role._replace(head=normalise_head(role.head, head_scores(role.head, features)))
+        scores = head_scores(role.head, text_features(model.params, role, trunk, texts, size, layers))
+    return role._replace(head=normalise_head(role.head, scores))
 
 
 def rated_pairs(ratings: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -140,21 +152,37 @@ def rated_pairs(ratings: np.ndarray, count: int, rng: np.random.Generator) -> tu
     return np.where(swap, j, i), np.where(swap, i, j)
 
 
-def _buckets(
-    model: Model, reviews: Sequence[Review], reward: RewardConfig, trunk: ModelConfig, layers: int
-) -> Sequence[Bucket]:
+def _with_prefix(
+    phase: str,
+    model: Model,
+    reviews: Sequence[Review],
+    trunk: ModelConfig,
+    layers: int,
+    size: int,
+    screen: Screen,
+) -> list[Bucket]:
     rows = model.tokenizer([review.text for review in reviews], add_special_tokens=False)["input_ids"]
-    buckets = bucket_texts(rows, LENGTHS, model.pad_id)
-    # A prefix up to the very top is only wanted for training; without one the features come in a single pass.
-    return (
-        buckets if layers == trunk.num_layers else keep_prefix(model.params, trunk, buckets, layers, reward.batch_size)
-    )  # type: ignore[return-value]
+    kept: list[Bucket] = []
+    for bucket in keep_prefix(model.params, trunk, bucket_texts(rows, LENGTHS, model.pad_id), layers, size):
+        kept.append(bucket)
+        screen.update(phase=phase, step=sum(len(b.index) for b in kept), total=len(rows))
+    return kept
 
 
 def _ratings(reviews: Sequence[Review]) -> np.ndarray:
     return np.array([review.rating for review in reviews])
 
 
-def _digest(reviews: Sequence[Review]) -> str:
-    lines = "\n".join(f"{review.rating}\t{review.text}" for review in reviews)
-    return hashlib.sha256(lines.encode()).hexdigest()
+def _facts(wanted: Wanted, model: Model, test: Sequence[Review], seed: int) -> dict[str, Any]:
+    """Everything that decides what training gives."""
+    return {
+        "reward": dataclasses.asdict(wanted.reward),
+        "base_weights": model.fingerprint,
+        "train": _digest([(review.rating, review.text) for review in wanted.train]),
+        "test": _digest([(review.rating, review.text) for review in test]),
+        "seed": seed,
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -10,16 +10,20 @@ a second reward model, neither of which PPO ever sees, say whether the sentences
 """
 
 import dataclasses
+import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import movie_reviews, rating_model, smoke
+from experiments.rating_model import Wanted
 from ppo_jax import assets, config, report, rundir
+from ppo_jax.cli import exit_code
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
@@ -31,9 +35,13 @@ from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.types import Frozen, Hyper, Rollout
 
 # Pairwise accuracy on held-out sentences, measured apart from this run
+TASK = (
+    "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
+    "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
+    "VADER and a second reward model, which PPO never saw, judge the result."
+)
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 _VADER = SentimentIntensityAnalyzer()
-END_OF_TEXT = 0  # <|endoftext|>, which the base model was trained to end documents with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +54,27 @@ class SentimentConfig:
     """Of data, sampling and initialisation."""
     smoke: bool = False
     """A toy grammar and a random model in place of SmolLM2 and the ratings."""
-    reward_texts: int = 3000
+    reward_texts: int = 2000
     """Sentences the reward model is trained on; 0: all 5,000."""
-    judge_texts: int = 1500
+    judge_texts: int = 1200
     """Other sentences, for the second reward model; 0: all 2,500."""
     test_texts: int = 1500
     """Held-out sentences that the reward models are measured on."""
     eval_prompts: int = 64
     """Held-out prompts, from the test sentences."""
-    max_prompt: int = 12
+    max_prompt: int = 8
     """Longest prompt, in tokens; longer openings are left out."""
-    reward: RewardConfig = RewardConfig(depth=18, lora_layers=6)
+    reward: RewardConfig = RewardConfig(depth=18, lora_layers=4)
     """The reward model."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
     """The second reward model."""
-    policy: AdapterConfig = AdapterConfig(layers=10, rank=16, alpha=32.0)
+    policy: AdapterConfig = AdapterConfig(layers=8)
     """What of the policy is trained."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
     """The algorithm's static choices."""
-    hyper: Hyper = Hyper(learning_rate=5e-4, kl_coef=0.05)
+    hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.05)
     """Its scalars."""
-    loop: LoopConfig = LoopConfig(updates=16, batch_size=64, eval_every=8, checkpoint_every=8)
+    loop: LoopConfig = LoopConfig(updates=15, batch_size=64, schedule="constant", eval_every=5, checkpoint_every=5)
     """How long, and what when."""
     resume: bool = False
     """Go on with the run in run_dir."""
@@ -108,7 +116,9 @@ def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
     settings = config.parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
-    (directory / rundir.CONFIG).write_text(config.to_yaml(settings))
+    # Passed back with --config it must neither delete nor continue anything by itself.
+    repeatable = dataclasses.replace(settings, resume=False, overwrite=False)
+    (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
     with progress("ppo_jax · sentiment") as screen:
         # -- data and base model ---------------------------------------------------------------------------------
         clock = {"start": time.perf_counter()}
@@ -122,18 +132,15 @@ def main(args: list[str] | None = None) -> Path:
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
         cache = assets.cache_dir() / "reward-models"
-        obtained = [
-            rating_model.obtain(name, model, texts, test, chosen, settings.seed, cache, screen, write)
-            for name, texts, chosen in (
-                ("reward", splits.reward_train[: settings.reward_texts or None], settings.reward),
-                ("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
-            )
+        wanted = [
+            Wanted("reward", splits.reward_train[: settings.reward_texts or None], settings.reward),
+            Wanted("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
         ]
-        reward, judge = obtained
+        reward, judge = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
-        stop_ids = model.stop_ids if settings.smoke else tuple(sorted({*model.stop_ids, END_OF_TEXT}))
+        stop_ids = sentence_ends(model)
         sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
         setup = Setup(
             model=model,
@@ -154,25 +161,23 @@ def main(args: list[str] | None = None) -> Path:
         # -- report ----------------------------------------------------------------------------------------------
         times = list(clock.items())
         vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
-        path = report.write(
-            directory,
-            {
-                "title": "PPO on film-review sentiment",
-                "task": __doc__.split("\n\n")[2].replace("\n", " "),
-                "before": result.before,
-                "after": result.after,
-                "prompts": len(held_out.rows),
-                "kl_budget": 15.0,
-                "reward_accuracy": reward.accuracy,
-                "judge_accuracy": judge.accuracy,
-                "reference_accuracies": {**REFERENCES, "VADER": vader},
-                "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
-                "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
-                "seed": settings.seed,
-                "date": date.today().isoformat(),
-                **environment(),
-            },
-        )
+        summary = {
+            "title": "PPO on film-review sentiment",
+            "task": TASK,
+            "before": result.before,
+            "after": result.after,
+            "prompts": len(held_out.rows),
+            "kl_budget": 15.0,
+            "reward_accuracy": reward.accuracy,
+            "judge_accuracy": judge.accuracy,
+            "reference_accuracies": {**REFERENCES, "VADER": vader},
+            "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
+            "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
+            "seed": settings.seed,
+            "date": date.today().isoformat(),
+            **environment(),
+        }
+        path = report.write(directory, cast(report.Summary, summary))
         screen.message(f"report: {path}")
     return path
 
@@ -195,6 +200,12 @@ def prompt_set(
     rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
     return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
+
+
+def sentence_ends(model: Model) -> tuple[int, ...]:
+    """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
+    line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
+    return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
 
 
 def vader_score(text: str) -> float:
@@ -221,4 +232,4 @@ def model_judge(model: Model, judge: rating_model.RatingModel, stop_ids: tuple[i
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("experiments.sentiment", main))

@@ -5,13 +5,14 @@ Both return `Scores`; a row that could not be scored is invalid, never 0.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from ppo_jax.types import Frozen, Rollout, Scores
 
 
+@runtime_checkable
 class DeviceReward(Protocol):
     """Scores a rollout inside jit."""
 
@@ -28,6 +29,7 @@ class DeviceReward(Protocol):
         ...
 
 
+@runtime_checkable
 class HostReward(Protocol):
     """Scores texts between two jitted halves of the iteration."""
 
