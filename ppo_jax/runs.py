@@ -217,7 +217,7 @@ def _evaluator(
         write(step, "eval", values)
         scores = {name: column[:SAMPLES].tolist() for name, column in columns.items()}
         rundir.write_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
-        shown[step] = (responses[:4], columns["reward"][:4])
+        shown[step] = (responses[:4], columns["reward"][:4].tolist())
         if step == setup.loop.updates and 0 in shown:
             (before, before_scores), (after, after_scores) = shown[0], shown[step]
             screen.sample(held_out.texts[:4], before, after, before_scores, after_scores)
