@@ -24,7 +24,8 @@ from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
 from ppo_jax.train.loop import LoopConfig, evaluation_due, host_iteration, response_texts, train
-from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration, make_optimizer
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout
 

@@ -24,7 +24,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs import Model, run_writer
 from ppo_jax.train.loop import means
-from ppo_jax.train.ppo import make_optimizer
+from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.reward_model import (
     Comparisons,
     RewardConfig,

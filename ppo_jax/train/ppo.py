@@ -28,6 +28,7 @@ from ppo_jax.ops.masked import masked_var, masked_whiten
 from ppo_jax.ops.rewards import shape_rewards
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling, before_response, generate, role_hidden, shared_prefix
+from ppo_jax.train.optimizer import accumulate, descend
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Experience, Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores
 
@@ -75,11 +76,6 @@ class PPOConfig:
 Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]
 Collect = Callable[[TrainState, Frozen, Prompts, Hyper], Rollout]
 Learn = Callable[[TrainState, Frozen, Rollout, Scores, Hyper], tuple[TrainState, Metrics]]
-
-
-def make_optimizer(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction; the traced learning rate and gradient clip are applied in `update`."""
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
 def make_iteration(
@@ -242,22 +238,15 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam."""
     count = jnp.sum(minibatch.loss_mask, dtype=jnp.float32)
-    gradient = jax.grad(ppo_loss, has_aux=True)
 
-    def micro_batch(total: Policy, rows: Minibatch) -> tuple[Policy, Metrics]:
-        grads, metrics = gradient(state.policy, frozen, rows, count, hyper, config, ppo)
-        return jax.tree.map(jnp.add, total, grads), metrics
+    def gradient(policy: Policy, rows: Minibatch) -> tuple[Policy, Metrics]:
+        return jax.grad(ppo_loss, has_aux=True)(policy, frozen, rows, count, hyper, config, ppo)
 
-    pieces = jax.tree.map(lambda x: x.reshape(ppo.accumulate, -1, *x.shape[1:]), minibatch)
-    zeros = jax.tree.map(jnp.zeros_like, state.policy)
-    grads, metrics = jax.lax.scan(micro_batch, zeros, pieces)
-    metrics = jax.tree.map(jnp.sum, metrics)
-
-    metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-    grads, _ = optax.clip_by_global_norm(hyper.max_grad_norm).update(grads, optax.EmptyState())
-    direction, opt_state = optimizer.update(grads, state.opt_state, state.policy)
-    policy = jax.tree.map(lambda p, d: (p - hyper.learning_rate * d).astype(p.dtype), state.policy, direction)
-    return dataclasses.replace(state, policy=policy, opt_state=opt_state), metrics
+    grads, metrics = accumulate(gradient, state.policy, minibatch, ppo.accumulate)
+    policy, opt_state, norm = descend(
+        state.policy, grads, state.opt_state, optimizer, hyper.learning_rate, hyper.max_grad_norm
+    )
+    return dataclasses.replace(state, policy=policy, opt_state=opt_state), metrics | norm
 
 
 def ppo_loss(

@@ -25,6 +25,7 @@ from ppo_jax.models.heads import RewardHead, last_token, score
 from ppo_jax.ops.losses import bradley_terry_loss
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.rollout import role_hidden, shared_prefix
+from ppo_jax.train.optimizer import descend
 from ppo_jax.types import Metrics, PyTree
 
 
@@ -121,10 +122,8 @@ def make_reward_step(
         grads, metrics = jax.grad(comparison_loss, has_aux=True)(role, base, trunk, batch)
         fixed = {name: jnp.zeros_like(grads.head[name]) for name in ("gain", "bias")}
         grads = grads._replace(head=grads.head | fixed)
-        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-        grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
-        direction, opt_state = optimizer.update(grads, opt_state, role)
-        return jax.tree.map(lambda p, d: p - learning_rate * d, role, direction), opt_state, metrics
+        role, opt_state, norm = descend(role, grads, opt_state, optimizer, learning_rate, max_grad_norm)
+        return role, opt_state, metrics | norm
 
     return jax.jit(step, donate_argnums=(0, 1))
 

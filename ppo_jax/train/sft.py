@@ -23,7 +23,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.rollout import role_hidden
 from ppo_jax.train.loop import means
-from ppo_jax.train.ppo import make_optimizer
+from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
 from ppo_jax.types import Metrics, PyTree
 
 
@@ -109,16 +109,12 @@ def sft_gradient(
     rows = batch.tokens.shape[0]
     if rows % sft.accumulate:
         raise ValueError(f"a batch of {rows} rows does not divide into accumulate={sft.accumulate}")
-    count, gradient = loss_tokens(batch), jax.grad(sft_loss, has_aux=True)
+    count = loss_tokens(batch)
 
-    def micro_batch(total: PyTree, piece: Demonstrations) -> tuple[PyTree, Metrics]:
-        grads, metrics = gradient(adapter, base, piece, count, config, sft.logprob_chunk)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), metrics
+    def gradient(adapter: PyTree, piece: Demonstrations) -> tuple[PyTree, Metrics]:
+        return jax.grad(sft_loss, has_aux=True)(adapter, base, piece, count, config, sft.logprob_chunk)
 
-    pieces = jax.tree.map(lambda x: x.reshape(sft.accumulate, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), adapter)  # bfloat16 would lose small pieces
-    grads, metrics = jax.lax.scan(micro_batch, zeros, pieces)
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, adapter), jax.tree.map(jnp.sum, metrics)
+    return accumulate(gradient, adapter, batch, sft.accumulate)
 
 
 def make_sft_step(config: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation) -> SFTStep:
@@ -137,11 +133,8 @@ def make_sft_step(config: ModelConfig, sft: SFTConfig, optimizer: optax.Gradient
         max_grad_norm: Float[Array, ""],
     ) -> tuple[PyTree, optax.OptState, Metrics]:
         grads, metrics = sft_gradient(adapter, base, batch, config, sft)
-        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-        grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
-        direction, opt_state = optimizer.update(grads, opt_state, adapter)
-        adapter = jax.tree.map(lambda p, d: (p - learning_rate * d).astype(p.dtype), adapter, direction)
-        return adapter, opt_state, metrics
+        adapter, opt_state, norm = descend(adapter, grads, opt_state, optimizer, learning_rate, max_grad_norm)
+        return adapter, opt_state, metrics | norm
 
     return jax.jit(step, donate_argnums=(0, 1))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.train.ppo import PPOConfig, learn, make_experience, make_optimizer, rollout_prefix
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.ppo import PPOConfig, learn, make_experience, rollout_prefix
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
 from tests.train import toy

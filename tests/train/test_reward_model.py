@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.rewards.adapter import score_tokens
-from ppo_jax.train.ppo import make_optimizer
+from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.reward_model import (
     Comparisons,
     RewardConfig,

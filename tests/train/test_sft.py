@@ -14,7 +14,7 @@ import torch
 
 from ppo_jax.models.adapters import init_full, init_lora, init_top_k, unembedding
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.train.ppo import make_optimizer
+from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.sft import (
     Demonstrations,
     SFTConfig,
