@@ -159,8 +159,7 @@ def check_structure(rollout: Rollout, prompts: Prompts, sampling: Sampling) -> N
 def test_defect_6_a_response_ends_with_its_stop_token(rollout: Rollout) -> None:
     check_structure(rollout, PROMPTS, SAMPLING)
     ends = [response[-1] for response, ended in zip(responses(rollout), rollout.terminated, strict=True) if ended]
-    counts = set(map(len, responses(rollout)))
-    assert len(set(ends)) > 1 and 0 < len(ends) < B and len(counts) > 3  # several stop ids; some rows are cut
+    assert len(set(ends)) > 1 and 0 < len(ends) < B  # several stop ids; some rows are cut
     assert np.isin(np.asarray(PROMPTS.tokens)[np.asarray(PROMPTS.mask)], STOPS).any()  # in a prompt they stop nothing
 
 

@@ -108,6 +108,11 @@ def test_a_range_in_the_middle_takes_the_adapters_own_layers(kind: str) -> None:
     np.testing.assert_allclose(np.asarray(alone)[REAL], np.asarray(merged)[REAL], atol=1e-3)
 
 
+def buffers(tree: PyTree) -> set[int]:
+    """The trained state is donated to every update: sharing a buffer with the base would delete the base."""
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -122,9 +127,7 @@ def test_a_fresh_adapter_equals_the_base_and_owns_its_arrays(adapter: AdapterCon
     fresh = init_adapter(jax.random.key(0), BASE, WIDE, adapter)
     np.testing.assert_array_equal(run(BASE, fresh, WIDE, TOKENS, POSITIONS), run(BASE, {}, WIDE, TOKENS, POSITIONS))
     assert first_layer(fresh, WIDE) == (3 - adapter.layers if adapter.layers else 0)
-    # The trained state is donated to every update: sharing a buffer with the base would delete the base.
-    pointers = [{x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)} for tree in (BASE, fresh)]
-    assert not pointers[0] & pointers[1]
+    assert not buffers(BASE) & buffers(fresh)
 
 
 def test_lora_starts_from_uniform_a_zero_b_and_alpha_over_rank() -> None:
@@ -268,5 +271,7 @@ def test_an_adapter_of_another_model_is_refused() -> None:
                 use(adapter)
 
 
-def test_a_full_copy_is_bitwise() -> None:
-    assert equal(init_full(BASE), BASE)
+def test_whole_copies_are_bitwise_and_copies() -> None:
+    full, top = init_full(BASE), init_top_k(BASE, WIDE, 3)
+    assert equal(full, BASE) and equal(top["layers"], BASE["layers"])
+    assert not buffers(BASE) & (buffers(full) | buffers(top))
