@@ -57,4 +57,4 @@ $(DEV): $(CORE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find ppo_jax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ppo_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,6 @@ and `ppo` (Ouyang et al. 2022, figure 2).
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from experiments.smoke import BAD, GOOD, model
@@ -28,6 +27,7 @@ from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.sft import SFTConfig
+from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
 OPENINGS = [f"the {noun} {verb}" for noun in ("film", "plot", "cast", "script") for verb in ("is", "was")]
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> Path:
         rows = encode_prompts(OPENINGS * 8, base.tokenizer, MAX_LENGTH).rows
         prompts = PromptSet(rows, OPENINGS * 8, [{}] * len(rows))
         sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=base.stop_ids, pad_id=base.pad_id)
-        key = jax.random.key(settings.seed)
+        key = key_stream(settings.seed, "adapter")
         setup = Setup(
             model=sft.model,
             adapter=init_adapter(key, sft.model.params, sft.model.config, settings.policy),

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments import movie_reviews
@@ -33,6 +33,7 @@ from ppo_jax.train.reward_model import (
     rated_batches,
     text_features,
 )
+from ppo_jax.train.state import key_stream
 
 LENGTHS = (16, 24, 36, 80)  # padded lengths; one program is compiled for each
 HEAD_PAIRS = 20_000
@@ -44,6 +45,7 @@ class RatingModel(NamedTuple):
     role: RewardRole
     trunk: ModelConfig
     accuracy: float  # over all pairs of the held-out sentences with different ratings
+    path: Path  # the artifact
 
 
 class Wanted(NamedTuple):
@@ -64,6 +66,12 @@ def obtain(
     write: metrics.Writer,
 ) -> list[RatingModel]:
     """The rating models that these settings describe: from `cache` if an earlier run left them there, else trained."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):  # before training, not after
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot keep reward models in {cache}: {error.strerror}; set PPO_JAX_CACHE") from error
     facts = [_facts(one, model, test, seed) for one in wanted]
     paths = [cache / f"{one.name}-{_digest(fact)[:16]}" for one, fact in zip(wanted, facts, strict=True)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
@@ -95,7 +103,7 @@ def _load(wanted: Wanted, path: Path, model: Model, reused: bool, screen: Screen
     accuracy = found.meta["accuracy"]
     how = "reused from" if reused else "saved in"
     screen.message(f"{wanted.name} model: held-out pairwise accuracy {accuracy:.3f}, {how} {path}")
-    return RatingModel(RewardRole(found.adapter, found.head), found.trunk(model.config), accuracy)
+    return RatingModel(RewardRole(found.adapter, found.head), found.trunk(model.config), accuracy, path)
 
 
 def _held_out_accuracies(
@@ -121,7 +129,7 @@ def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: metrics.
     name, train, reward = wanted
     trunk, size, ratings = reward.trunk(model.config), reward.batch_size, _ratings(train)
     rng = np.random.default_rng(seed)
-    role = init_role(jax.random.key(seed), model.config, reward)
+    role = init_role(key_stream(seed, name), model.config, reward)
     layers = min(first_layer(role.adapter, trunk), trunk.num_layers - 1)
     texts = _with_prefix(f"{name} features", model, train, trunk, layers, size, screen)
 
@@ -181,6 +189,8 @@ def _facts(wanted: Wanted, model: Model, test: Sequence[Review], seed: int) -> d
         "train": _digest([(review.rating, review.text) for review in wanted.train]),
         "test": _digest([(review.rating, review.text) for review in test]),
         "seed": seed,
+        "lengths": LENGTHS,
+        "head_pairs": HEAD_PAIRS,
     }
 
 

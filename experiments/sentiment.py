@@ -10,6 +10,7 @@ a second reward model, neither of which PPO ever sees, say whether the sentences
 """
 
 import dataclasses
+import shutil
 import sys
 import time
 from datetime import date
@@ -30,16 +31,17 @@ from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.ppo import PPOConfig
+from ppo_jax.train.ppo import PPOConfig, check_hyper
 from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.state import key_stream
 from ppo_jax.types import Frozen, Hyper, Rollout
 
-# Pairwise accuracy on held-out sentences, measured apart from this run
 TASK = (
     "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
     "VADER and a second reward model, which PPO never saw, judge the result."
 )
+# Pairwise accuracy on held-out sentences of the same data, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 _VADER = SentimentIntensityAnalyzer()
 
@@ -72,14 +74,24 @@ class SentimentConfig:
     """What of the policy is trained."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
     """The algorithm's static choices."""
-    hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.05)
+    hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
     """Its scalars."""
-    loop: LoopConfig = LoopConfig(updates=15, batch_size=64, schedule="constant", eval_every=5, checkpoint_every=5)
+    loop: LoopConfig = LoopConfig(
+        updates=16, batch_size=64, schedule="constant", warmup=2, eval_every=8, checkpoint_every=8
+    )
     """How long, and what when."""
     resume: bool = False
     """Go on with the run in run_dir."""
     overwrite: bool = False
     """Delete the run in run_dir and start anew."""
+
+    def __post_init__(self) -> None:
+        least = {"reward_texts": 0, "judge_texts": 0, "test_texts": 2, "eval_prompts": 2, "max_prompt": 1}
+        for name, allowed in least.items():
+            if getattr(self, name) < allowed:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {allowed}")
+        self.ppo.check_batch(self.loop.batch_size)
+        check_hyper(self.hyper)
 
 
 DEMO = SentimentConfig()
@@ -89,11 +101,12 @@ FULL = dataclasses.replace(
     reward_texts=0,
     judge_texts=0,
     eval_prompts=256,
-    reward=RewardConfig(lora_layers=18, epochs=3),
+    reward=RewardConfig(depth=24, lora_layers=12, epochs=2),
     judge=RewardConfig(lora_layers=6, epochs=1),
     policy=AdapterConfig(layers=18, rank=16, alpha=32.0),
-    ppo=dataclasses.replace(DEMO.ppo, epochs=4),
-    loop=LoopConfig(updates=100, batch_size=128, eval_every=10),
+    ppo=dataclasses.replace(DEMO.ppo, epochs=4, adaptive_kl=True),
+    hyper=Hyper(learning_rate=5e-4, kl_coef=0.05, kl_target=10.0),
+    loop=LoopConfig(updates=100, batch_size=128, warmup=5, eval_every=10),
 )
 SMOKE = dataclasses.replace(
     DEMO,
@@ -115,19 +128,23 @@ PRESETS = {"demo": DEMO, "full": FULL, "smoke": SMOKE}
 def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
     settings = config.parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
+
+    # -- data and base model: what can be wrong is found before the run directory is touched ---------------------
+    clock = {"start": time.perf_counter()}
+    model, splits = world(settings)
+    rng = np.random.default_rng(settings.seed)
+    prompts = prompt_set(model, splits.prompts, settings.max_prompt, rng)
+    held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
+    if len(prompts.rows) < settings.loop.batch_size:
+        raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     # Passed back with --config it must neither delete nor continue anything by itself.
     repeatable = dataclasses.replace(settings, resume=False, overwrite=False)
     (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
+    clock["load"] = time.perf_counter()
+
     with progress("ppo_jax · sentiment") as screen:
-        # -- data and base model ---------------------------------------------------------------------------------
-        clock = {"start": time.perf_counter()}
-        model, splits = world(settings)
         write = run_writer(directory, screen, settings.loop.updates)
-        rng = np.random.default_rng(settings.seed)
-        prompts = prompt_set(model, splits.prompts, settings.max_prompt, rng)
-        held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
-        clock["load"] = time.perf_counter()
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
@@ -137,6 +154,8 @@ def main(args: list[str] | None = None) -> Path:
             Wanted("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
         ]
         reward, judge = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
+        for one, found in zip(wanted, (reward, judge), strict=True):
+            shutil.copytree(found.path, directory / rundir.EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
@@ -144,7 +163,7 @@ def main(args: list[str] | None = None) -> Path:
         sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
         setup = Setup(
             model=model,
-            adapter=init_adapter(jax.random.key(settings.seed), model.params, model.config, settings.policy),
+            adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
             prompts=prompts,
             held_out=held_out,
             ppo=dataclasses.replace(settings.ppo, sampling=sampling),

@@ -37,6 +37,7 @@ from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs import Model, PromptSet, Setup, decode_responses, environment, load_model, run_ppo
 from ppo_jax.settings import GenerateSettings, PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.stages import MODEL, POLICY, REWARD, export_model, run_reward, run_sft
+from ppo_jax.train.state import key_stream
 from ppo_jax.types import Policy, Prompts
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def ppo(settings: PPOSettings) -> None:
     _check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length)
     if settings.loop.batch_size > len(prompts.rows):
         raise ValueError(_too_few("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts))
-    key = jax.random.key(settings.seed)
+    key = key_stream(settings.seed, "adapter")
     setup = Setup(
         model=model,
         adapter=init_adapter(key, model.params, model.config, settings.policy),
@@ -175,7 +176,11 @@ def responses(
 ) -> Iterator[Response]:
     """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
     run = jax.jit(partial(generate, config=model.config, sampling=sampling))
-    key, size, count = jax.random.key(settings.seed), min(settings.batch_size, len(prompts.rows)), len(prompts.rows)
+    key, size, count = (
+        key_stream(settings.seed, "generate"),
+        min(settings.batch_size, len(prompts.rows)),
+        len(prompts.rows),
+    )
     tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
     for number, start in enumerate(range(0, count, size)):
         index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up

@@ -25,8 +25,8 @@ from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
 from ppo_jax.train.loop import LoopConfig, evaluation_due, host_iteration, response_texts, train
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration
-from ppo_jax.train.state import TrainState, init_state
+from ppo_jax.train.ppo import PPOConfig, check_hyper, make_host_iteration, make_iteration
+from ppo_jax.train.state import TrainState, init_state, key_stream
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout
 
 SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
@@ -116,11 +116,17 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
     ppo.check_batch(loop.batch_size)
     frozen = Frozen(model.params, setup.reward_params)
     optimizer = make_optimizer()
-    key = jax.random.key(setup.seed)
+    check_hyper(setup.hyper)
+    key = key_stream(setup.seed, "ppo")
     state = init_state(key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef)
     checkpoints = directory / rundir.CHECKPOINTS
     if resume:
         state = _restored(directory, state, loop.updates, screen)
+    if ppo.sampling.filtered:
+        screen.message(
+            "top-k or top-p is on: tokens are drawn from a filtered distribution, while ratios and KL are those of the "
+            "whole one. Their mismatch is logged as behaviour_mismatch, and the KL estimate may turn negative."
+        )
     iteration = _iteration(setup, optimizer)
     batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, model.pad_id)
     with contextlib.ExitStack() as stack:
@@ -167,7 +173,8 @@ def run_writer(directory: Path, screen: Screen, total: int | None = None) -> met
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         files(step, phase, values)
-        screen.update(phase=phase, step=step, total=total if phase in ("ppo", "eval") else None, values=values)
+        if phase in ("ppo", "eval"):  # the other phases know their own length
+            screen.update(phase=phase, step=step, total=total, values=values)
 
     return write
 
@@ -206,7 +213,7 @@ def _evaluator(
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
     prompts = Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)))
-    key = jax.random.key(setup.seed + 1)  # the same at every step: policies are compared on equal random numbers
+    key = key_stream(setup.seed, "evaluation")  # the same at every step: policies are compared on equal random numbers
     shown: dict[int, Any] = {}
 
     def evaluate(step: int, state: TrainState) -> None:

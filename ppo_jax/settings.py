@@ -21,7 +21,7 @@ class SFTSettings:
     """Hugging Face directory, name on the hub, or .gguf file."""
     data: Path
     """Demonstrations, a JSON object per line: {"prompt", "response"}, {"messages"} or {"text"}; .txt: texts."""
-    run_dir: Path
+    run_dir: Path = Path("runs/sft")
     """Where all results go."""
     seed: int = 0
     """Of the order of the data and of initialisation."""
@@ -47,7 +47,7 @@ class RewardSettings:
     """Base: Hugging Face directory, name on the hub, or .gguf file. PPO needs the same one."""
     pairs: Path
     """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
-    run_dir: Path
+    run_dir: Path = Path("runs/reward")
     """Where all results go."""
     seed: int = 0
     """Of the order of the data and of initialisation."""
@@ -73,7 +73,7 @@ class PPOSettings:
     """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
     reward: Path
     """Run directory of `ppo-jax reward` on the same base, or the adapter in it."""
-    run_dir: Path
+    run_dir: Path = Path("runs/ppo")
     """Where all results go."""
     seed: int = 0
     """Of data, sampling and initialisation."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -37,6 +36,7 @@ from ppo_jax.train.reward_model import (
     text_features,
 )
 from ppo_jax.train.sft import Demonstrations, SFTConfig, evaluate, in_order, make_sft_loss, train_sft
+from ppo_jax.train.state import key_stream
 from ppo_jax.types import PyTree
 
 MODEL, POLICY, REWARD = "model", "policy", "reward"  # folders in a run's export/
@@ -71,7 +71,7 @@ def run_sft(
     batches = sft_batches(train.rows, train.starts, sft.batch_size, seed, model.pad_id)
     steps = sft.num_steps(len(train.rows))
     write = _writer(directory, screen, "sft", steps)
-    tuned = init_adapter(jax.random.key(seed), model.params, model.config, adapter)
+    tuned = init_adapter(key_stream(seed, "adapter"), model.params, model.config, adapter)
     loss = make_sft_loss(model.config, sft.logprob_chunk)
     held_batch = min(sft.batch_size // sft.accumulate, len(held_out.rows))
     all_held = sft_batches(held_out.rows, held_out.starts, len(held_out.rows), 0, model.pad_id)[0]
@@ -108,7 +108,7 @@ def run_reward(
         raise ValueError(f"batch_size={reward.batch_size} texts are {per_batch} pairs, but there are {count}")
     steps = math.ceil(reward.epochs * count / per_batch) if reward.lora_layers else 0
     write = _writer(directory, screen, "reward", steps)
-    role = init_role(jax.random.key(seed), model.config, reward)
+    role = init_role(key_stream(seed, "reward"), model.config, reward)
 
     screen.message(f"reward model: reading {2 * count} texts")
     features = _features(model, role, trunk, train, reward.batch_size)

@@ -100,16 +100,16 @@ class Hyper(NamedTuple):
     Changing one never recompiles, and `vmap` over them is a sweep.
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # of Adam, at its peak
     temperature: float = 0.7  # of sampling and of every log-prob
     kl_coef: float = 0.05  # beta of the KL penalty (start value when it adapts)
-    gamma: float = 1.0
-    lam: float = 0.95
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of GAE
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    value_clip: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
-    max_grad_norm: float = 1.0
+    clip_high: float = 0.2  # see clip_low
+    value_clip: float = 0.2  # how far a value may move from its old one, in units of the return
+    vf_coef: float = 0.1  # weight of the value loss
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 1.0  # global-norm clip of the gradient
     kl_target: float = 6.0  # nats per response, for the adaptive coefficient
     kl_horizon: float = 10_000.0  # episodes

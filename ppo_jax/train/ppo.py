@@ -10,6 +10,7 @@ Ouyang et al. 2022 (the recipe). `Hyper` is traced; everything in `PPOConfig` is
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -71,6 +72,19 @@ class PPOConfig:
                 f"batch_size={batch_size} does not divide into num_minibatches={self.num_minibatches} x "
                 f"accumulate={self.accumulate}; use a multiple of {pieces}"
             )
+
+
+def check_hyper(hyper: Hyper) -> None:
+    """Raises ValueError for a scalar outside its range, with the field's name and what is allowed."""
+    positive = ("learning_rate", "temperature", "max_grad_norm", "value_clip", "clip_high", "kl_target", "kl_horizon")
+    ranges = {name: (0 < getattr(hyper, name) < math.inf, "positive") for name in positive}
+    ranges |= {name: (0 <= getattr(hyper, name) <= 1, "in [0, 1]") for name in ("gamma", "lam")}
+    ranges |= {name: (0 <= getattr(hyper, name) < math.inf, "at least 0") for name in ("kl_coef", "vf_coef")}
+    ranges["clip_low"] = (0 < hyper.clip_low <= 1, "in (0, 1]")
+    ranges["entropy_coef"] = (math.isfinite(hyper.entropy_coef), "finite")
+    for name, (fine, allowed) in ranges.items():
+        if not fine:
+            raise ValueError(f"hyper.{name}={getattr(hyper, name)} must be {allowed}")
 
 
 Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]

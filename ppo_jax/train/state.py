@@ -1,5 +1,7 @@
 """Everything that decides a run's future, in one pytree."""
 
+import zlib
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.types import Policy, PyTree
+
+
+def key_stream(seed: int, name: str) -> PRNGKeyArray:
+    """The run's key for one purpose. Purposes share a seed and nothing else: fold_in(key(seed), crc32(name)).
+
+    (A key that is split here and folded there would be used twice: split(k, n)[i] equals fold_in(k, i).)
+    """
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 @flax.struct.dataclass

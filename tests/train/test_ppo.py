@@ -11,13 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.loop import host_iteration
+from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import (
     PPOConfig,
     collect,
     make_experience,
     make_host_iteration,
     make_iteration,
-    make_optimizer,
     ppo_loss,
     reference_logprobs,
     rollout_prefix,
