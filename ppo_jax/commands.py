@@ -176,11 +176,8 @@ def responses(
 ) -> Iterator[Response]:
     """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
     run = jax.jit(partial(generate, config=model.config, sampling=sampling))
-    key, size, count = (
-        key_stream(settings.seed, "generate"),
-        min(settings.batch_size, len(prompts.rows)),
-        len(prompts.rows),
-    )
+    key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
+    size = min(settings.batch_size, count)
     tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
     for number, start in enumerate(range(0, count, size)):
         index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up

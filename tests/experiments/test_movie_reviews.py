@@ -17,6 +17,7 @@ from experiments.movie_reviews import (
     clean,
     first_words,
     load,
+    PROMPT_WORDS,
     openings,
     pairs,
     splits,
@@ -161,13 +162,14 @@ def test_first_words() -> None:
 
 def test_openings(parts: Splits) -> None:
     texts = openings(parts.prompts, np.random.default_rng(0))
-    long = [review for review in parts.prompts if len(review.text.split()) > 3]
+    long = [review for review in parts.prompts if len(review.text.split()) > min(PROMPT_WORDS)]
     assert len(texts) == len(long)
     for text, review in zip(texts, long, strict=True):
         assert review.text.startswith(text + " ")
     counts = np.bincount([len(text.split()) for text in texts])
-    assert np.all(counts[:3] == 0) and len(counts) == 9 and counts[3:].min() > 200
-    assert openings([Review(1, 0.0, "a b c d"), Review(2, 0.0, "a b c")], np.random.default_rng(0)) == ["a b c"]
+    assert set(np.flatnonzero(counts)) == set(PROMPT_WORDS) and counts[min(PROMPT_WORDS) :].min() > 200
+    two = [Review(1, 0.0, "a b c d"), Review(2, 0.0, "a b c")]
+    assert openings(two, np.random.default_rng(0), lengths=(3, 4)) == ["a b c"]
 
 
 def test_vader_and_a_bag_of_words_do_as_well_as_known(parts: Splits) -> None:

@@ -42,14 +42,13 @@ def test_reward_head_starts_with_small_random_weights_and_no_normalisation() -> 
 
 
 def test_heads_compute_in_float32_on_bfloat16_states() -> None:
-    """256 + 1 - 256 = 1 has no bfloat16 steps in between: 257 would round to 256 and the sum to 0."""
-    states = jnp.array([[256.0, 1.0, -256.0]], jnp.bfloat16)
-    ones = jnp.ones((3, 1))
+    """256 * (1 + 2^-10) = 256.25: a weight rounded to bfloat16 (1) or a sum rounded to it would give 256."""
+    states, weight = jnp.array([[256.0]], jnp.bfloat16), jnp.array([[1 + 2**-10]])
     for out in (
-        value({"value": {"kernel": ones, "bias": jnp.zeros(1)}}, states),
-        score({"reward": {"kernel": ones}, "gain": jnp.ones(()), "bias": jnp.zeros(())}, states),
+        value({"value": {"kernel": weight, "bias": jnp.zeros(1)}}, states),
+        score({"reward": {"kernel": weight}, "gain": jnp.ones(()), "bias": jnp.zeros(())}, states),
     ):
-        assert out.dtype == jnp.float32 and out.tolist() == [1.0]
+        assert out.dtype == jnp.float32 and out.tolist() == [256.25]
     assert ValueHead().init(jax.random.key(0), states)["params"]["value"]["kernel"].dtype == jnp.float32
 
 
