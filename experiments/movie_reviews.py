@@ -35,12 +35,6 @@ class Splits(NamedTuple):
     judge_train: list[Review]  # for a second reward model, which PPO does not see
 
 
-class Pair(NamedTuple):
-    better: Review
-    worse: Review
-    gap: float  # better.rating - worse.rating, > 0
-
-
 def load(folder: Path | None = None) -> list[Review]:
     """All rated sentences, cleaned by `clean`, in the order of the file.
 
@@ -103,24 +97,6 @@ def splits(
 def _normal(text: str) -> str:
     """What two sentences share if they differ only in case, spacing and punctuation."""
     return re.sub(r"[\W_]", "", text.lower())
-
-
-def pairs(reviews: Sequence[Review], n: int, rng: np.random.Generator, min_gap: float = 0.0) -> list[Pair]:
-    """`n` random pairs whose ratings differ, by at least `min_gap`; drawn with replacement.
-
-    Raises:
-      ValueError: no two reviews differ that much.
-    """
-    ratings = np.array([review.rating for review in reviews])
-    if len(reviews) < 2 or np.ptp(ratings) == 0 or np.ptp(ratings) < min_gap:
-        raise ValueError(f"among {len(reviews)} reviews no two differ by {min_gap} or more in their rating")
-    found: list[Pair] = []
-    while len(found) < n:
-        for i, j in rng.integers(len(reviews), size=(max(n, 64), 2)):
-            gap = float(ratings[i] - ratings[j])
-            if gap > 0 and gap >= min_gap and len(found) < n:
-                found.append(Pair(reviews[i], reviews[j], gap))
-    return found
 
 
 def all_pairs_accuracy(scores: Sequence[float] | np.ndarray, ratings: Sequence[float] | np.ndarray) -> float:

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments.movie_reviews import (
+    PROMPT_WORDS,
     Review,
     Splits,
     all_pairs_accuracy,
     clean,
     first_words,
     load,
-    PROMPT_WORDS,
     openings,
-    pairs,
     splits,
 )
 from ppo_jax import assets
@@ -114,21 +113,6 @@ def test_copies_never_straddle() -> None:
     for seed in range(20):
         parts = splits(copies, seed, test=6, prompts=6, judge_train=6)
         assert {0, 1} <= {review.id for review in parts.reward_train}
-
-
-def test_pairs(parts: Splits) -> None:
-    drawn = pairs(parts.reward_train, 500, np.random.default_rng(0), min_gap=0.5)
-    assert len(drawn) == 500
-    for better, worse, gap in drawn:
-        assert gap == better.rating - worse.rating >= 0.5
-    assert len({review.id for pair in drawn for review in pair[:2]}) > 850  # of 1000 draws from 5005
-    assert drawn == pairs(parts.reward_train, 500, np.random.default_rng(0), min_gap=0.5)
-    assert drawn != pairs(parts.reward_train, 500, np.random.default_rng(1), min_gap=0.5)
-    few = [Review(1, 1.0, "a"), Review(2, 2.0, "b"), Review(3, 2.0, "c")]
-    assert {pair[:2] for pair in pairs(few, 50, np.random.default_rng(0))} == {(few[1], few[0]), (few[2], few[0])}
-    for reviews, gap in ((few, 1.5), (few[1:], 0.0), (few[:1], 0.0), ([], 0.0)):
-        with pytest.raises(ValueError, match="no two differ"):
-            pairs(reviews, 5, np.random.default_rng(0), gap)
 
 
 def test_all_pairs_accuracy() -> None:
