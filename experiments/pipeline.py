@@ -10,12 +10,14 @@ and `ppo` (Ouyang et al. 2022, figure 2).
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from experiments.smoke import BAD, GOOD, model
 from ppo_jax import config, report, rundir
+from ppo_jax.cli import exit_code
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -30,6 +32,10 @@ from ppo_jax.train.sft import SFTConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
+TASK = (
+    "A random model of four layers learned a toy language from demonstrations; a reward model on it learned from "
+    "comparisons that good words are better than bad ones; PPO made it say good words."
+)
 OPENINGS = [f"the {noun} {verb}" for noun in ("film", "plot", "cast", "script") for verb in ("is", "was")]
 MAX_LENGTH = 12
 
@@ -113,7 +119,7 @@ def main(args: list[str] | None = None) -> Path:
             stages[2],
             {
                 "title": "SFT, reward model, PPO on a toy language",
-                "task": __doc__.split("\n\n")[2].replace("\n", " "),
+                "task": TASK,
                 "before": result.before,
                 "after": result.after,
                 "prompts": len(rows),
@@ -156,4 +162,4 @@ def goodness(text: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("experiments.pipeline", main))

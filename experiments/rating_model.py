@@ -14,7 +14,7 @@ from experiments import movie_reviews
 from experiments.movie_reviews import Review
 from ppo_jax import artifacts, metrics
 from ppo_jax.display import Screen
-from ppo_jax.models.adapters import first_layer
+from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs import Model
@@ -114,7 +114,7 @@ def _held_out_accuracies(
         return []
     trunks = [reward.trunk(model.config) for _, reward in trained]
     pairs = list(zip(trained, trunks, strict=True))
-    shared = min(min(first_layer(role.adapter, trunk), trunk.num_layers - 1) for (role, _), trunk in pairs)
+    shared = min(shared_layers(role.adapter, trunk) for (role, _), trunk in pairs)
     size = trained[0][1].batch_size
     held_out = _with_prefix("held-out features", model, test, trunks[0], shared, size, screen)
     accuracies = []
@@ -130,7 +130,7 @@ def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: metrics.
     trunk, size, ratings = reward.trunk(model.config), reward.batch_size, _ratings(train)
     rng = np.random.default_rng(seed)
     role = init_role(key_stream(seed, name), model.config, reward)
-    layers = min(first_layer(role.adapter, trunk), trunk.num_layers - 1)
+    layers = shared_layers(role.adapter, trunk)
     texts = _with_prefix(f"{name} features", model, train, trunk, layers, size, screen)
 
     features = text_features(model.params, role, trunk, texts, size, layers)

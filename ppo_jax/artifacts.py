@@ -206,10 +206,7 @@ def fingerprint(model_path: str | Path) -> str:
     where = hf.resolve(model_path)
     if where.is_file():
         return _sha256(where)
-    single = where / hf.SINGLE
-    files = [single] if single.is_file() else sorted(where.glob("model-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{where} has neither {hf.SINGLE} nor shards of it")
+    files = hf.weight_files(where)
     if len(files) == 1:
         return _sha256(files[0])
     lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)

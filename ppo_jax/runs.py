@@ -23,7 +23,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
-from ppo_jax.train.loop import LoopConfig, evaluation_due, host_iteration, response_texts, train
+from ppo_jax.train.loop import LoopConfig, as_scores, evaluation_due, host_iteration, response_texts, train
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import PPOConfig, check_hyper, make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state, key_stream
@@ -245,7 +245,7 @@ def _columns(setup: Setup, result: Evaluation, responses: Sequence[str]) -> dict
     scores, held_out = result.scores, setup.held_out
     if scores is None:
         assert setup.host_reward is not None
-        scores = setup.host_reward(held_out.texts, responses, held_out.metadata)
+        scores = as_scores(setup.host_reward(held_out.texts, responses, held_out.metadata), len(responses))
     columns = {"reward": np.where(np.asarray(scores.valid), np.asarray(scores.reward), np.nan)}
     columns |= {
         name: np.asarray(judge(result.rollout, held_out.texts, responses)) for name, judge in setup.judges.items()

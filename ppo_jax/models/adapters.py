@@ -131,6 +131,11 @@ def first_layer(adapter: PyTree, config: ModelConfig) -> int:
     return 0 if "embedding" in adapter else config.num_layers - max(counts)
 
 
+def shared_layers(adapter: PyTree, config: ModelConfig) -> int:
+    """How many layers, from the bottom, the role shares with the base; never the last, which the final norm follows."""
+    return min(first_layer(adapter, config), config.num_layers - 1)
+
+
 def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
     """Parameters of a plain model that computes what `apply(params, adapter, ...)` does."""
     layers = dict(params["layers"])

@@ -48,7 +48,7 @@ def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTre
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
     config = _read_config(where, dtype)
-    shards = _find_shards(where)
+    shards = weight_files(where)
     with contextlib.ExitStack() as stack:
         source: dict[str, tuple[Path, Any]] = {}
         for shard in shards:
@@ -180,8 +180,8 @@ def _read_config(where: Path, dtype: Dtype) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=ids or config.eos_token_ids)
 
 
-def _find_shards(where: Path) -> list[Path]:
-    """The safetensors files of a directory."""
+def weight_files(where: Path) -> list[Path]:
+    """The safetensors files of a directory: the single one, or those that its index names."""
     if (where / SINGLE).is_file():
         return [where / SINGLE]
     index = where / INDEX

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import first_layer
+from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, score
 from ppo_jax.rewards.base import DeviceReward
@@ -30,7 +30,7 @@ def score_tokens(
     prefix_layers: int = 0,
 ) -> Float[Array, " B"]:
     """The head's value at each row's last real token, wherever the padding lies."""
-    if prefix is not None and min(first_layer(role.adapter, config), config.num_layers - 1) < prefix_layers:
+    if prefix is not None and shared_layers(role.adapter, config) < prefix_layers:
         prefix = None  # this role already differs, or ends, below the shared layers
     hidden = role_hidden(base, role.adapter, config, tokens, mask, prefix, prefix_layers)
     return score(role.head, last_token(hidden, mask))

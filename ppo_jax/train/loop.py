@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -14,7 +15,7 @@ from ppo_jax.rewards.base import HostReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.ppo import Collect, Iteration, Learn
 from ppo_jax.train.state import TrainState
-from ppo_jax.types import Frozen, Hyper, Metrics, Prompts
+from ppo_jax.types import Frozen, Hyper, Metrics, Prompts, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +151,24 @@ def host_iteration(
         tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
         responses = response_texts(tokens, mask, decode, sampling.stop_ids)
         rows = np.asarray(prompts.index)
-        scores = reward([texts[i] for i in rows], responses, [metadata[i] for i in rows])
+        scores = as_scores(reward([texts[i] for i in rows], responses, [metadata[i] for i in rows]), len(rows))
         return learn(state, frozen, rollout, scores, hyper)
 
     return iteration
+
+
+def as_scores(scores: Scores, rows: int) -> Scores:
+    """A host reward's answer in the dtypes that the device expects; ValueError when it is not one number per row.
+
+    A score that is not finite is invalid, whatever the reward said of it.
+    """
+    columns = {"reward": scores.reward, "valid": scores.valid, **scores.parts}
+    for name, column in columns.items():
+        if np.shape(column) != (rows,):
+            raise ValueError(f"the reward returned {name} of shape {np.shape(column)} for {rows} responses")
+    reward = np.asarray(scores.reward, np.float32)
+    parts = {name: jnp.asarray(part, jnp.float32) for name, part in scores.parts.items()}
+    return Scores(jnp.asarray(reward), jnp.asarray(np.asarray(scores.valid, bool) & np.isfinite(reward)), parts)
 
 
 def response_texts(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppo_jax.models.adapters import first_layer, unembedding
+from ppo_jax.models.adapters import shared_layers, unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.ops.advantages import gae
@@ -142,7 +142,7 @@ def rollout_prefix(
     policy: Policy, frozen: Frozen, rollout: Rollout, config: ModelConfig
 ) -> tuple[Float[Array, "B S D"] | None, int]:
     """What all roles share of a rollout, constant over the epochs, and how many layers deep it is."""
-    depth = min(first_layer(policy.adapter, config), config.num_layers - 1)  # the last layer is never shared
+    depth = shared_layers(policy.adapter, config)
     return shared_prefix(frozen.base, config, rollout.tokens, rollout.mask, depth), depth
 
 
@@ -159,7 +159,9 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """From scores to the next state: reference, experience, epochs of updates, KL controller."""
     kl_coef = state.kl_coef if ppo.adaptive_kl else jnp.asarray(hyper.kl_coef, jnp.float32)
-    ref_logprobs = reference_logprobs(frozen, rollout, prefix, first_layer(state.policy.adapter, config), hyper, config)
+    ref_logprobs = reference_logprobs(
+        frozen, rollout, prefix, shared_layers(state.policy.adapter, config), hyper, config
+    )
     experience = make_experience(rollout, scores, ref_logprobs, prefix, kl_coef, hyper, ppo)
     _, key = jax.random.split(jax.random.fold_in(state.key, state.step))
     state, losses = update_epochs(state, frozen, experience.batch, key, hyper, config, ppo, optimizer)
@@ -274,7 +276,7 @@ def ppo_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """L = L_clip + vf_coef L_value - entropy_coef H, each a sum over this batch's tokens divided by `count`."""
     length = batch.loss_mask.shape[1]
-    depth = first_layer(policy.adapter, config)
+    depth = shared_layers(policy.adapter, config)
     hidden = role_hidden(frozen.base, policy.adapter, config, batch.tokens, batch.mask, batch.prefix, depth)
     hidden = before_response(hidden, length)
     actions, table = batch.tokens[:, -length:], unembedding(frozen.base, policy.adapter)

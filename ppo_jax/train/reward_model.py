@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppo_jax.models.adapters import first_layer, init_lora
+from ppo_jax.models.adapters import init_lora, shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead, last_token, score
 from ppo_jax.ops.losses import bradley_terry_loss
@@ -98,7 +98,7 @@ def comparison_loss(
     role: RewardRole, base: PyTree, trunk: ModelConfig, batch: Comparisons
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean of -log sigmoid(s_i - s_j - margin_ij) over the ordered pairs (i, j) of the batch."""
-    depth = first_layer(role.adapter, trunk)
+    depth = shared_layers(role.adapter, trunk)
     scores = score_tokens(base, role, trunk, batch.tokens, batch.mask, batch.prefix, depth)
     rows, columns = jnp.broadcast_arrays(scores[:, None], scores[None, :])
     loss, metrics = bradley_terry_loss(rows, columns, batch.margin, mask=batch.better)
