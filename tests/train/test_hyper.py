@@ -1,0 +1,58 @@
+"""Ranges of the traced scalars, the seeds' streams, and what a host reward may return."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.train.loop import as_scores
+from ppo_jax.train.ppo import check_hyper
+from ppo_jax.train.state import key_stream
+from ppo_jax.types import Hyper, Scores
+
+
+def test_the_defaults_are_in_range() -> None:
+    assert check_hyper(Hyper()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", 0.0, "positive"),  # greedy sampling has no gradient
+        ("temperature", -1.0, "positive"),
+        ("learning_rate", float("nan"), "positive"),
+        ("learning_rate", float("inf"), "positive"),
+        ("gamma", 1.01, r"in \[0, 1\]"),
+        ("lam", -0.1, r"in \[0, 1\]"),
+        ("clip_low", 1.5, r"in \(0, 1\]"),
+        ("kl_coef", -0.1, "at least 0"),
+        ("max_grad_norm", 0.0, "positive"),
+        ("entropy_coef", float("nan"), "finite"),
+    ],
+)
+def test_a_scalar_out_of_range_is_named(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"hyper.{name}=.* must be {allowed}"):
+        check_hyper(Hyper()._replace(**{name: value}))
+
+
+def test_streams_of_one_seed_share_no_key() -> None:
+    names, root = ("ppo", "adapter", "evaluation", "reward"), jax.random.key(3)
+    keys = [key_stream(3, name) for name in names]
+    keys += [*jax.random.split(root, 8), *(jax.random.fold_in(root, i) for i in range(8, 12)), key_stream(4, "ppo")]
+    words = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
+    assert all(a != b for a, b in itertools.combinations(words, 2))
+    assert (jax.random.key_data(key_stream(3, "ppo")) == jax.random.key_data(keys[0])).all()
+
+
+def test_a_host_score_that_is_not_finite_is_invalid_and_dtypes_are_fixed() -> None:
+    scores = as_scores(Scores(np.array([1, np.nan, np.inf, -2.5]), np.array([1, 1, 1, 0]), {"a": np.arange(4)}), 4)
+    assert scores.valid.tolist() == [True, False, False, False] and scores.valid.dtype == bool
+    assert scores.reward.dtype == scores.parts["a"].dtype == np.float32
+    assert float(scores.reward[0]) == 1.0 and float(scores.reward[3]) == -2.5
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), ()])
+def test_a_host_reward_of_the_wrong_length_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="the reward returned reward of shape .* for 4 responses"):
+        as_scores(Scores(np.zeros(shape), np.ones(4, bool), {}), 4)
