@@ -154,7 +154,7 @@ def _numbers(before: Mapping[str, Any], after: Mapping[str, Any], count: int | N
             continue
         cells = [_value(values, name, form, factor) for values in (before, after)]
         change = _minus(form.replace("{:", "{:+").format(found.change * factor))
-        in_std = _minus(f"{found.in_std:+.2f}") if found.in_std is not None else ""
+        in_std = _minus(f"{found.in_std:+.2f}") if found.in_std is not None and name in SCORES else ""
         rows.append(
             f"<tr><th scope='row'>{label} <span class='unit'>{unit}</span></th>"
             f"<td>{cells[0]}</td><td>{cells[1]}</td><td>{change}</td><td>{in_std}</td></tr>"
@@ -186,10 +186,11 @@ def _accuracies(summary: Summary) -> str:
         f"<td class='bar'><span style='width:{max(0.0, min(1.0, 2 * value - 1)):.1%}'></span></td></tr>"
         for value, label, own in sorted(rows, key=lambda row: -row[0])
     )
-    note = _text(summary.get("reward_accuracy_note", ""))
+    note = _text(summary.get("reward_accuracy_note", "held-out pairs"))
     return (
         f"<section><h2>How good is the reward model?</h2><table class='accuracies'>{body}</table>"
-        f"<p class='note'>Pairs put in the same order as by the human raters; bars start at chance, 50%. {note}</p>"
+        "<p class='note'>Pairs put in the same order as by the human raters. Bars start at chance, 50%. "
+        f"Measured on {note}.</p>"
         "</section>"
     )
 
@@ -297,8 +298,8 @@ def _signed(value: float | None) -> str:
 
 
 def _minus(text: str) -> str:
-    """The text with a real minus before numbers."""
-    return re.sub(r"-(?=\d)", "−", text)
+    """The text with a real minus before numbers, and none before a zero."""
+    return re.sub(r"-(?=\d)", "−", re.sub(r"-(?=0(\.0*)?%?$)", "", text))
 
 
 def _text(value: object) -> str:

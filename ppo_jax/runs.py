@@ -113,6 +113,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
     Writes metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/ and export/policy.
     """
     model, ppo, loop = setup.model, setup.ppo, setup.loop
+    if (setup.device_reward is None) == (setup.host_reward is None):
+        raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     ppo.check_batch(loop.batch_size)
     frozen = Frozen(model.params, setup.reward_params)
     optimizer = make_optimizer()
@@ -192,8 +194,7 @@ def environment() -> dict[str, Any]:
 def _iteration(setup: Setup, optimizer: Any) -> Any:
     if setup.device_reward is not None:
         return make_iteration(setup.model.config, setup.ppo, optimizer, setup.device_reward)
-    if setup.host_reward is None:
-        raise ValueError("a run needs a reward: give device_reward or host_reward")
+    assert setup.host_reward is not None
     collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     return host_iteration(collect, learn, setup.host_reward, setup.model.decode, setup.ppo.sampling, texts, table)

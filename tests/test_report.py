@@ -179,3 +179,10 @@ def test_spread_keeps_first_and_last(count, shown):
 def test_missing_directory(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such run directory"):
         report.write(tmp_path / "nowhere", {})
+
+
+def test_only_scores_are_measured_in_their_own_spread() -> None:
+    # The initial policy is the reference: its KL is 0 up to rounding, and so is the spread of that.
+    before, after = {"kl": -1e-9, "kl_std": 1e-6}, {"kl": 5.0, "kl_std": 1.0}
+    table = report._numbers(before, after, 64)
+    assert "<td>0.00 " in table and "<td>+5.00</td><td></td>" in table
