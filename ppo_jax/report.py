@@ -189,7 +189,7 @@ def _accuracies(summary: Summary) -> str:
     note = _text(summary.get("reward_accuracy_note", "held-out pairs"))
     return (
         f"<section><h2>How good is the reward model?</h2><table class='accuracies'>{body}</table>"
-        "<p class='note'>Pairs put in the same order as by the human raters. Bars start at chance, 50%. "
+        "<p class='note'>Pairs put in the same order as by people. Bars start at chance, 50%. "
         f"Measured on {note}.</p>"
         "</section>"
     )

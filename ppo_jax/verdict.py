@@ -76,7 +76,7 @@ def judge(
     sentences += _peak_sentences(records, known, count)
     sentences += _distance_sentences(before, after, kl_budget)
     if reward_accuracy is not None:
-        sentences.append(f"The reward model orders {reward_accuracy:.1%} of held-out pairs as the human raters did.")
+        sentences.append(f"The reward model orders {reward_accuracy:.1%} of held-out pairs as people did.")
     return Verdict(_headline(reward, known), " ".join(sentences))
 
 

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -237,6 +238,27 @@ def test_when_every_score_failed_nothing_is_learned_or_measured():
     assert values["grad_norm"] == 0
     for name in ("reward", "reward_std", "explained_variance", "kl", "policy_loss", "response_length"):
         assert name not in values, f"{name} has a count of 0"
+
+
+def test_each_iteration_shuffles_with_a_key_of_its_own():
+    """Defect 4, across updates: same state, same rollout, another step, and the rows come in another order."""
+    ppo = PPOConfig(sampling=toy.SAMPLING, epochs=2, num_minibatches=B)
+    keep = optax.GradientTransformation(
+        lambda policy: (jnp.zeros((), jnp.int32), jnp.zeros(2 * B)),
+        lambda grads, state, policy=None: (grads, (state[0] + 1, state[1].at[state[0]].set(optax.tree.norm(grads)))),
+    )
+
+    @jax.jit
+    def norms(state):
+        hyper = HYPER._replace(learning_rate=0.0, max_grad_norm=1e9)
+        after, _ = learn(state, FROZEN, rollout(), scores(), None, hyper, CONFIG, ppo, keep)
+        return after.opt_state[1]
+
+    state = start().replace(opt_state=keep.init(None))
+    first, again, later = norms(state), norms(state), norms(state.replace(step=state.step + 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.max(np.abs(first - later)) > 1e-3
+    np.testing.assert_allclose(np.sort(first), np.sort(later), rtol=1e-4)  # the same rows, though
 
 
 @pytest.mark.parametrize("whiten", [True, False])
