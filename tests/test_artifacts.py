@@ -313,7 +313,7 @@ def test_fingerprint_of_shards_and_of_a_file(tmp_path: Path) -> None:
     os.utime(shard, ns=(1, 1))
     assert artifacts.fingerprint(tmp_path / "m") != first
     assert artifacts.fingerprint(shard) == artifacts.sha256_of(shard)
-    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor shards"):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor model.safetensors.index.json"):
         artifacts.fingerprint(tmp_path)
 
 

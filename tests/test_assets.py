@@ -192,7 +192,9 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 _FETCH = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_assets import Asset, _unpack_probe, fetch

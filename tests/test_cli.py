@@ -195,7 +195,7 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
         ("stf --model model", "'stf' is not a command; did you mean sft?"),
         ("train", "'train' is not a command; there are: sft, reward, ppo, generate"),
         ("sft --model model --data sft.jsonl --run-dir x --sft.batch-sise 4", "--sft.batch-size"),
-        ("sft --model model --data sft.jsonl", "--run-dir"),
+        ("sft --model model", "--data"),
         ("sft --model model --data none.jsonl --run-dir x", "none.jsonl is not a file"),
         ("sft --model model --data prompts.jsonl --run-dir x", 'prompts.jsonl:1: unknown field "metadata"'),
         ("sft --model model --data sft.jsonl --run-dir x --max-length 20", "40 of 40|longer than 20 tokens"),
