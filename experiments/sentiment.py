@@ -140,7 +140,9 @@ def main(args: list[str] | None = None) -> Path:
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     # Passed back with --config it must neither delete nor continue anything by itself.
     repeatable = dataclasses.replace(settings, resume=False, overwrite=False)
-    (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
+    config_file = directory / rundir.CONFIG
+    if not (settings.resume and config_file.exists()):
+        config_file.write_text(config.to_yaml(repeatable), encoding="utf-8")
     clock["load"] = time.perf_counter()
 
     with progress("ppo_jax · sentiment") as screen:
@@ -175,6 +177,9 @@ def main(args: list[str] | None = None) -> Path:
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
         )
         result = run_ppo(directory, setup, screen, settings.resume)
+        config_file.write_text(
+            config.to_yaml(repeatable), encoding="utf-8"
+        )  # a resumed run's, once it has gone through
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
