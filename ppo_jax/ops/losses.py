@@ -85,7 +85,7 @@ def clipped_value_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Half the mean over the mask of the larger of two squared errors.
 
-        V_clip = V_old + clip(V - V_old, -clip, clip)
+        V_clip = clip(V, V_old - clip, V_old + clip)
         loss   = 0.5 * mean of max((V - R)^2, (V_clip - R)^2)
 
     Only `values` is differentiated. Inputs outside the mask may be NaN or infinite.
@@ -104,7 +104,8 @@ def clipped_value_loss(
     values, mask = prepare(values, mask)
     old_values, returns = (jax.lax.stop_gradient(prepare(x, mask)[0]) for x in (old_values, returns))
     unclipped = jnp.square(values - returns)
-    clipped = jnp.square(old_values + jnp.clip(values - old_values, -clip, clip) - returns)
+    # Not old + clip(V - old): that rounds where nothing is clipped, and would count as clipped.
+    clipped = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
     metrics = {"value_error": unclipped, "value_clip_fraction": clipped > unclipped}
     return 0.5 * _normalised(jnp.maximum(unclipped, clipped), mask, count), _summary(metrics, mask)
 
