@@ -1,7 +1,13 @@
 """Set up before anything imports jax: eight CPU devices, no network, shapes and types checked at run time."""
 
 import os
+from importlib import metadata
 
+# Tests run tiny programs once: compiling them lightly is several times faster. XLA aborts on a flag it does not know,
+# so the flags are for the versions they were tried with.
+if metadata.version("jaxlib").startswith("0.10."):
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
