@@ -8,7 +8,8 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from ppo_jax import commands, config
-from ppo_jax.settings import GenerateSettings, PPOSettings, RewardSettings, SFTSettings
+from ppo_jax.generate import GenerateSettings, generate_responses
+from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
@@ -23,7 +24,7 @@ COMMANDS = {
     "sft": Command(SFTSettings, commands.sft),
     "reward": Command(RewardSettings, commands.reward),
     "ppo": Command(PPOSettings, commands.ppo),
-    "generate": Command(GenerateSettings, commands.generate_responses),
+    "generate": Command(GenerateSettings, generate_responses),
 }
 
 

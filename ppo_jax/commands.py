@@ -1,44 +1,34 @@
-"""What `ppo-jax sft`, `reward`, `ppo` and `generate` do: files -> records -> token rows -> a stage -> a run directory.
+"""What `ppo-jax sft`, `reward` and `ppo` do: files -> records -> token rows -> a stage -> a run directory.
 
 Everything that a user may have got wrong is looked at before the run directory is touched, so that a mistake beside
 `--overwrite` deletes nothing.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import artifacts, config, report, rundir
 from ppo_jax.data import (
-    PromptRecord,
     TooLong,
     encode_pairs,
-    encode_prompts,
     encode_sft,
-    left_pad,
     read_pairs,
     read_prompts,
     read_sft,
-    render,
 )
 from ppo_jax.display import Screen, progress
+from ppo_jax.generate import artifact_at, check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
-from ppo_jax.models.heads import ValueHead
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
-from ppo_jax.rollout import Sampling, generate
-from ppo_jax.runs import Model, PromptSet, Setup, decode_responses, environment, load_model, run_ppo
-from ppo_jax.settings import GenerateSettings, PPOSettings, RewardSettings, SFTSettings
-from ppo_jax.stages import MODEL, POLICY, REWARD, export_model, run_reward, run_sft
+from ppo_jax.runs import Setup, environment, load_model, run_ppo
+from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
+from ppo_jax.stages import MODEL, REWARD, export_model, run_reward, run_sft
 from ppo_jax.train.state import key_stream
-from ppo_jax.types import Policy, Prompts
 
 T = TypeVar("T")
 
@@ -48,7 +38,7 @@ def sft(settings: SFTSettings) -> None:
     model = load_model(settings.model)
     records = set_apart(read_sft(settings.data), settings.held_out, settings.seed)
     train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
-    _check_room(model, [*train.rows, *held_out.rows])
+    check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(_too_few("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = _open(settings)
@@ -70,7 +60,7 @@ def reward(settings: RewardSettings) -> None:
     train, held_out = (
         encode_pairs(part, model.tokenizer, settings.max_length, settings.too_long, eos=False) for part in records
     )
-    _check_room(model, [*train.chosen, *train.rejected, *held_out.chosen, *held_out.rejected])
+    check_room(model, [*train.chosen, *train.rejected, *held_out.chosen, *held_out.rejected])
     if settings.reward.batch_size > 2 * len(train.chosen):
         raise ValueError(
             _too_few("--reward.batch-size", settings.reward.batch_size, 2 * len(train.chosen), settings.pairs)
@@ -89,14 +79,14 @@ def ppo(settings: PPOSettings) -> None:
     """`ppo-jax ppo`."""
     settings.ppo.check_batch(settings.loop.batch_size)
     model = load_model(settings.model)
-    sampling = _sampling(settings.ppo.sampling, model)
-    found = artifacts.load(_artifact(settings.reward, REWARD), "reward")
+    sampling = with_stops(settings.ppo.sampling, model)
+    found = artifacts.load(artifact_at(settings.reward, REWARD), "reward")
     artifacts.check_base(found, model.fingerprint, model.config)
     records = set_apart(read_prompts(settings.prompts), settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
         prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
     )
-    _check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length)
+    check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length)
     if settings.loop.batch_size > len(prompts.rows):
         raise ValueError(_too_few("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts))
     key = key_stream(settings.seed, "adapter")
@@ -135,71 +125,6 @@ def ppo(settings: PPOSettings) -> None:
         screen.message(f"the model is at {exported.name}; report: {page}")
 
 
-def generate_responses(settings: GenerateSettings) -> None:
-    """`ppo-jax generate`."""
-    if settings.temperature < 0:
-        raise ValueError(f"--temperature {settings.temperature} must not be negative")
-    if settings.batch_size < 1:
-        raise ValueError(f"--batch-size {settings.batch_size} must be at least 1")
-    if not (settings.prompt or settings.prompts):
-        raise ValueError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    if settings.output and settings.output.exists():
-        raise FileExistsError(f"{settings.output} already exists; choose another --output")
-    model, policy = _policy(settings)
-    sampling = _sampling(settings.sampling, model)
-    texts = [[{"role": "user", "content": text}] if settings.chat else text for text in settings.prompt]
-    records = [PromptRecord(text, {}, f"--prompt {number}") for number, text in enumerate(texts, start=1)]
-    records += read_prompts(settings.prompts) if settings.prompts else []
-    prompts, _ = prompt_set(records, model, settings.max_prompt, settings.too_long)
-    _check_room(model, prompts.rows, sampling.response_length)
-    lines = []
-    for response in responses(model, policy, prompts, sampling, settings):
-        if settings.output:
-            lines.append(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
-        else:
-            print(f"{response.prompt}\n>>> {response.response}\n", flush=True)
-    if settings.output:
-        settings.output.write_text("".join(lines), encoding="utf-8")
-        print(f"{len(lines)} responses are in {settings.output}")
-
-
-class Response(NamedTuple):
-    """One answer."""
-
-    prompt: str
-    response: str
-    finished: bool  # ended by itself; False: cut by length
-
-
-def responses(
-    model: Model, policy: Policy, prompts: PromptSet, sampling: Sampling, settings: GenerateSettings
-) -> Iterator[Response]:
-    """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
-    run = jax.jit(partial(generate, config=model.config, sampling=sampling))
-    key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
-    size = min(settings.batch_size, count)
-    tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
-    for number, start in enumerate(range(0, count, size)):
-        index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up
-        batch = Prompts(*map(jnp.asarray, (tokens[index], mask[index], index)))
-        batch_key = jax.random.fold_in(key, number)
-        rollout = run(model.params, policy, prompts=batch, key=batch_key, temperature=settings.temperature)
-        texts, finished = decode_responses(model, sampling, rollout), np.asarray(rollout.terminated)
-        for row in range(min(size, count - start)):
-            yield Response(prompts.texts[start + row], texts[row], bool(finished[row]))
-
-
-def prompt_set(
-    records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong
-) -> tuple[PromptSet, int]:
-    """Prompts as token rows and as the text that was tokenised; and how many were too long."""
-    where = [record.where for record in records]
-    encoded = encode_prompts([record.prompt for record in records], model.tokenizer, max_length, too_long, where)
-    kept = [records[i] for i in encoded.kept]
-    texts = [render(record.prompt, model.tokenizer, record.where) for record in kept]
-    return PromptSet(encoded.rows, texts, [record.metadata for record in kept]), encoded.too_long
-
-
 def set_apart(records: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
     """(training, held-out) records: `count` random ones are held out, at most a fifth; none left: both are all."""
     if count < 0:
@@ -209,48 +134,6 @@ def set_apart(records: Sequence[T], count: int, seed: int) -> tuple[list[T], lis
         return list(records), list(records)
     chosen = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
     return [r for i, r in enumerate(records) if i not in chosen], [r for i, r in enumerate(records) if i in chosen]
-
-
-def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
-    """The model and the role that answers."""
-    if settings.policy is None:
-        if settings.model is None:
-            raise ValueError("nobody to answer: give --model, --policy, or both")
-        return (model := load_model(settings.model)), Policy({}, _no_values(model))
-    found = artifacts.load(_artifact(settings.policy, POLICY), "policy")
-    try:
-        model = load_model(settings.model or found.base)
-    except FileNotFoundError as error:
-        if settings.model:
-            raise
-        raise FileNotFoundError(f"{error} (the base that {found.path} names; give --model if it has moved)") from error
-    artifacts.check_base(found, model.fingerprint, model.config)
-    return model, Policy(found.adapter, found.head or _no_values(model))
-
-
-def _no_values(model: Model) -> Any:
-    return ValueHead().init(jax.random.key(0), jnp.zeros((1, model.config.hidden_size)))["params"]
-
-
-def _artifact(path: Path, name: str) -> Path:
-    """The artifact at `path`, or in the run directory `path`."""
-    path = path.expanduser()
-    inside = path / rundir.EXPORT / name
-    return inside if inside.is_dir() and not (path / artifacts.DESCRIPTION).is_file() else path
-
-
-def _sampling(sampling: Sampling, model: Model) -> Sampling:
-    return dataclasses.replace(sampling, stop_ids=sampling.stop_ids or model.stop_ids, pad_id=model.pad_id)
-
-
-def _check_room(model: Model, rows: Sequence[Sequence[int]], response: int = 0) -> None:
-    longest, room = max(map(len, rows)), model.config.max_positions
-    if longest + response > room:
-        more = f" and {response} of response" if response else ""
-        raise ValueError(
-            f"the longest text has {longest} tokens; these{more} do not fit into the {room} positions of {model.name}. "
-            f'Lower the limit to {room - response} and choose --too-long "truncate_left" or "drop"'
-        )
 
 
 def _too_few(option: str, batch_size: int, rows: int, path: Path) -> str:

@@ -1,11 +1,10 @@
-"""The options of `ppo-jax sft`, `reward`, `ppo` and `generate`: one record each, read from the command line or YAML."""
+"""The options of `ppo-jax sft`, `reward` and `ppo`: one record each, read from the command line or YAML."""
 
 import dataclasses
 from pathlib import Path
 
 from ppo_jax.data import TooLong
 from ppo_jax.models.adapters import AdapterConfig
-from ppo_jax.rollout import Sampling
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
@@ -95,33 +94,3 @@ class PPOSettings:
     """Go on with the run in run_dir."""
     overwrite: bool = False
     """Delete the run in run_dir and start anew."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateSettings:
-    """Sample responses to prompts, from a model or from a policy that was trained on it."""
-
-    model: str | None = None
-    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the policy names."""
-    policy: Path | None = None
-    """Run directory of `ppo-jax ppo` or `sft`, or the adapter in it; without one the model itself answers."""
-    prompt: tuple[str, ...] = ()
-    """Prompts as text."""
-    chat: bool = False
-    """Give each --prompt as a user's message, in the tokenizer's chat template."""
-    prompts: Path | None = None
-    """Prompts in a file, as for `ppo-jax ppo`."""
-    output: Path | None = None
-    """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal."""
-    seed: int = 0
-    """Of sampling."""
-    temperature: float = 0.7
-    """Of sampling; 0: greedy."""
-    sampling: Sampling = Sampling(response_length=64)
-    """The rest of sampling. Empty stop_ids: those of model and tokenizer."""
-    batch_size: int = 16
-    """Prompts answered at once."""
-    max_prompt: int = 1024
-    """Longest prompt, in tokens."""
-    too_long: TooLong = "error"
-    """What to do with longer ones."""

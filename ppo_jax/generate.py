@@ -1,0 +1,160 @@
+"""`ppo-jax generate`: responses of a model, or of a policy that was trained on it; and prompts -> token rows."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import artifacts, rundir
+from ppo_jax.data import PromptRecord, TooLong, encode_prompts, left_pad, read_prompts, render
+from ppo_jax.models.heads import ValueHead
+from ppo_jax.rollout import Sampling, generate
+from ppo_jax.runs import Model, PromptSet, decode_responses, load_model
+from ppo_jax.stages import POLICY
+from ppo_jax.train.state import key_stream
+from ppo_jax.types import Policy, Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateSettings:
+    """Sample responses to prompts, from a model or from a policy that was trained on it."""
+
+    model: str | None = None
+    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the policy names."""
+    policy: Path | None = None
+    """Run directory of `ppo-jax ppo` or `sft`, or the adapter in it; without one the model itself answers."""
+    prompt: tuple[str, ...] = ()
+    """Prompts as text."""
+    chat: bool = False
+    """Give each --prompt as a user's message, in the tokenizer's chat template."""
+    prompts: Path | None = None
+    """Prompts in a file, as for `ppo-jax ppo`."""
+    output: Path | None = None
+    """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal."""
+    seed: int = 0
+    """Of sampling."""
+    temperature: float = 0.7
+    """Of sampling; 0: greedy."""
+    sampling: Sampling = Sampling(response_length=64)
+    """The rest of sampling. Empty stop_ids: those of model and tokenizer."""
+    batch_size: int = 16
+    """Prompts answered at once."""
+    max_prompt: int = 1024
+    """Longest prompt, in tokens."""
+    too_long: TooLong = "error"
+    """What to do with longer ones."""
+
+
+def generate_responses(settings: GenerateSettings) -> None:
+    """`ppo-jax generate`."""
+    if settings.temperature < 0:
+        raise ValueError(f"--temperature {settings.temperature} must not be negative")
+    if settings.batch_size < 1:
+        raise ValueError(f"--batch-size {settings.batch_size} must be at least 1")
+    if not (settings.prompt or settings.prompts):
+        raise ValueError("nothing to answer: give --prompt TEXT or --prompts FILE")
+    if settings.output and settings.output.exists():
+        raise FileExistsError(f"{settings.output} already exists; choose another --output")
+    model, policy = _policy(settings)
+    sampling = with_stops(settings.sampling, model)
+    texts = [[{"role": "user", "content": text}] if settings.chat else text for text in settings.prompt]
+    records = [PromptRecord(text, {}, f"--prompt {number}") for number, text in enumerate(texts, start=1)]
+    records += read_prompts(settings.prompts) if settings.prompts else []
+    prompts, _ = prompt_set(records, model, settings.max_prompt, settings.too_long)
+    check_room(model, prompts.rows, sampling.response_length)
+    lines = []
+    for response in responses(model, policy, prompts, sampling, settings):
+        if settings.output:
+            lines.append(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
+        else:
+            print(f"{response.prompt}\n>>> {response.response}\n", flush=True)
+    if settings.output:
+        settings.output.write_text("".join(lines), encoding="utf-8")
+        print(f"{len(lines)} responses are in {settings.output}")
+
+
+class Response(NamedTuple):
+    """One answer."""
+
+    prompt: str
+    response: str
+    finished: bool  # ended by itself; False: cut by length
+
+
+def responses(
+    model: Model, policy: Policy, prompts: PromptSet, sampling: Sampling, settings: GenerateSettings
+) -> Iterator[Response]:
+    """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
+    run = jax.jit(partial(generate, config=model.config, sampling=sampling))
+    key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
+    size = min(settings.batch_size, count)
+    tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
+    for number, start in enumerate(range(0, count, size)):
+        index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up
+        batch = Prompts(*map(jnp.asarray, (tokens[index], mask[index], index)))
+        batch_key = jax.random.fold_in(key, number)
+        rollout = run(model.params, policy, prompts=batch, key=batch_key, temperature=settings.temperature)
+        texts, finished = decode_responses(model, sampling, rollout), np.asarray(rollout.terminated)
+        for row in range(min(size, count - start)):
+            yield Response(prompts.texts[start + row], texts[row], bool(finished[row]))
+
+
+def prompt_set(
+    records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong
+) -> tuple[PromptSet, int]:
+    """Prompts as token rows and as the text that was tokenised; and how many were too long."""
+    where = [record.where for record in records]
+    encoded = encode_prompts([record.prompt for record in records], model.tokenizer, max_length, too_long, where)
+    kept = [records[i] for i in encoded.kept]
+    texts = [render(record.prompt, model.tokenizer, record.where) for record in kept]
+    return PromptSet(encoded.rows, texts, [record.metadata for record in kept]), encoded.too_long
+
+
+def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
+    """The model and the role that answers."""
+    if settings.policy is None:
+        if settings.model is None:
+            raise ValueError("nobody to answer: give --model, --policy, or both")
+        return (model := load_model(settings.model)), Policy({}, _no_values(model))
+    found = artifacts.load(artifact_at(settings.policy, POLICY), "policy")
+    try:
+        model = load_model(settings.model or found.base)
+    except FileNotFoundError as error:
+        if settings.model:
+            raise
+        raise FileNotFoundError(f"{error} (the base that {found.path} names; give --model if it has moved)") from error
+    artifacts.check_base(found, model.fingerprint, model.config)
+    return model, Policy(found.adapter, found.head or _no_values(model))
+
+
+def _no_values(model: Model) -> Any:
+    return ValueHead().init(jax.random.key(0), jnp.zeros((1, model.config.hidden_size)))["params"]
+
+
+def artifact_at(path: Path, name: str) -> Path:
+    """The artifact at `path`, or in the run directory `path`."""
+    path = path.expanduser()
+    inside = path / rundir.EXPORT / name
+    return inside if inside.is_dir() and not (path / artifacts.DESCRIPTION).is_file() else path
+
+
+def with_stops(sampling: Sampling, model: Model) -> Sampling:
+    """Sampling with the model's stop tokens, unless it names some, and pad id."""
+    return dataclasses.replace(sampling, stop_ids=sampling.stop_ids or model.stop_ids, pad_id=model.pad_id)
+
+
+def check_room(model: Model, rows: Sequence[Sequence[int]], response: int = 0) -> None:
+    """ValueError unless the longest row and `response` more tokens fit into the model's positions."""
+    longest, room = max(map(len, rows)), model.config.max_positions
+    if longest + response > room:
+        more = f" and {response} of response" if response else ""
+        raise ValueError(
+            f"the longest text has {longest} tokens; these{more} do not fit into the {room} positions of {model.name}. "
+            f'Lower the limit to {room - response} and choose --too-long "truncate_left" or "drop"'
+        )
