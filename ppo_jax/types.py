@@ -8,6 +8,7 @@
 Masks are made by the sampler and carried; nothing is ever inferred from `token != pad`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,12 +21,20 @@ PyTree = Any
 Metrics = dict[str, tuple[Array, Array]]
 
 
+class Texts(NamedTuple):
+    """Right-padded texts whose next-token loss PPO-ptx mixes in: one row for each response."""
+
+    tokens: Int[Array, "B N"]
+    mask: Bool[Array, "B N"]
+
+
 class Prompts(NamedTuple):
     """A batch of prompts on the device."""
 
     tokens: Int[Array, "B P"]  # left-padded
     mask: Bool[Array, "B P"]  # True on prompt tokens
     index: Int[Array, " B"]  # type: ignore[assignment]  # row of the host's table; the name hides tuple.index
+    pretrain: Texts | None = None  # of PPO-ptx; None: off
 
 
 class Rollout(NamedTuple):
@@ -56,6 +65,7 @@ class Scores(NamedTuple):
     reward: Float[Array, " B"]
     valid: Bool[Array, " B"]  # False: masked out of the loss, of baselines and of running statistics
     parts: dict[str, Float[Array, " B"]]  # named components, for the log
+    tokens: Float[Array, "B T"] | None = None  # rewards of single tokens, beside the score of the whole response
 
 
 class Minibatch(NamedTuple):
@@ -69,6 +79,10 @@ class Minibatch(NamedTuple):
     values: Float[Array, "B T"]  # old values
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None = None  # for a KL term in the loss
+    ref_hidden: Float[Array, "B T D"] | None = None  # the same, where the KL is over the whole distribution
+    weights: Float[Array, "B T"] | None = None  # truncated importance weights policy / behaviour; None: all 1
+    pretrain: Texts | None = None
 
 
 class Experience(NamedTuple):
@@ -85,6 +99,7 @@ class Policy(NamedTuple):
 
     adapter: PyTree  # models.adapters
     value_head: PyTree  # parameters of a ValueHead
+    critic: PyTree = None  # the adapter that values are read from; None: the policy's own (shared trunk)
 
 
 class Frozen(NamedTuple):
@@ -97,19 +112,37 @@ class Frozen(NamedTuple):
 class Hyper(NamedTuple):
     """Scalars of PPO: Python floats on the host, traced float32 inside jit.
 
-    Changing one never recompiles, and `vmap` over them is a sweep.
+    Changing one never recompiles, and `vmap` over them is a sweep. Where infinity is the default, it means off.
     """
 
-    learning_rate: float = 1e-4  # of Adam, at its peak
+    learning_rate: float = 1e-4  # of the policy, at its peak
     temperature: float = 0.7  # of sampling and of every log-prob
-    kl_coef: float = 0.05  # beta of the KL penalty (start value when it adapts)
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of GAE
+    max_grad_norm: float = 1.0  # global-norm clip of the gradient
+    # -- KL to the reference ------------------------------------------------------------------------------------------
+    kl_coef: float = 0.05  # beta of the KL penalty (start value when it changes)
+    kl_target: float = 6.0  # nats per response, for the adaptive coefficient
+    kl_horizon: float = 10_000.0  # episodes, for the adaptive coefficient
+    kl_coef_end: float = 0.0  # where a linear schedule of the coefficient ends
+    kl_steps: float = 100.0  # iterations that a linear schedule takes
+    # -- scores -------------------------------------------------------------------------------------------------------
+    score_clip: float = math.inf  # scores are clipped to [-score_clip, score_clip]
+    missing_eos: float = 1.0  # subtracted from the score of a response that was cut, or in its place (PPOConfig)
+    length_penalty: float = 0.0  # subtracted from the score for every response token
+    # -- policy loss --------------------------------------------------------------------------------------------------
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2  # see clip_low
-    value_clip: float = 0.2  # how far a value may move from its old one, in units of the return
-    vf_coef: float = 0.1  # weight of the value loss
+    dual_clip: float = math.inf  # bound on the ratio where the advantage is negative
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 1.0  # global-norm clip of the gradient
-    kl_target: float = 6.0  # nats per response, for the adaptive coefficient
-    kl_horizon: float = 10_000.0  # episodes
+    importance_cap: float = 2.0  # truncation of the importance weights policy / behaviour
+    ptx_coef: float = 0.0  # weight of the pretraining loss (PPO-ptx)
+    target_kl: float = math.inf  # approximate KL to the old policy beyond which an iteration's updates end
+    ratio_threshold: float = math.inf  # mean ratio beyond which a minibatch is skipped
+    # -- critic -------------------------------------------------------------------------------------------------------
+    vf_coef: float = 0.1  # weight of the value loss
+    value_clip: float = 0.2  # how far a value may move from its old one, in units of the return
+    huber_delta: float = math.inf  # errors beyond it count linearly
+    critic_lr_scale: float = 1.0  # learning rate of the critic's own parameters / learning_rate
+    critic_max_grad_norm: float = 0.0  # clip of the critic's own gradient; 0: together with the policy's
+    critic_warmup: float = 0.0  # iterations in which only the critic learns

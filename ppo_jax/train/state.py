@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import ValueHead
+from ppo_jax.ops.rewards import RunningMoments
 from ppo_jax.types import Policy, PyTree
 
 
@@ -30,6 +31,11 @@ class TrainState:
     policy: Policy
     opt_state: optax.OptState
     kl_coef: Float[Array, ""]  # beta now; changes only when it adapts
+    moments: RunningMoments  # of the scores seen so far
+    baseline: RunningMoments  # of the returns seen so far, for REINFORCE
+    nonfinite: Int[Array, ""]  # optimizer steps in a row that were skipped because something was not finite
+    best: Float[Array, ""]  # of the evaluations so far, the best value of the metric that chooses checkpoints
+    ema: PyTree = None  # running average of the policy's parameters; None: off
 
 
 def init_state(
@@ -50,4 +56,8 @@ def init_state(
         policy=policy,
         opt_state=optimizer.init(policy),
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
+        moments=RunningMoments.init(),
+        baseline=RunningMoments.init(),
+        nonfinite=jnp.zeros((), jnp.int32),
+        best=jnp.asarray(-jnp.inf, jnp.float32),
     )
