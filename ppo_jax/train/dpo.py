@@ -1,0 +1,240 @@
+"""Direct preference optimisation: the policy learns from pairs without a reward model and without sampling.
+
+    r(y)  = beta (log pi(y | x) - log pi_ref(y | x))          the implicit reward
+    loss  = mean over pairs of -log sigmoid(r(chosen) - r(rejected))
+
+(Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", eq. 7.) The
+policy is an adapter over the frozen base and the reference is the base itself, so both are one set of weights, and
+layers below the adapter's first are computed once for both. Log-probs are of the model at temperature 1, summed over
+the response, its EOS included.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_jax.models.adapters import shared_layers, unembedding
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.ops.logprobs import hidden_logprobs
+from ppo_jax.ops.losses import dpo_loss
+from ppo_jax.rollout import role_hidden, shared_prefix
+from ppo_jax.train.loop import means
+from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
+from ppo_jax.types import Metrics, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """How direct preference optimisation is done, and for how long."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
+    label_smoothing: float = 0.0
+    """Probability that a label is the wrong way round (conservative DPO, Mitchell 2023); below 0.5."""
+    epochs: float = 1.0
+    """Passes over the pairs, unless `steps` says otherwise."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as `epochs` needs."""
+    batch_size: int = 16
+    """Pairs per optimizer step."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
+    learning_rate: float = 5e-5
+    """Adam, falling linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Global-norm clip."""
+    logprob_chunk: int = 256
+    """Positions whose logits are held at once; 0: all of a micro-batch."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 0, "batch_size": 1, "accumulate": 1, "logprob_chunk": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("beta", "epochs", "learning_rate", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+
+    def num_steps(self, pairs: int) -> int:
+        """Optimizer steps of a run over `pairs` pairs."""
+        return self.steps or math.ceil(self.epochs * pairs / self.batch_size)
+
+
+class Preferences(NamedTuple):
+    """Pairs of texts, padded on either side: [:, 0] is the chosen one, [:, 1] the rejected one."""
+
+    tokens: Int[Array, "B 2 S"]
+    mask: Bool[Array, "B 2 S"]
+    loss_mask: Bool[Array, "B 2 S"]  # True on the response tokens; a row of pairs without any does not count
+
+
+class DPOScalars(NamedTuple):
+    """What may change between steps without recompiling."""
+
+    learning_rate: float | Float[Array, ""]
+    max_grad_norm: float | Float[Array, ""]
+    beta: float | Float[Array, ""]
+    label_smoothing: float | Float[Array, ""]
+
+
+DPOStep = Callable[[PyTree, optax.OptState, PyTree, Preferences, DPOScalars], tuple[PyTree, optax.OptState, Metrics]]
+DPOMeasure = Callable[[PyTree, PyTree, Preferences], Metrics]
+
+
+def response_logprobs(
+    adapter: PyTree,
+    base: PyTree,
+    batch: Preferences,
+    prefix: Float[Array, "N S D"] | None,
+    depth: int,
+    config: ModelConfig,
+    logprob_chunk: int = 256,
+) -> Float[Array, "B 2"]:
+    """log pi(response | prompt) of both sides of each pair: the sum over the loss mask, in nats.
+
+    Args:
+      prefix: the residual stream of the 2B texts below layer `depth` (`rollout.shared_prefix`), or None.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+    hidden = role_hidden(base, adapter, config, flat.tokens, flat.mask, prefix, depth)
+    table = unembedding(base, adapter)
+    logprobs = hidden_logprobs(hidden[:, :-1], table, flat.tokens[:, 1:], chunk=logprob_chunk)
+    mask = flat.loss_mask[:, 1:]  # nothing stands before the first token
+    return jnp.sum(jnp.where(mask, logprobs, 0.0), axis=1).reshape(-1, 2)
+
+
+def counted(batch: Preferences) -> Bool[Array, " B"]:
+    """Pairs that have a response token to compare; rows that only fill up a batch have none."""
+    return jnp.any(batch.loss_mask[..., 1:], axis=(1, 2))
+
+
+def preference_loss(
+    adapter: PyTree,
+    base: PyTree,
+    batch: Preferences,
+    count: Float[Array, ""],
+    config: ModelConfig,
+    scalars: DPOScalars,
+    logprob_chunk: int = 256,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Sum over this batch's pairs of -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), divided by `count`.
+
+    h = r(chosen) - r(rejected); `count` is the number of pairs of the logical batch. Metrics, means over pairs: `loss`;
+    `accuracy` of h > 0, a tie counting a half; `margin` h; `chosen_reward`, `rejected_reward` r; `chosen_logprob`,
+    `rejected_logprob` in nats, which say whether the policy still writes the chosen responses.
+    """
+    depth = shared_layers(adapter, config)
+    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
+    prefix = shared_prefix(base, config, tokens, mask, depth)
+    reference = response_logprobs({}, base, batch, prefix, depth, config, logprob_chunk)
+    logprobs = response_logprobs(adapter, base, batch, prefix, depth, config, logprob_chunk)
+    real = counted(batch)
+    loss, metrics = dpo_loss(
+        logprobs[:, 0],
+        logprobs[:, 1],
+        reference[:, 0],
+        reference[:, 1],
+        scalars.beta,
+        scalars.label_smoothing,
+        mask=real,
+        count=count,
+    )
+    pairs = jnp.sum(real, dtype=jnp.float32)
+    metrics |= {
+        "loss": (loss * jnp.maximum(count, 1), pairs),
+        "chosen_logprob": (jnp.sum(jnp.where(real, logprobs[:, 0], 0.0)), pairs),
+        "rejected_logprob": (jnp.sum(jnp.where(real, logprobs[:, 1], 0.0)), pairs),
+    }
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def dpo_gradient(
+    adapter: PyTree, base: PyTree, batch: Preferences, config: ModelConfig, dpo: DPOConfig, scalars: DPOScalars
+) -> tuple[PyTree, Metrics]:
+    """Gradient of the batch's loss, summed over `dpo.accumulate` micro-batches."""
+    rows = batch.tokens.shape[0]
+    if rows % dpo.accumulate:
+        raise ValueError(f"a batch of {rows} pairs does not divide into accumulate={dpo.accumulate}")
+    count = jnp.sum(counted(batch), dtype=jnp.float32)
+
+    def gradient(adapter: PyTree, piece: Preferences) -> tuple[PyTree, Metrics]:
+        return jax.grad(preference_loss, has_aux=True)(adapter, base, piece, count, config, scalars, dpo.logprob_chunk)
+
+    return accumulate(gradient, adapter, batch, dpo.accumulate)
+
+
+def make_dpo_step(config: ModelConfig, dpo: DPOConfig, optimizer: optax.GradientTransformation) -> DPOStep:
+    """step(adapter, opt_state, base, batch, scalars) -> (adapter, opt_state, metrics), jitted.
+
+    One optimizer step: gradient of the whole batch, clipped by its global norm, then `optimizer`'s direction. The
+    scalars are traced (those in `dpo` are not read); adapter and opt_state are donated.
+    """
+
+    def step(
+        adapter: PyTree, opt_state: optax.OptState, base: PyTree, batch: Preferences, scalars: DPOScalars
+    ) -> tuple[PyTree, optax.OptState, Metrics]:
+        grads, metrics = dpo_gradient(adapter, base, batch, config, dpo, scalars)
+        adapter, opt_state, norm = descend(
+            adapter, grads, opt_state, optimizer, scalars.learning_rate, scalars.max_grad_norm
+        )
+        return adapter, opt_state, metrics | norm
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def train_dpo(
+    adapter: PyTree,
+    base: PyTree,
+    config: ModelConfig,
+    dpo: DPOConfig,
+    batch: Callable[[int], Preferences],
+    steps: int,
+    write: Callable[[int, Mapping[str, float]], Any],
+) -> PyTree:
+    """Trains `adapter` (whose buffers are donated) for `steps` and returns it. Arguments and errors as `train_sft`.
+
+    Raises:
+      FloatingPointError: the loss is no longer finite.
+    """
+    optimizer = make_optimizer()
+    step, opt_state = make_dpo_step(config, dpo, optimizer), optimizer.init(adapter)
+    for number in range(steps):
+        rate = dpo.learning_rate * (1 - number / steps)
+        scalars = DPOScalars(rate, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
+        adapter, opt_state, metrics = step(adapter, opt_state, base, batch(number), scalars)
+        values = means(metrics)
+        write(number + 1, values | {"learning_rate": rate})
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
+    return adapter
+
+
+def make_measure(config: ModelConfig, dpo: DPOConfig) -> DPOMeasure:
+    """measure(adapter, base, batch) -> metrics of `preference_loss`, jitted, for `evaluate`."""
+    scalars = DPOScalars(dpo.learning_rate, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
+
+    def measure(adapter: PyTree, base: PyTree, batch: Preferences) -> Metrics:
+        count = jnp.sum(counted(batch), dtype=jnp.float32)
+        return preference_loss(adapter, base, batch, count, config, scalars, dpo.logprob_chunk)[1]
+
+    return jax.jit(measure)
+
+
+def evaluate(measure: DPOMeasure, adapter: PyTree, base: PyTree, batches: Iterable[Preferences]) -> dict[str, float]:
+    """Means of the metrics over all pairs of the batches, and `pairs`, their number."""
+    totals: dict[str, tuple[float, float]] = {}
+    for batch in batches:
+        for name, (total, count) in jax.device_get(measure(adapter, base, batch)).items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + float(total), before[1] + float(count))
+    values = {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+    return values | {"pairs": max((count for _, count in totals.values()), default=0.0)}
