@@ -123,7 +123,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
             artifacts.check_base(artifact, "f" * 64, dataclasses.replace(CONFIG, **change))
     # how it is run, and where it stops, does not matter
     artifacts.check_base(
-        artifact, "f" * 64, dataclasses.replace(CONFIG, dtype="bfloat16", remat=True, eos_token_ids=())
+        artifact, "f" * 64, dataclasses.replace(CONFIG, dtype="bfloat16", remat="full", eos_token_ids=())
     )
 
 

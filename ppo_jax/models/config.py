@@ -3,6 +3,31 @@
 import dataclasses
 from typing import Literal
 
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "xla", "cudnn", "splash"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is run, whatever its weights: memory against speed."""
+
+    dtype: Dtype = "float32"
+    """Of the base's parameters and of activations. What is trained is float32 always, and cast where it is used."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing; all of a layer but its matrix products; whole layers."""
+    attention: Attention = "auto"
+    """Implementation; auto: splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", Dtype), ("remat", Remat), ("attention", Attention)):
+            if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
+
+    def of(self, config: "ModelConfig") -> "ModelConfig":
+        """The same model, run this way. Parameters must be given in `dtype` themselves."""
+        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat, attention=self.attention)
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -50,8 +75,9 @@ class ModelConfig:
     mlp_bias: bool = False
     max_positions: int = 2048
     family: str = "llama"  # the Hugging Face `model_type` that wrote it
-    dtype: Literal["float32", "bfloat16"] = "float32"  # parameters and activations; norms and softmax stay float32
-    remat: bool = False  # recompute each layer in the backward pass
+    dtype: Dtype = "float32"  # of parameters and activations; norms and softmax stay float32
+    remat: Remat = "none"  # what the backward pass computes again, see ModelOptions
+    attention: Attention = "auto"  # implementation, see ModelOptions
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

@@ -110,8 +110,10 @@ def apply(
     split = min(max(first, start), stop)
     trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
     step = _layer_step(params["layers"], config, positions, cos_sin, cache)
-    if config.remat:
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
+    if config.remat != "none":
+        policies = jax.checkpoint_policies
+        kept = policies.nothing_saveable if config.remat == "full" else policies.dots_with_no_batch_dims_saveable
+        step = jax.checkpoint(step, policy=kept)
     stored = None if cache is None else (cache.keys, cache.values)
     for low, high, scanned in ((start, split, {}), (split, stop, trained)):
         if low < high:
@@ -156,7 +158,7 @@ def _layer_step(
             )
             k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
             k_positions = cache.positions
-        attended = attend(q, k, v, positions, k_positions)
+        attended = attend(q, k, v, positions, k_positions, config.attention, aligned=cache is None)
         x = x + linear("o", attended.reshape(*h.shape[:2], -1))
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
         x = x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h))
