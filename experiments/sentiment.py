@@ -27,6 +27,7 @@ from ppo_jax import assets, config, report, rundir
 from ppo_jax.cli import exit_code
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
@@ -70,6 +71,8 @@ class SentimentConfig:
     """The reward model."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
     """The second reward model."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
     policy: AdapterConfig = AdapterConfig(layers=8)
     """What of the policy is trained."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
@@ -209,9 +212,12 @@ def main(args: list[str] | None = None) -> Path:
 def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     """The base model, and the rated sentences in disjoint parts."""
     if not settings.smoke:
-        model = load_model(assets.smollm2())
+        model = load_model(assets.smollm2(), settings.compute)
         return model, movie_reviews.splits(movie_reviews.load(), settings.seed)
-    return smoke.model(settings.seed), movie_reviews.splits(
+    toy = smoke.model(settings.seed)
+    params = jax.tree.map(lambda x: x.astype(settings.compute.dtype), toy.params)
+    toy = toy._replace(config=settings.compute.of(toy.config), params=params)
+    return toy, movie_reviews.splits(
         smoke.reviews(seed=settings.seed), settings.seed, test=40, prompts=40, judge_train=40
     )
 

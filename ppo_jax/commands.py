@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 def sft(settings: SFTSettings) -> None:
     """`ppo-jax sft`."""
-    model = load_model(settings.model)
+    model = load_model(settings.model, settings.compute)
     records = set_apart(read_sft(settings.data), settings.held_out, settings.seed)
     train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
     check_room(model, [*train.rows, *held_out.rows])
@@ -53,7 +53,7 @@ def sft(settings: SFTSettings) -> None:
 
 def reward(settings: RewardSettings) -> None:
     """`ppo-jax reward`."""
-    model = load_model(settings.model)
+    model = load_model(settings.model, settings.compute)
     settings.reward.trunk(model.config)  # raises before the directory is touched
     records = set_apart(read_pairs(settings.pairs), settings.held_out, settings.seed)
     # No EOS: the reward reads the text of a response, whether it ended by itself or was cut (rewards.adapter).
@@ -78,7 +78,7 @@ def reward(settings: RewardSettings) -> None:
 def ppo(settings: PPOSettings) -> None:
     """`ppo-jax ppo`."""
     settings.ppo.check_batch(settings.loop.batch_size)
-    model = load_model(settings.model)
+    model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     found = artifacts.load(artifact_at(settings.reward, REWARD), "reward")
     artifacts.check_base(found, model.fingerprint, model.config)

@@ -19,7 +19,7 @@ from ppo_jax import artifacts, checkpoint, metrics, rundir
 from ppo_jax.data import left_pad, prompt_batches
 from ppo_jax.display import Screen
 from ppo_jax.models import hf
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
@@ -95,16 +95,17 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def load_model(path: str | Path) -> Model:
-    """A base with its tokenizer from a Hugging Face directory, a .gguf file or a hub name.
+def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
+    """A base with its tokenizer from a Hugging Face directory, a .gguf file or a hub name, to be run as `options` say.
 
     Raises ValueError or FileNotFoundError that name the file and what is wrong with it.
     """
     where = hf.resolve(path)
-    config, params = hf.load(where)
+    options = options or ModelOptions()
+    config, params = hf.load(where, options.dtype)
     tokenizer = hf.load_tokenizer(where)
     hf.check_vocabulary(config, tokenizer)
-    return Model(str(path), config, params, tokenizer, artifacts.fingerprint(where))
+    return Model(str(path), options.of(config), params, tokenizer, artifacts.fingerprint(where))
 
 
 def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False) -> Result:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ppo_jax.data import TooLong
 from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
@@ -30,6 +31,8 @@ class SFTSettings:
     """What to do with longer ones."""
     held_out: int = 64
     """Demonstrations kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
     adapter: AdapterConfig = AdapterConfig()
     """Which parameters are trained."""
     sft: SFTConfig = SFTConfig()
@@ -56,6 +59,8 @@ class RewardSettings:
     """What to do with pairs that have a longer one."""
     held_out: int = 200
     """Pairs kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
     reward: RewardConfig = RewardConfig()
     """The reward model and its training."""
     overwrite: bool = False
@@ -82,6 +87,8 @@ class PPOSettings:
     """What to do with longer ones."""
     held_out: int = 64
     """Prompts kept apart to evaluate on, at most a fifth; where that is none, the training ones are used."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
     policy: AdapterConfig = AdapterConfig()
     """What of the policy is trained."""
     ppo: PPOConfig = PPOConfig()
