@@ -14,6 +14,7 @@ from ppo_jax.models.heads import value
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import sample
+from ppo_jax.sharding import constrain
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 
 
@@ -76,7 +77,7 @@ def generate(
     batch, prompt_length = prompts.tokens.shape
     length = sampling.response_length
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    table = unembedding(base, policy.adapter)
+    table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     stop_ids = jnp.array(sampling.stop_ids, jnp.int32)
 
@@ -84,6 +85,7 @@ def generate(
         """Token `step` of every living row, from the hidden state before it."""
         t = loop.step
         logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)  # as hidden_logprobs
+        logits = constrain(logits, "logits")
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
         tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(
             keys, logits

@@ -69,8 +69,8 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "heads": ("batch", "slots", "heads", "width"),  # [B, S, N, H]
     "kv_heads": ("batch", "slots", "kv_heads", "width"),  # [B, C, K, H]
     "mlp": ("batch", "slots", "mlp"),  # [B, S, F]
-    "last": ("batch", "width"),  # [B, D]
     "logits": ("batch", "vocab"),  # [B, V]
+    "table": ("vocab", "width"),  # [V, D], where tokens are looked up or scored
     "cache": ("layers", "batch", "slots", "kv_heads", "width"),  # [L, B, C, K, H]
 }
 
@@ -210,20 +210,20 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     The leaves are arrays or `jax.ShapeDtypeStruct`s.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, mesh)),  # type: ignore[arg-type]
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, mesh)),
         tree,
     )
 
 
 def row_shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """A NamedSharding per leaf of a batch: the first dimension over ("data", "fsdp")."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(("batch",), x.shape[:1], mesh)), tree)  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(("batch",), x.shape[:1], mesh)), tree)
 
 
 def cache_shardings(cache: PyTree, mesh: AnyMesh) -> PyTree:
     """A NamedSharding per leaf of a `models.cache.Cache`: rows over ("data", "fsdp"), key/value heads over "tensor"."""
     axes = {5: ACTIVATIONS["cache"], 2: ("batch", "slots"), 0: ()}
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(axes[x.ndim], x.shape, mesh)), cache)  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(axes[x.ndim], x.shape, mesh)), cache)
 
 
 def abstract(tree: PyTree, of: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.sharding import constrain, constrain_rows
 
 
 class Cache(NamedTuple):
@@ -18,11 +19,14 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache for `batch` rows of `slots` tokens each (prompt and response together)."""
+    """An empty cache for `batch` rows of `slots` tokens each (prompt and response together).
+
+    Under `jax.set_mesh` it is born sharded: rows over ("data", "fsdp"), key/value heads over "tensor".
+    """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
-        positions=jnp.full((batch, slots), -1, jnp.int32),
+        keys=constrain(jnp.zeros(shape, config.dtype), "cache"),
+        values=constrain(jnp.zeros(shape, config.dtype), "cache"),
+        positions=constrain_rows(jnp.full((batch, slots), -1, jnp.int32)),
         length=jnp.zeros((), jnp.int32),
     )

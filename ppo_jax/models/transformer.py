@@ -15,6 +15,7 @@ from ppo_jax.models.adapters import first_layer, linear_shapes
 from ppo_jax.models.attention import attend, rotary, rotate
 from ppo_jax.models.cache import Cache
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.sharding import constrain
 from ppo_jax.types import PyTree
 
 # A scan body over layers: (residual stream, stored keys and values), (layer number, adapter's arrays) -> carry, nothing
@@ -98,8 +99,9 @@ def apply(
         raise ValueError(f"layers [{start}, {stop}) is empty or not within [0, {config.num_layers})")
     if (hidden is None) == (tokens is None) or (hidden is None) != (start == 0):
         raise ValueError(f"layers [{start}, {stop}): give tokens when start is 0, else hidden, and not both")
-    x = adapter.get("embedding", params["embedding"])[tokens] if hidden is None else hidden
-    x = x.astype(config.dtype)
+    if hidden is None:
+        hidden = constrain(adapter.get("embedding", params["embedding"]), "table")[tokens]
+    x = constrain(hidden.astype(config.dtype), "residual")
     cos_sin = rotary(positions, config)
     if cache is not None:
         slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
@@ -147,6 +149,7 @@ def _layer_step(
         linear = _linear(layer, trained.get("lora", {}))
         h = rms_norm(x, layer["attention_norm"], config.norm_eps)
         q, k, v = (linear(name, h).reshape(*h.shape[:2], -1, config.head_dim) for name in ("q", "k", "v"))
+        q, k, v = constrain(q, "heads"), constrain(k, "kv_heads"), constrain(v, "kv_heads")
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         k_positions = positions
         if cache is not None:
@@ -159,9 +162,10 @@ def _layer_step(
             k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
             k_positions = cache.positions
         attended = attend(q, k, v, positions, k_positions, config.attention, aligned=cache is None)
-        x = x + linear("o", attended.reshape(*h.shape[:2], -1))
+        x = constrain(x + linear("o", constrain(attended, "heads").reshape(*h.shape[:2], -1)), "residual")
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-        x = x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h))
+        h = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), "mlp")
+        x = constrain(x + linear("down", h), "residual")
         return (x, stored), None
 
     return step
