@@ -29,6 +29,7 @@ from ppo_jax.ops.masked import masked_var, masked_whiten
 from ppo_jax.ops.rewards import shape_rewards
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling, before_response, generate, role_hidden, shared_prefix
+from ppo_jax.sharding import constrain_rows
 from ppo_jax.train.optimizer import accumulate, descend
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Experience, Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores
@@ -233,7 +234,8 @@ def update_epochs(
     ppo.check_batch(size)
 
     def minibatch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-        return update(state, frozen, jax.tree.map(lambda x: x[rows], batch), hyper, config, ppo, optimizer)
+        picked = constrain_rows(jax.tree.map(lambda x: x[rows], batch))
+        return update(state, frozen, picked, hyper, config, ppo, optimizer)
 
     def epoch(state: TrainState, epoch_key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         order = jax.random.permutation(epoch_key, size)
