@@ -1,0 +1,334 @@
+"""A reward that an HTTP service gives: docs/rewards.md has the two protocols.
+
+A batch is cut into requests; they run side by side on one event loop in a daemon thread, over one pool of connections.
+Every wait ends at the batch's deadline, also one for a body that trickles, since the task that waits is cancelled.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import email.utils
+import json
+import math
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import UTC
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httpx
+
+from ppo_jax.rewards.base import HostReward
+from ppo_jax.rewards.failures import Report, number, printable, to_scores
+from ppo_jax.types import Scores
+
+RETRIED = (429, *range(500, 600))
+BYTES, BYTES_PER_ROW = 65536, 4096  # largest answer that is read: a constant and so much per row
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class APIConfig:
+    """How an HTTP reward service is called."""
+
+    protocol: Literal["auto", "ppo_jax", "llamafactory"] = "auto"
+    """auto: LLaMA-Factory's where the path ends in /score/evaluation, else ours."""
+    model: str = "reward"
+    """Sent as "model"."""
+    rows_per_request: int = 16
+    """Texts per request."""
+    connections: int = 4
+    """Requests at once."""
+    connect_timeout: float = 5.0
+    """Seconds until a connection stands."""
+    read_timeout: float = 30.0
+    """Seconds of silence while an answer is awaited."""
+    deadline: float = 120.0
+    """Seconds for a whole batch with all retries; rows not scored by then have failed."""
+    retries: int = 5
+    """Further tries of one request after a connection error, a 429 or a 5xx."""
+    backoff: float = 0.5
+    """Seconds before the first further try, twice as many before each next one, less up to a half by chance."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"rows_per_request": 1, "connections": 1, "retries": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("connect_timeout", "read_timeout", "deadline"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive seconds, below a million")
+        if not 0 <= self.backoff <= 3600:
+            raise ValueError(f"backoff={self.backoff} must lie in [0, 3600] seconds")
+
+
+class _Failed(Exception):
+    """Why a request has no scores. cause: for the count; detail: for the first time; wait: None (final) or seconds."""
+
+    def __init__(self, cause: str, detail: str = "", wait: float | None = None) -> None:
+        super().__init__(cause)
+        self.cause, self.detail, self.wait = cause, detail, wait
+
+
+# What one row became: its score, or (cause, detail).
+_Row = float | tuple[str, str]
+
+
+def api_reward(url: str, config: APIConfig, report: Report, token: str | None = None) -> HostReward:
+    """The scores of a service at `url`; `report` hears the causes of rows that have none.
+
+    Args:
+      token: sent as `Authorization: Bearer ...`; shown nowhere.
+
+    Raises:
+      ValueError: the URL is not one, or holds a password; or the token cannot be sent.
+    """
+    url, theirs = check_url(url), _theirs(url, config)
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"} | _authorization(token)
+    service: list[_Service] = []  # made at the first batch, so that a reward that is never called starts nothing
+
+    def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        if not service:
+            service.append(_Service(url, config, headers))
+        bodies = _bodies(prompts, responses, metadata, config, theirs)
+        rows = service[0].batch(bodies, _read_theirs if theirs else _read_ours)
+        failed: dict[str, tuple[int, str]] = {}
+        for row in rows:
+            if isinstance(row, tuple):
+                count, detail = failed.get(row[0], (0, row[1]))
+                failed[row[0]] = (count + 1, detail)
+        for cause, (count, detail) in failed.items():
+            report(_hide(cause, token), count, _hide(detail, token))
+        return to_scores([math.nan if isinstance(row, tuple) else row for row in rows])
+
+    return reward
+
+
+def check_url(url: str) -> str:
+    """`url` if a service may be there; ValueError otherwise."""
+    try:
+        parts, _ = urlsplit(url), httpx.URL(url)
+        plain = url.isascii() and url.isprintable() and " " not in url
+        usable = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+    if not usable:
+        raise ValueError("the reward's URL must look like http://HOST:PORT/PATH or https://HOST/PATH")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            f"the reward's URL (host {parts.hostname}) holds a user or a password, which would be saved with the run: "
+            "name a bearer token's variable or file instead"
+        )
+    return url
+
+
+def retry_after(value: str, now: float) -> float | None:
+    """Seconds to wait that a Retry-After header asks for (RFC 9110, section 10.2.3); None where it says nothing usable.
+
+    Args:
+      value: a number of seconds, or an HTTP date.
+      now: seconds since the epoch.
+    """
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
+
+
+class _Service:
+    """The event loop in its thread, and the connections that live on it."""
+
+    def __init__(self, url: str, config: APIConfig, headers: dict[str, str]) -> None:
+        self.url, self.config = url, config
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="reward-api", daemon=True).start()
+        timeout = httpx.Timeout(config.read_timeout, connect=config.connect_timeout, pool=None)
+        limits = httpx.Limits(max_connections=config.connections, max_keepalive_connections=config.connections)
+        direct = {f"all://{host}": None for host in LOOPBACK}  # a proxy cannot know this machine's services
+        self.client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, mounts=direct)
+        self.free = asyncio.Semaphore(config.connections)
+        weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
+
+    def batch(self, bodies: list[tuple[int, bytes]], read: Callable[[Any, int], list[_Row]]) -> list[_Row]:
+        future = asyncio.run_coroutine_threadsafe(self._batch(bodies, read), self.loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: nobody waits for the rest
+            future.cancel()
+            raise
+
+    async def _batch(self, bodies: list[tuple[int, bytes]], read: Callable[[Any, int], list[_Row]]) -> list[_Row]:
+        end = self.loop.time() + self.config.deadline
+        last: dict[int, str] = {}  # request -> its last failure, for those that the deadline ends
+        tasks = [
+            asyncio.ensure_future(self._request(body, rows, read, end, last, index))
+            for index, (rows, body) in enumerate(bodies)
+        ]
+        _, late = await asyncio.wait(tasks, timeout=self.config.deadline)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1.0)
+        found: list[_Row] = []
+        for index, (task, (rows, _)) in enumerate(zip(tasks, bodies, strict=True)):
+            if task.done() and not task.cancelled():
+                found += task.result()
+            else:
+                detail = f"last failure: {last[index]}" if index in last else ""
+                found += [(f"no answer before the deadline of {self.config.deadline:g} s", detail)] * rows
+        return found
+
+    async def _request(
+        self,
+        body: bytes,
+        rows: int,
+        read: Callable[[Any, int], list[_Row]],
+        end: float,
+        last: dict[int, str],
+        index: int,
+    ) -> list[_Row]:
+        """The rows of one request, after as many tries as it takes and is allowed."""
+        for tried in range(self.config.retries + 1):
+            try:
+                async with self.free:
+                    answer = await self._once(body, rows)
+                return read(_json(answer), rows)
+            except _Failed as failure:
+                if failure.wait is None:
+                    return [(failure.cause, failure.detail)] * rows
+                last[index] = failure.cause
+                pause = self.config.backoff * 2**tried * random.uniform(0.5, 1.0)
+                pause = max(failure.wait, min(pause, 60.0))
+                if tried == self.config.retries:
+                    return [(failure.cause, f"{failure.detail}; tried {tried + 1} times".lstrip("; "))] * rows
+                if self.loop.time() + pause >= end:
+                    left = f"the next try would be in {pause:.0f} s, after the batch's deadline"
+                    return [(failure.cause, f"{failure.detail}; {left}".lstrip("; "))] * rows
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _once(self, body: bytes, rows: int) -> tuple[bytes, str]:
+        """(body, content type) of a 200; `_Failed` for everything else."""
+        limit = BYTES + BYTES_PER_ROW * rows
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self.client.stream("POST", self.url, content=body, headers=headers) as response:
+                status, encoding = response.status_code, response.headers.get("Content-Encoding", "identity")
+                found = bytearray()
+                async for chunk in response.aiter_raw():  # not decompressed: a small body could become a huge one
+                    found += chunk
+                    if len(found) > limit:
+                        break
+        except httpx.TransportError as error:
+            cause = printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            raise _Failed(f"the service cannot be reached: {cause}", wait=0.0) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _Failed(f"the request failed: {type(error).__name__}", printable(str(error))) from None
+        kind = response.headers.get("Content-Type", "").split(";")[0].strip()
+        if status != 200:
+            detail = printable(bytes(found[:640]).decode("utf-8", "replace"))
+            wait = None
+            if status in RETRIED:
+                wait = retry_after(response.headers.get("Retry-After", ""), time.time()) or 0.0
+            raise _Failed(f"the service answered HTTP {status}", detail, wait)
+        if len(found) > limit:
+            raise _Failed("the answer is too large", f"more than {limit} bytes for {rows} rows")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise _Failed(f"the answer is compressed ({printable(encoding)}), which was not asked for")
+        return bytes(found), kind
+
+
+def _theirs(url: str, config: APIConfig) -> bool:
+    if config.protocol != "auto":
+        return config.protocol == "llamafactory"
+    return urlsplit(url).path.rstrip("/").endswith("/score/evaluation")
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {}
+    if not (token.isascii() and token.isprintable() and token and " " not in token):
+        raise ValueError("the bearer token is empty or has characters that an HTTP header cannot carry")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _hide(text: str, token: str | None) -> str:
+    """`text` without the token, which a service may echo."""
+    return text.replace(token, "[token]") if token else text
+
+
+def _bodies(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    config: APIConfig,
+    theirs: bool,
+) -> list[tuple[int, bytes]]:
+    """(rows, JSON) of each request."""
+    samples: list[Any]
+    if theirs:
+        name, samples = "messages", [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    else:
+        name, samples = "samples", []
+        for prompt, response, facts in zip(prompts, responses, metadata, strict=True):
+            samples.append({"prompt": prompt, "response": response, "metadata": facts})
+    size = config.rows_per_request
+    pieces = [samples[start : start + size] for start in range(0, len(samples), size)]
+    try:
+        texts = [json.dumps({"model": config.model, name: piece}, allow_nan=False) for piece in pieces]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the metadata of a prompt cannot be sent as JSON: {error}") from None
+    return [(len(piece), text.encode()) for piece, text in zip(pieces, texts, strict=True)]
+
+
+def _json(answer: tuple[bytes, str]) -> Any:
+    body, kind = answer
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested a thousand deep
+        named = printable(kind, 40) or "no content type"
+        detail = printable(body[:640].decode("utf-8", "replace"), 80)
+        raise _Failed(
+            f"the answer is not JSON ({named})", f"it begins: {detail}" if detail else "it is empty"
+        ) from None
+
+
+def _list(answer: Any, rows: int) -> list[Any]:
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, list):
+        raise _Failed('the answer has no list "scores"')
+    if len(scores) != rows:
+        raise _Failed("the answer has a wrong number of scores", f"{len(scores)} for {rows} rows")
+    return scores
+
+
+def _read_theirs(answer: Any, rows: int) -> list[_Row]:
+    return [_number(value) for value in _list(answer, rows)]
+
+
+def _read_ours(answer: Any, rows: int) -> list[_Row]:
+    found: list[_Row] = []
+    for entry in _list(answer, rows):
+        if isinstance(entry, dict) and "error" in entry:
+            found.append(("the service could not score the row", printable(str(entry["error"]))))
+        elif isinstance(entry, dict) and "score" in entry:
+            found.append(_number(entry["score"]))
+        else:
+            found.append(('an entry has neither "score" nor "error"', ""))
+    return found
+
+
+def _number(value: Any) -> _Row:
+    score, wrong = number(value)
+    if wrong is None:
+        return score
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(value, str) and not math.isfinite(float(value)):
+            wrong = "the text NaN or Infinity in place of a number"
+    return (f"a score is {wrong}", "")
