@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
@@ -273,6 +272,8 @@ def _problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, la
 
 def _read_description(file: Path) -> dict[str, Any]:
     """artifact.json, its fields checked. Errors name the field; the caller adds the file."""
+    if (size := file.stat().st_size) > hf.LARGEST_JSON:
+        raise ValueError(f"{size} bytes; at most {hf.LARGEST_JSON} are read")
     try:
         raw = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -296,7 +297,7 @@ def _read_description(file: Path) -> dict[str, Any]:
     if isinstance(raw.get("layers"), bool) or not isinstance(raw.get("layers"), int):
         raise ValueError("layers is not an integer")
     for name, scale in raw["lora_scales"].items():
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e38:
             raise ValueError(f"lora_scales.{name} is {scale!r}, not a finite number")
     return raw
 

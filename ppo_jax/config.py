@@ -24,6 +24,7 @@ import yaml
 C = TypeVar("C")
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
+LARGEST = 10**6  # characters of a file, and values that its aliases may expand to
 # YAML 1.1 reads 1e-4 (no dot) as text; nobody who writes it means text.
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
@@ -60,8 +61,13 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
     Args:
         source: what errors call the text, usually its file's path.
     """
+    if len(text) > LARGEST:
+        raise ConfigError(f"{source}: {len(text)} characters; at most {LARGEST} are read")
     try:
-        lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), source))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if (size := _expanded(root, {})) > LARGEST:
+            raise ConfigError(f"{source}: its aliases (*name) expand to {size:.0e} values; at most {LARGEST} are read")
+        lines = dict(_lines(root, source))
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -69,8 +75,8 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
         raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
     except ConfigError:
         raise
-    except (RecursionError, ValueError) as error:  # nested a thousand deep; a date such as 2024-13-45
-        raise ConfigError(f"{source}: not a configuration: {error}") from None
+    except Exception as error:  # nested a thousand deep; a date such as 2024-13-45; `!!int ""` is an IndexError there
+        raise ConfigError(f"{source}: not a configuration: {error!s}") from None
     try:
         return typing.cast(C, _record(cls, {} if data is None else data, "", base))
     except _At as problem:
@@ -138,7 +144,14 @@ def parse(
     command = dataclasses.make_dataclass("Command", [*fields, settings], kw_only=True, frozen=True)
     written = cls.__doc__ or ""
     doc = description or ("" if written.startswith(f"{cls.__name__}(") else written)  # else: made by @dataclass
-    return typing.cast(C, tyro.cli(command, args=args, prog=prog, description=doc).settings)
+    settings = tyro.cli(command, args=args, prog=prog, description=doc).settings
+    try:
+        _record(cls, _plain(settings, ""), "")  # what a file may not say, an option may not either
+    except _At as problem:
+        option_name = problem.path.replace("_", "-")
+        print(f"{prog or Path(sys.argv[0]).name}: --{option_name}: {problem.text}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return typing.cast(C, settings)
 
 
 class _At(Exception):
@@ -221,6 +234,8 @@ def _value(kind: Any, value: Any, path: str, base: Any = None) -> Any:
         return kind[value]
     if kind in (None, type(None)) and value is None:
         return None
+    if kind is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise _At(path, f"expected an int of 64 bits, got {reprlib.repr(value)}")
     if kind in (bool, int, str) and type(value) is kind:
         return value
     if kind is float and type(value) in (int, float):
@@ -249,7 +264,7 @@ def _union(choices: tuple[Any, ...], value: Any, path: str, base: Any) -> Any:
         if len(records) == 1:
             return _value(next(iter(records.values())), value, path, base)
         name = value.get("type", type(base).__name__ if base is not None else None)
-        if name not in records:
+        if not isinstance(name, str) or name not in records:
             raise _At(path, f"expected `type:` to be one of {', '.join(records)}, got {_shown(name)}")
         return _value(records[name], {key: item for key, item in value.items() if key != "type"}, path, base)
     for kind in sorted(choices, key=lambda kind: kind is float):  # 1 is an int before it is a float
@@ -319,6 +334,19 @@ def _line(lines: Mapping[str, int], path: str) -> int | None:
     while path and path not in lines:
         path = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", path)
     return lines.get(path)
+
+
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for when every alias is written out."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError(f"line {node.start_mark.line + 1}: an alias that contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    children: list[Any] = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
+    flat = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+    known[id(node)] = 1 + sum(_expanded(part, known) for part in flat)
+    return known[id(node)]
 
 
 def _lines(root: Any, source: str) -> Iterator[tuple[str, int]]:

@@ -58,6 +58,10 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         metadata = line.get("metadata", {})
         if not isinstance(metadata, dict):
             raise ValueError(f'{where}: "metadata" must be an object, got {_shown(metadata)}')
+        try:
+            json.dumps(metadata, ensure_ascii=False).encode()  # it goes to reward servers and into files
+        except UnicodeEncodeError:
+            raise ValueError(f'{where}: "metadata" holds half of a surrogate pair') from None
         records.append(PromptRecord(prompt, metadata, where))
     return records
 
@@ -159,9 +163,9 @@ def _form(
     known = [*(field for form in forms for field in form), *optional]
     for field in line:
         if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
+            near = difflib.get_close_matches(field[:60], known, n=1)
             hint = f' (did you mean "{near[0]}"?)' if near else ""
-            raise ValueError(f'{where}: unknown field "{field}"{hint}; allowed: {allowed}')
+            raise ValueError(f'{where}: unknown field "{_shown(field)[1:-1]}"{hint}; allowed: {allowed}')
     given = {field for field in line if field not in optional}
     for form in forms:
         if given == set(form):

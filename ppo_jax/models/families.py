@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from ppo_jax.models.config import ModelConfig, RopeScaling
 
 Dtype = Literal["float32", "bfloat16"]
+LARGEST = 2**31 - 1  # of counts and token ids, which become int32 on the device
 
 
 class Family(NamedTuple):
@@ -74,12 +75,13 @@ def config_from_hf(raw: Mapping[str, Any], dtype: Dtype = "float32") -> ModelCon
         message names the field, its value and what is supported.
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     for field, neutral in NEUTRAL.items():
         _require_neutral(raw, field, neutral)
-    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+    auto_map = raw.get("auto_map") or {}
+    if not isinstance(auto_map, Mapping) or "AutoModelForCausalLM" in auto_map:
         raise ValueError("auto_map names a model class of its own; only models of transformers itself are supported")
     heads, hidden = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
     if raw.get("head_dim") is None and hidden % heads:
@@ -174,7 +176,7 @@ def token_ids(raw: Mapping[str, Any], field: str, default: int | None = None) ->
     """A field that holds no id, one id or a list of ids."""
     value = raw.get(field, default)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= LARGEST for i in ids):
         raise ValueError(f"{field}={value!r} is not a token id or a list of token ids")
     return tuple(ids)
 
@@ -201,7 +203,7 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScalin
     theta = _number(merged, "rope_theta", 10_000.0)
     _require_neutral(merged, "partial_rotary_factor", (1.0,))
     kind = merged.get("rope_type") or "default"
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise ValueError(f"rope_type={kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
     unknown = {k for k, v in merged.items() if v is not None} - ROPE_FIELDS[kind]
     unknown -= {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
@@ -236,17 +238,20 @@ def _biases(raw: Mapping[str, Any], name: str, family: Family) -> tuple[bool, bo
 def _check_window(raw: Mapping[str, Any], family: Family, max_positions: int) -> None:
     """Refuses attention that does not see the whole sequence."""
     window = raw.get("sliding_window", family.window)
+    window = None if window is None else _count({"sliding_window": window}, "sliding_window")
     if raw["model_type"] == "qwen2" and not raw.get("use_sliding_window"):
         window = None
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types={kinds!r} is not a list of names")
     if window is not None and window < max_positions:
         raise ValueError(
             f"sliding_window={window} is shorter than max_position_embeddings={max_positions}: sliding-window "
             "attention is not supported. If no sequence will be longer than the window, set "
             f"max_position_embeddings to {window} in config.json"
         )
-    kinds = set(raw.get("layer_types") or ())
-    if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and window is None):
-        raise ValueError(f"layer_types={sorted(kinds)} is not supported; supported: full_attention")
+    if set(kinds) - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and window is None):
+        raise ValueError(f"layer_types={sorted(set(kinds))} is not supported; supported: full_attention")
 
 
 def _require_neutral(raw: Mapping[str, Any], field: str, neutral: tuple[Any, ...]) -> None:
@@ -263,8 +268,8 @@ def _count(raw: Mapping[str, Any], field: str, default: int | None = None, null:
         value = default if null is None else null
     if value is None:
         raise ValueError(f"{field} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field}={value!r} is not a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        raise ValueError(f"{field}={value!r} is not a positive integer of 32 bits")
     return value
 
 
@@ -272,8 +277,8 @@ def _number(raw: Mapping[str, Any], field: str, default: float | None = None) ->
     value = default if raw.get(field) is None else raw[field]
     if value is None:
         raise ValueError(f"{field} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{field}={value!r} is not a positive number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e38:
+        raise ValueError(f"{field}={value!r} is not a positive number of single precision")
     return float(value)
 
 

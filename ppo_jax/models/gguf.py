@@ -4,15 +4,17 @@ Quantised tensors are expanded to float32; nothing is claimed about the weights 
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ppo_jax.models import gguf_file, weights
 from ppo_jax.models.config import ModelConfig, RopeScaling
-from ppo_jax.models.families import Dtype, token_ids
+from ppo_jax.models.families import LARGEST, Dtype, token_ids
 from ppo_jax.types import PyTree
 
 # Hugging Face module -> GGUF tensor, without ".weight" or ".bias".
@@ -42,11 +44,12 @@ ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, expanded into one divisor 
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
-def load(path: Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
+def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
     """Reads configuration and weights of a GGUF file of architecture `llama`.
 
     llama.cpp rotates the neighbours (2j, 2j+1) of a head where Hugging Face and we rotate (j, j + H/2), so its
-    converter permutes the rows of the q and k projections; that is undone here.
+    converter permutes the rows of the q and k projections; that is undone here. On a mesh a stacked array is expanded
+    whole on the host, and each device receives its shard.
 
     Raises:
       ValueError: the file is damaged or is of another architecture; the message names the file and the field.
@@ -66,7 +69,7 @@ def load(path: Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
             return unpermute(array, heads[module]) if module in heads else array
 
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        params = weights.gather(config, shapes, read, _gguf_name)
+        params = weights.gather(config, shapes, read, _gguf_name, mesh)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params
@@ -89,7 +92,7 @@ def read_config(
         raise ValueError(f"general.architecture={name!r} is not supported; supported: llama")
     unknown = sorted(k for k in metadata if k.startswith("llama.") and k.removeprefix("llama.") not in FIELDS)
     if unknown:
-        raise ValueError(f"metadata {unknown[0]}={metadata[unknown[0]]!r} is not supported")
+        raise ValueError(f"metadata {unknown[0]}={reprlib.repr(metadata[unknown[0]])} is not supported")
     if metadata.get("llama.expert_count"):
         raise ValueError(f"llama.expert_count={metadata['llama.expert_count']}: mixtures of experts are not supported")
     heads, width = _count(metadata, "attention.head_count"), _count(metadata, "embedding_length")
@@ -161,7 +164,9 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ValueError(f"tokenizer.chat_template={template!r} is not text")
-    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type is not a list with one number for each of {len(tokens)} tokens")
     for token, token_kind in zip(tokens, kinds, strict=False):
         if token_kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_kind == CONTROL, normalized=False)])
@@ -228,13 +233,13 @@ def _texts(metadata: Mapping[str, Any], field: str) -> list[str]:
 
 def _count(metadata: Mapping[str, Any], field: str, default: int | None = None) -> int:
     value = metadata.get(f"llama.{field}", default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"llama.{field}={value!r} is not a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        raise ValueError(f"llama.{field}={reprlib.repr(value)} is not a positive integer of 32 bits")
     return value
 
 
 def _number(metadata: Mapping[str, Any], field: str, default: float | None = None) -> float:
     value = metadata.get(f"llama.{field}", default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"llama.{field}={value!r} is not a positive number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-37 < value < 1e38:
+        raise ValueError(f"llama.{field}={reprlib.repr(value)} is not a positive number of single precision")
     return float(str(np.float32(value)))  # stored as float32: the shortest decimal that means the same

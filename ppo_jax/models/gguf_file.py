@@ -15,6 +15,8 @@ import numpy as np
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 STRING, ARRAY = 8, 9
+# Far beyond any real header (a vocabulary of 262,144 tokens has 514,906 merges), and small enough to hold.
+MOST_FIELDS, MOST_TENSORS, MOST_ITEMS, LONGEST = 2**14, 2**18, 2**22, 2**24
 # Metadata value types as struct formats; 8 is a string and 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -36,6 +38,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     Raises:
       ValueError: the file is not GGUF, is cut short, or gives a length that cannot be.
     """
+    if not path.is_file():
+        raise ValueError("not a GGUF file but a directory, or nothing that can be mapped")
     if path.stat().st_size < 24:
         raise ValueError("not a GGUF file: shorter than a header")
     data = np.memmap(path, mode="r")
@@ -45,6 +49,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     (version, tensor_count, field_count), offset = _unpack(view, 4, "IQQ")
     if version not in VERSIONS:
         raise ValueError(f"GGUF version {version} (0x{version:08x}) is not supported; supported: 2, 3, little-endian")
+    for what, count, most in (("metadata fields", field_count, MOST_FIELDS), ("tensors", tensor_count, MOST_TENSORS)):
+        if count > most:
+            raise ValueError(f"the header claims {count} {what}; at most {most} are read")
     metadata: dict[str, Any] = {}
     for _ in range(field_count):
         key, offset = _string(view, offset)
@@ -65,7 +72,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         (kind, start), offset = _unpack(view, offset, "IQ")
         headers.append((name, tuple(reversed(dimensions)), kind, start))
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1:
         raise ValueError(f"general.alignment={alignment!r} is not a positive integer")
     base = -(-offset // alignment) * alignment
     tensors: dict[str, Stored] = {}
@@ -114,6 +121,8 @@ def _string(view: memoryview, offset: int) -> tuple[str, int]:
     (length,), offset = _unpack(view, offset, "Q")
     if length > len(view) - offset:
         raise ValueError(f"a string of {length} bytes in the header does not fit the file")
+    if length > LONGEST:
+        raise ValueError(f"a string of {length} bytes in the header; at most {LONGEST} are read")
     # Names and tokens are UTF-8 by the specification; UnicodeDecodeError is a ValueError.
     return str(view[offset : offset + length], "utf-8"), offset + length
 
@@ -132,6 +141,8 @@ def _value(view: memoryview, offset: int, kind: int) -> tuple[Any, int]:
     smallest = 8 if item == STRING else struct.calcsize("<" + SCALARS[item])
     if count * smallest > len(view) - offset:
         raise ValueError(f"an array of {count} values does not fit the file")
+    if count > MOST_ITEMS:
+        raise ValueError(f"an array of {count} values; at most {MOST_ITEMS} are read")
     if item != STRING:
         values, offset = _unpack(view, offset, f"{count}{SCALARS[item]}")
         return list(values), offset

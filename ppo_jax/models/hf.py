@@ -5,11 +5,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -20,21 +23,25 @@ from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+LARGEST_JSON = 10**8  # bytes; the index of the largest models has some 10**7
 # What a model needs from the hub: configs, weights, tokenizer files; no code, no pickles, no second copies.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 HUB_SKIP = ["consolidated*", "original/*", "onnx/*"]
 
 
-def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTree]:
+def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
     """Reads a model.
 
     Args:
       path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub.
       dtype: of the parameters that are returned, whatever the file holds.
+      mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
 
     Returns:
       The configuration and the parameters (jax arrays, laid out as `ModelConfig` says). Tensors are read one at a
-      time, so the host holds little more than one stacked array beside the result.
+      time, so the host holds little more than one stacked array beside the result. On a mesh each process reads the
+      slices that its devices need, and the host holds one device's shard of one stacked array at a time. (A GGUF
+      file's tensors are expanded whole, and cut then.)
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -44,7 +51,7 @@ def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTre
         raise ValueError(f"dtype={dtype!r} is not supported; supported: float32, bfloat16")
     where = resolve(path)
     if where.suffix == ".gguf":
-        return gguf.load(where, dtype)
+        return gguf.load(where, dtype, mesh)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
     config = _read_config(where, dtype)
@@ -64,11 +71,18 @@ def load(path: str | Path, dtype: Dtype = "float32") -> tuple[ModelConfig, PyTre
         }
         repeated = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
         try:
-            params = weights.gather(config, shapes, lambda name: _read_tensor(*source[name], name))
+            params = weights.gather(
+                config,
+                shapes,
+                lambda name: _read_tensor(*source[name], name),
+                mesh=mesh,
+                read_part=lambda name, part: _read_tensor(*source[name], name, part),
+            )
         except ValueError as error:
             raise ValueError(f"{shards[0] if len(shards) == 1 else where / INDEX}: {error}") from error
         if repeated is not None:
-            _check_repeated(_read_tensor(*source["lm_head.weight"], "lm_head.weight"), params["embedding"], where)
+            file, handle = source["lm_head.weight"]
+            _check_repeated(lambda p: _read_tensor(file, handle, "lm_head.weight", p), params["embedding"], where)
     return config, params
 
 
@@ -127,15 +141,41 @@ def load_tokenizer(path: str | Path) -> Any:
 
     if not where.is_dir() or not any((where / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json")):
         raise FileNotFoundError(f"{where} has no tokenizer.json or tokenizer_config.json")
+    # transformers and tokenizers raise whatever a damaged file leads them to, and some only in use. A file that asks
+    # for Python code of its own is refused: left open, transformers would ask at the terminal.
+    with _library_errors(where):
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(list(tokenizer("a")["input_ids"]))
+        wrong = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if not isinstance(i, int | None)]
+        if wrong or not tokenizer.get_vocab():
+            raise TypeError("it has no tokens" if not wrong else f"{wrong[0]!r} is not a token id")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _library_errors(where: Path) -> Iterator[None]:
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust side is no Exception
         raise ValueError(f"{where}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
-    """Raises ValueError when the tokenizer has an id for which the model has no embedding."""
+    """Raises ValueError when the tokenizer has an id for which the model has no embedding.
+
+    Many embeddings without a token (more than 512 and 5 %; a few pad the table to a round size) are a warning: the
+    tokenizer is probably another model's, and every prompt would mean something else.
+    """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    unused = config.vocab_size - largest - 1
+    if unused > max(512, 0.05 * config.vocab_size):
+        warnings.warn(
+            f"the tokenizer has {largest + 1} tokens, but the model's vocab_size is {config.vocab_size}: {unused} "
+            "embeddings have no token. Is this the tokenizer that belongs to the model?",
+            stacklevel=2,
+        )
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer's token {token!r} has id {largest}, but the model's vocab_size is {config.vocab_size}; "
@@ -195,11 +235,11 @@ def weight_files(where: Path) -> list[Path]:
         raise ValueError(f"{index}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map is not an object with entries")
-    shards = []
+    shards, present = [], set(os.listdir(where))  # a name may be too long to ask for
     for file in sorted({str(f) for f in weight_map.values()}):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: weight_map names {file!r}, which is not a safetensors file beside it")
-        if not (where / file).is_file():
+        if file not in present or not (where / file).is_file():
             raise FileNotFoundError(f"{where / file} is missing ({INDEX} names it)")
         shards.append(where / file)
     return shards
@@ -215,20 +255,23 @@ def _open(file: Path) -> Iterator[Any]:
         yield handle
 
 
-def _read_tensor(file: Path, handle: Any, name: str) -> np.ndarray:
+def _read_tensor(file: Path, handle: Any, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+    """A tensor, or that part of it alone."""
     kind = handle.get_slice(name).get_dtype()
     if kind not in FLOATS:
         raise ValueError(f"tensor {name} in {file.name} is {kind}; supported: {', '.join(FLOATS)}")
-    return handle.get_tensor(name)
+    return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
 
 
-def _check_repeated(head: np.ndarray, embedding: Any, where: Path) -> None:
+def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: jax.Array, where: Path) -> None:
     """A tied model's file may repeat the embedding as lm_head.weight, but may not hold another matrix."""
-    if not np.array_equal(head.astype(embedding.dtype), np.asarray(embedding)):
-        raise ValueError(
-            f"{where}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
-            "tie_word_embeddings=true; set it to false if the model is not tied"
-        )
+    for shard in embedding.addressable_shards:
+        part = tuple(slice(*s.indices(size)[:2]) for s, size in zip(shard.index, embedding.shape, strict=True))
+        if shard.replica_id == 0 and not np.array_equal(head(part).astype(embedding.dtype), np.asarray(shard.data)):
+            raise ValueError(
+                f"{where}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+                "tie_word_embeddings=true; set it to false if the model is not tied"
+            )
 
 
 def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: int) -> None:
@@ -273,6 +316,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError without the file's name: the caller adds it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
+    if (size := file.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{size} bytes; at most {LARGEST_JSON} are read")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
