@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -215,6 +216,11 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     )
 
 
+def parameter_sharding(key: str, shape: Sequence[int], mesh: AnyMesh) -> NamedSharding:
+    """Of the base's parameter `key` ("embedding", "layers.q")."""
+    return NamedSharding(mesh, spec(PARAMETERS[key.rpartition(".")[2]], shape, mesh))
+
+
 def row_shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """A NamedSharding per leaf of a batch: the first dimension over ("data", "fsdp")."""
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(("batch",), x.shape[:1], mesh)), tree)
@@ -238,6 +244,27 @@ def create(make: Callable[..., Tree], mesh: Mesh, *args: Any) -> Tree:
     """`make(*args)` under jit, every output born on its shards: nothing exists whole anywhere."""
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *args), mesh))(*args)
+
+
+def build(shape: Sequence[int], to: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """An array of which this process holds, and reads, the shards of its own devices, one after the other.
+
+    `read(index)` gives one shard, every slice with a start and a stop; a shard that several devices share is read once.
+    """
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in to.addressable_devices_indices_map(tuple(shape)).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards: list[jax.Array] = []
+    for bounds, devices in holders.items():
+        host = np.ascontiguousarray(read(tuple(slice(*bound) for bound in bounds)))
+        for device in devices:
+            with jax.default_device(device):  # a copy: on the CPU backend device_put may share the numpy buffer
+                copy = jnp.array(host, copy=True)
+            # Committed to its device without another copy; waited for, so that the host's part goes before the next.
+            shards.append(jax.block_until_ready(jax.device_put(copy, device)))
+        del host
+    return jax.make_array_from_single_device_arrays(tuple(shape), to, shards)
 
 
 def place(tree: Tree, to: PyTree) -> Tree:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -53,7 +54,7 @@ def is_sequence_classifier(path: str | Path) -> bool:
     return isinstance(found, list) and any(str(name).endswith(CLASSIFIER) for name in found)
 
 
-def load(path: str | Path, dtype: families.Dtype = "float32") -> SequenceClassifier:
+def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
     """Reads a Hugging Face sequence-classification directory (or hub name) with one label.
 
     Raises:
@@ -90,7 +91,7 @@ def load(path: str | Path, dtype: families.Dtype = "float32") -> SequenceClassif
         )
     shapes = {name: _shape(shard, name) for name, shard in source.items() if not name.endswith("rotary_emb.inv_freq")}
     try:
-        params = weights.gather(config, shapes, lambda name: _read(source[name], name))
+        params = weights.gather(config, shapes, lambda name: _read(source[name], name), mesh=mesh)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     head = {
