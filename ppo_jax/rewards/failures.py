@@ -14,10 +14,6 @@ Report = Callable[[str, int, str], None]
 KINDS = 32  # causes told apart in one run; a service that puts an id into each must not fill the log
 
 
-class RewardFailure(RuntimeError):
-    """Too many rewards failed for too long; says why, what was saved, and how to go on."""
-
-
 class FailureLog:
     """A `Report` that counts failed rows by cause and names each cause once, through `notify`."""
 
@@ -49,13 +45,12 @@ def next_streak(streak: int, failed: float, ceiling: float) -> int:
     return streak + 1 if failed > ceiling else 0
 
 
-def too_many(step: int, streak: int, failed: float, ceiling: float, causes: str) -> RewardFailure:
-    """The error of a run that is stopped after update `step`, whose state has been saved."""
-    why = f" Causes: {causes}." if causes else ""
-    return RewardFailure(
-        f"update {step}: {100 * failed:.0f} % of the rewards failed; it is batch {streak} in a row above "
-        f"--loop.max-failed {ceiling:g}.{why} The run was stopped and update {step} saved: mend the reward, "
-        "and go on with --resume"
+def too_many(step: int, streak: int, failed: float, ceiling: float, causes: str) -> str:
+    """Why a run is stopped after update `step`, whose state is saved, and how it goes on."""
+    why = f" Causes so far: {causes}." if causes else ""
+    return (
+        f"update {step}: {100 * failed:.0f} % of the rewards failed, and more than --loop.max-failed {ceiling:g} did in "
+        f"{streak} batches in a row.{why} Nothing was learned from failed rows. Mend the reward, and go on with --resume"
     )
 
 
