@@ -21,10 +21,11 @@ from ppo_jax.cli import exit_code
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.reward_stage import run_reward
 from ppo_jax.rewards.adapter import adapter_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import PromptSet, Setup, environment, run_ppo
-from ppo_jax.stages import run_reward, run_sft
+from ppo_jax.stages import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig

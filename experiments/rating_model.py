@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +18,14 @@ from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs import Model
-from ppo_jax.train.loop import means
-from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.reward_model import (
+from ppo_jax.train.reward_model import RewardConfig, fit_head, init_role, normalise_head, train_role
+from ppo_jax.train.reward_texts import (
     Bucket,
-    RewardConfig,
     bucket_texts,
-    fit_head,
     head_scores,
-    init_role,
     keep_prefix,
-    make_reward_step,
-    normalise_head,
     rated_batches,
+    rated_pairs,
     text_features,
 )
 from ppo_jax.train.state import key_stream
@@ -129,35 +124,27 @@ def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: metrics.
     name, train, reward = wanted
     trunk, size, ratings = reward.trunk(model.config), reward.batch_size, _ratings(train)
     rng = np.random.default_rng(seed)
+    if reward.kind == "full":
+        raise ValueError("rating models are LoRA on the policy's base; kind=full is for `ppo-jax reward`")
     role = init_role(key_stream(seed, name), model.config, reward)
     layers = shared_layers(role.adapter, trunk)
     texts = _with_prefix(f"{name} features", model, train, trunk, layers, size, screen)
 
     features = text_features(model.params, role, trunk, texts, size, layers)
     better, worse = rated_pairs(ratings, HEAD_PAIRS, rng)
-    role = role._replace(head=fit_head(features, better, worse, reward.head_l2, reward.head_steps))
+    if reward.head_steps:
+        role = role._replace(head=fit_head(features, better, worse, reward.head_l2, reward.head_steps))
     scores = head_scores(role.head, features)
-    if reward.lora_layers and reward.epochs:
-        optimizer = make_optimizer()
-        step, opt_state = make_reward_step(trunk, optimizer, reward.max_grad_norm), optimizer.init(role)
-        epochs = [rated_batches(texts, ratings, size, rng) for _ in range(reward.epochs)]
-        batches = [batch for epoch in epochs for batch in epoch]
-        for number, batch in enumerate(batches):
-            rate = reward.learning_rate * (1 - number / len(batches))
-            role, opt_state, measured = step(role, opt_state, model.params, batch, rate)
-            values = means(measured)
-            write(number + 1, name, values)
-            screen.update(phase=name, step=number + 1, total=len(batches), values=values)
+    if reward.trains:
+        batches = [b for _ in range(reward.epochs) for b in rated_batches(texts, ratings, size, rng)]
+
+        def record(step: int, values: Mapping[str, float]) -> None:
+            write(step, name, values)
+            screen.update(phase=name, step=step, total=len(batches), values=values)
+
+        role = train_role(role, model.params, trunk, reward, batches.__getitem__, len(batches), record)
         scores = head_scores(role.head, text_features(model.params, role, trunk, texts, size, layers))
-    return role._replace(head=normalise_head(role.head, scores))
-
-
-def rated_pairs(ratings: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random pairs (better, worse) of rows with different ratings; about `count` of them."""
-    i, j = rng.integers(len(ratings), size=(2, count))
-    i, j = (side[ratings[i] != ratings[j]] for side in (i, j))
-    swap = ratings[i] < ratings[j]
-    return np.where(swap, j, i), np.where(swap, i, j)
+    return role._replace(head=normalise_head(role.head, scores)) if reward.normalise else role
 
 
 def _with_prefix(

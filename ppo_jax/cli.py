@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ppo_jax import commands, config, dpo_stage
+from ppo_jax import commands, config, dpo_stage, reward_command
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 
@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "sft": Command(SFTSettings, commands.sft),
-    "reward": Command(RewardSettings, commands.reward),
+    "reward": Command(RewardSettings, reward_command.reward),
     "ppo": Command(PPOSettings, commands.ppo),
     "generate": Command(GenerateSettings, generate_responses),
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),

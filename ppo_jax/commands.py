@@ -1,4 +1,4 @@
-"""What `ppo-jax sft`, `reward` and `ppo` do: files -> records -> token rows -> a stage -> a run directory.
+"""What `ppo-jax sft` and `ppo` do: files -> records -> token rows -> a stage -> a run directory.
 
 Everything that a user may have got wrong is looked at before the run directory is touched, so that a mistake beside
 `--overwrite` deletes nothing.
@@ -15,9 +15,7 @@ import numpy as np
 from ppo_jax import artifacts, config, report, rundir
 from ppo_jax.data import (
     TooLong,
-    encode_pairs,
     encode_sft,
-    read_pairs,
     read_prompts,
     read_sft,
 )
@@ -26,8 +24,8 @@ from ppo_jax.generate import artifact_at, check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.runs import Setup, environment, load_model, run_ppo
-from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
-from ppo_jax.stages import MODEL, REWARD, export_model, run_reward, run_sft
+from ppo_jax.settings import PPOSettings, SFTSettings
+from ppo_jax.stages import MODEL, REWARD, export_model, run_sft
 from ppo_jax.train.state import key_stream
 
 T = TypeVar("T")
@@ -48,30 +46,6 @@ def sft(settings: SFTSettings) -> None:
         screen.message(
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.model.name}"
-        )
-
-
-def reward(settings: RewardSettings) -> None:
-    """`ppo-jax reward`."""
-    model = load_model(settings.model, settings.compute)
-    settings.reward.trunk(model.config)  # raises before the directory is touched
-    records = set_apart(read_pairs(settings.pairs), settings.held_out, settings.seed)
-    # No EOS: the reward reads the text of a response, whether it ended by itself or was cut (rewards.adapter).
-    train, held_out = (
-        encode_pairs(part, model.tokenizer, settings.max_length, settings.too_long, eos=False) for part in records
-    )
-    check_room(model, [*train.chosen, *train.rejected, *held_out.chosen, *held_out.rejected])
-    if settings.reward.batch_size > 2 * len(train.chosen):
-        raise ValueError(
-            _too_few("--reward.batch-size", settings.reward.batch_size, 2 * len(train.chosen), settings.pairs)
-        )
-    directory = _open(settings)
-    with progress("ppo-jax reward") as screen:
-        _say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
-        result = run_reward(directory, model, settings.reward, train, held_out, settings.seed, screen)
-        screen.message(
-            f"{100 * result.accuracy:.1f} % of {len(held_out.chosen)} held-out pairs in the right order; "
-            f"the reward model is at {directory / rundir.EXPORT / REWARD}"
         )
 
 

@@ -1,6 +1,6 @@
 """Reward models on disk: what a directory holds, how PPO uses it, and the same model as a plain scorer of texts.
 
-Three kinds of directory are understood, also inside a run directory of `ppo-jax reward` (its export/reward):
+Two kinds of directory are understood, also inside a run directory of `ppo-jax reward` (its export/reward):
 
     artifact.json                               LoRA and head on a base (`ppo_jax.artifacts`)
     config.json, ...ForSequenceClassification   a model of its own (`models.seqcls`), ours or anybody's
@@ -21,9 +21,8 @@ from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
 from ppo_jax.runs import Model, load_model
+from ppo_jax.stages import REWARD
 from ppo_jax.types import PyTree
-
-REWARD = "reward"  # folder in a run's export/
 
 
 class LoadedReward(NamedTuple):
@@ -52,7 +51,7 @@ def load_reward(
       micro_batch: rows that a model of its own scores at once.
 
     Raises:
-      FileNotFoundError: there is none of the three.
+      FileNotFoundError: there is neither.
       ValueError: it is damaged, of another base, or of an unsupported kind.
     """
     where = find_reward(path)

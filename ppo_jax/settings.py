@@ -43,12 +43,18 @@ class SFTSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """Train a reward model from preferences; the result is RUN_DIR/export/reward, an adapter for the same base."""
+    """Train a reward model from preferences; the result is RUN_DIR/export/reward."""
 
     model: str
-    """Base: Hugging Face directory, name on the hub, or .gguf file. PPO needs the same one."""
-    pairs: Path
+    """Base: Hugging Face directory, name on the hub, or .gguf file. LoRA only fits PPO on the same one."""
+    pairs: Path | None = None
     """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
+    ratings: Path | None = None
+    """Or: {"response", "rating"}, optionally "prompt"; all responses of a batch are compared with one another."""
+    choices: Path | None = None
+    """Or: {"responses": [text, ...], "best": place from 0}, optionally "prompt"."""
+    reference: Path | None = None
+    """Texts on which scores get mean 0 and std 1, {"prompt", "response"} or {"text"}; by default the training texts."""
     run_dir: Path = Path("runs/reward")
     """Where all results go."""
     seed: int = 0
@@ -56,9 +62,9 @@ class RewardSettings:
     max_length: int = 512
     """Longest text (prompt and answer), in tokens."""
     too_long: TooLong = "error"
-    """What to do with pairs that have a longer one."""
+    """What to do with pairs or choices that have a longer one, or longer rated texts."""
     held_out: int = 200
-    """Pairs kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    """Lines kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
     compute: ModelOptions = ModelOptions()
     """How the model is run: memory against speed."""
     reward: RewardConfig = RewardConfig()

@@ -16,16 +16,19 @@ from ppo_jax.models.adapters import first_layer
 from ppo_jax.rewards.adapter import score_tokens
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.reward_model import (
-    Comparisons,
     RewardConfig,
-    bucket_texts,
     comparison_loss,
     fit_head,
-    head_scores,
     init_role,
-    keep_prefix,
     make_reward_step,
     normalise_head,
+    train_role,
+)
+from ppo_jax.train.reward_texts import (
+    Comparisons,
+    bucket_texts,
+    head_scores,
+    keep_prefix,
     rated_batches,
     text_features,
 )
@@ -294,8 +297,138 @@ def test_more_layers_than_there_are_is_an_error(fields: dict):
         RewardConfig(**{"lora_layers": 1} | fields).trunk(CONFIG)
 
 
-@pytest.mark.parametrize("fields", [{"depth": -1}, {"epochs": -1}, {"head_steps": -1}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"depth": -1},
+        {"epochs": -1},
+        {"head_steps": -1},
+        {"batch_size": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"max_grad_norm": -1.0},
+        {"centring": -0.1},
+        {"head_l2": float("nan")},
+        {"rank": 0},
+    ],
+)
 def test_impossible_settings_name_the_field(fields: dict):
     (name,) = fields
     with pytest.raises(ValueError, match=f"{name}={fields[name]}"):
         RewardConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"lora_layers": 0}, {"epochs": 0}, {"kind": "full", "epochs": 0}])
+def test_a_head_that_nothing_would_train_is_an_error(fields: dict):
+    with pytest.raises(ValueError, match="head_steps=0 leaves the head untrained"):
+        RewardConfig(head_steps=0, **fields)
+
+
+# -- other losses ------------------------------------------------------------------------------------------------------
+
+
+def groups_of(*sizes: int) -> np.ndarray:
+    """The first row of each group is better than the rest of it."""
+    better, start = np.zeros((sum(sizes), sum(sizes)), bool), 0
+    for size in sizes:
+        better[start, start + 1 : start + size] = True
+        start += size
+    return better
+
+
+def test_best_of_n_is_softmax_cross_entropy():
+    """Against torch's cross_entropy on the scores of each group."""
+    batch = comparisons(groups_of(3, 2, 4))
+    scores = np.asarray(scores_of(BASE, role(), TRUNK, batch.tokens, batch.mask))
+    parts = [torch.from_numpy(np.array(part)) for part in np.split(scores, [3, 5])]
+    expected = [float(torch.nn.functional.cross_entropy(part[None], torch.tensor([0]))) for part in parts]
+    loss, metrics = comparison_loss(role(), BASE, TRUNK, batch, loss="best")
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-4)
+    assert [float(x) for x in metrics["loss"]] == pytest.approx([np.sum(expected), 3], rel=1e-4)
+    wins = sum(int(part.argmax() == 0) for part in parts)
+    assert [float(x) for x in metrics["best_accuracy"]] == [wins, 3]
+    assert float(metrics["accuracy"][1]) == 2 + 1 + 3
+
+
+def test_best_of_two_is_the_pairwise_loss():
+    batch = comparisons(groups_of(2, 2, 2))
+    (best, _), (pairwise, _) = (comparison_loss(role(), BASE, TRUNK, batch, loss=x) for x in ("best", "pairwise"))
+    assert float(best) == pytest.approx(float(pairwise), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "best"])
+def test_centring_adds_the_squared_sum_of_the_two_scores(loss: str):
+    batch = comparisons(groups_of(3, 2))
+    scores = np.asarray(scores_of(BASE, role(), TRUNK, batch.tokens, batch.mask), np.float64)
+    sums = [scores[i] + scores[j] for i, j in np.argwhere(groups_of(3, 2))]
+    plain, _ = comparison_loss(role(), BASE, TRUNK, batch, loss=loss)
+    centred, metrics = comparison_loss(role(), BASE, TRUNK, batch, loss=loss, centring=0.3)
+    assert float(centred - plain) == pytest.approx(0.3 * np.mean(np.square(sums)), rel=1e-3)
+    assert float(metrics["centre"][0]) == pytest.approx(np.sum(np.square(sums)), rel=1e-4)
+
+
+def test_centring_holds_the_scores_around_0():
+    """The same training from a head whose scores lie around 20, with and without."""
+    batch = comparisons(groups_of(2, 2, 2, 2))
+    optimizer = make_optimizer()
+    ends = []
+    for centring in (0.0, 0.1):
+        state = role()
+        state = state._replace(head=state.head | {"bias": jnp.asarray(20.0), "gain": jnp.ones(())})
+        step, opt_state = make_reward_step(TRUNK, optimizer, 100.0, centring=centring), optimizer.init(state)
+        for _ in range(60):
+            state, opt_state, _ = step(state, opt_state, BASE, batch, 3e-2)
+        ends.append(np.abs(np.asarray(scores_of(BASE, state, TRUNK, batch.tokens, batch.mask))).mean())
+    assert ends[1] < 0.3 * ends[0]
+
+
+def test_the_head_is_fitted_to_choices_by_their_own_loss():
+    """Against L-BFGS of torch on the cross-entropy of groups of 2 to 5, in float64."""
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(2, 6, 40)
+    features = rng.normal(0, 1, (int(sizes.sum()), 4)).astype(np.float32)
+    starts = np.cumsum(sizes) - sizes
+    pairs = [(start, start + other) for start, size in zip(starts, sizes, strict=True) for other in range(1, size)]
+    better, worse = np.array(pairs).T
+    head = fit_head(features, better, worse, 0.02, steps=1500, loss="best")
+    z = torch.from_numpy((features / (features.std(axis=0) + 1e-6)).astype(np.float64))
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        terms = [-torch.log_softmax(z[a : a + n] @ w, 0)[0] for a, n in zip(starts, sizes, strict=True)]
+        loss = torch.stack(terms).mean() + 0.02 * (w**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    kernel = np.asarray(head["reward"]["kernel"])[:, 0] * (features.std(axis=0) + 1e-6)
+    np.testing.assert_allclose(kernel, w.detach().numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    broken = BASE | {"embedding": BASE["embedding"] * jnp.nan}
+    batch = comparisons(groups_of(5))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan; lower the learning rate"):
+        train_role(role(), broken, TRUNK, REWARD, lambda _: batch, 3, lambda *_: None)
+
+
+def test_training_writes_every_step_and_ends_at_learning_rate_0():
+    """A batch in which nothing is ordered has no loss, and does not stop it."""
+    seen = []
+    batches = [comparisons(groups_of(5)), comparisons(np.zeros((5, 5), bool)), comparisons(groups_of(5))]
+    train_role(role(), BASE, TRUNK, REWARD, batches.__getitem__, 3, lambda step, values: seen.append((step, values)))
+    assert [step for step, _ in seen] == [1, 2, 3] and np.isnan(seen[1][1]["loss"]) and seen[2][1]["loss"] > 0
+
+
+def test_the_full_kind_trains_a_copy_and_reads_no_base():
+    config = dataclasses.replace(REWARD, kind="full", lora_layers=0)
+    whole = init_role(jax.random.key(0), CONFIG, config, BASE)
+    assert whole.adapter["layers"]["q"].shape[0] == 2 and "unembedding" not in whole.adapter
+    batch = comparisons(groups_of(5))
+    bare = whole._replace(adapter={})
+    loss = [float(comparison_loss(r, b, TRUNK, batch)[0]) for r, b in ((whole, {}), (bare, BASE))]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+    grads = jax.grad(lambda r: comparison_loss(r, {}, TRUNK, batch)[0])(whole)
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads.adapter)) > 0
