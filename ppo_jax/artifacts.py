@@ -90,8 +90,8 @@ def save(
       FileExistsError: `path` is there already.
     """
     path, layers = Path(path), config.num_layers if layers is None else layers
-    if problems := _problems(kind, adapter, head, config, layers):
-        raise ValueError(f"{path} is not written: {'; '.join(problems)}")
+    if wrong := problems(kind, adapter, head, config, layers):
+        raise ValueError(f"{path} is not written: {'; '.join(wrong)}")
     if path.exists() and not (overwrite and (path / DESCRIPTION).is_file()):
         advice = " or pass overwrite=True" if (path / DESCRIPTION).is_file() else ""
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
@@ -184,13 +184,45 @@ def check_base(artifact: Artifact, base_fingerprint: str, config: ModelConfig) -
     if different:
         found = "; ".join(different)
         raise ValueError(f"{artifact.path} was trained on another model, {artifact.base}: {found}; {remedy}")
-    if problems := _problems(artifact.kind, artifact.adapter, artifact.head, config, artifact.layers):
-        raise ValueError(f"{artifact.path}/{ARRAYS}: {'; '.join(problems)}")
+    if wrong := problems(artifact.kind, artifact.adapter, artifact.head, config, artifact.layers):
+        raise ValueError(f"{artifact.path}/{ARRAYS}: {'; '.join(wrong)}")
     if artifact.fingerprint != base_fingerprint:
         raise ValueError(
             f"{artifact.path} was trained on other weights: those of {artifact.base} (sha256 "
             f"{artifact.fingerprint[:12]}...), while this model's are {base_fingerprint[:12]}...; {remedy}"
         )
+
+
+def problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, layers: int) -> list[str]:
+    """How adapter and head differ from what a role on `layers` layers of this base can have; [] when they fit."""
+    wanted = {entry.key: (entry.shape, entry.stacked) for entry in weights.tensors(config)}
+    wrong, depths = [], set()
+    if layers != config.num_layers and not (kind == "reward" and 1 <= layers <= config.num_layers):
+        wrong.append(f"a {kind} that reads {layers} layers, the model has {config.num_layers}")
+    for name, leaf in flatten(adapter, {}).items():
+        parts = name.split("/")[1:]
+        key = f"layers.{parts[1]}" if parts[0] == "lora" else ".".join(parts)
+        if key not in wanted:
+            wrong.append(f"{name}: the model has no {key}")
+            continue
+        (shape, stacked), found = wanted[key], tuple(np.shape(leaf))
+        if stacked and len(found) > 1:
+            depths.add(found[0])
+            shape = (found[0], *shape)
+        if parts[0] == "lora":
+            # The rank is free, but the same on both sides.
+            rank = np.shape(adapter["lora"][parts[1]].a)[-1]
+            shape = (*shape[:2], rank) if parts[2] == "a" else (shape[0], rank, *shape[2:])
+        if found != shape:
+            wrong.append(f"{name} has shape {found}, the model needs {shape}")
+    if len(depths) > 1 or max(depths, default=0) > layers:
+        wrong.append(f"the adapter's arrays are stacked over {sorted(depths)} layers of {layers}")
+    module = ValueHead() if kind == "policy" else RewardHead()
+    expected = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
+    shapes, found_shapes = ({n: tuple(np.shape(x)) for n, x in flatten({}, tree).items()} for tree in (expected, head))
+    if found_shapes != shapes and (kind == "reward" or head):
+        wrong.append(f"a {kind}'s head needs {shapes}, got {found_shapes}")
+    return wrong
 
 
 def fingerprint(model_path: str | Path) -> str:
@@ -236,38 +268,6 @@ def _sha256(file: Path) -> str:
 def _sha256_of_version(file: Path, size: int, modified: int) -> str:
     """Hashed once per process: a model of 8B parameters takes many seconds."""
     return sha256_of(file)
-
-
-def _problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, layers: int) -> list[str]:
-    """How adapter and head differ from what a role on `layers` layers of this base can have; [] when they fit."""
-    wanted = {entry.key: (entry.shape, entry.stacked) for entry in weights.tensors(config)}
-    problems, depths = [], set()
-    if layers != config.num_layers and not (kind == "reward" and 1 <= layers <= config.num_layers):
-        problems.append(f"a {kind} that reads {layers} layers, the model has {config.num_layers}")
-    for name, leaf in flatten(adapter, {}).items():
-        parts = name.split("/")[1:]
-        key = f"layers.{parts[1]}" if parts[0] == "lora" else ".".join(parts)
-        if key not in wanted:
-            problems.append(f"{name}: the model has no {key}")
-            continue
-        (shape, stacked), found = wanted[key], tuple(np.shape(leaf))
-        if stacked and len(found) > 1:
-            depths.add(found[0])
-            shape = (found[0], *shape)
-        if parts[0] == "lora":
-            # The rank is free, but the same on both sides.
-            rank = np.shape(adapter["lora"][parts[1]].a)[-1]
-            shape = (*shape[:2], rank) if parts[2] == "a" else (shape[0], rank, *shape[2:])
-        if found != shape:
-            problems.append(f"{name} has shape {found}, the model needs {shape}")
-    if len(depths) > 1 or max(depths, default=0) > layers:
-        problems.append(f"the adapter's arrays are stacked over {sorted(depths)} layers of {layers}")
-    module = ValueHead() if kind == "policy" else RewardHead()
-    expected = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
-    shapes, found_shapes = ({n: tuple(np.shape(x)) for n, x in flatten({}, tree).items()} for tree in (expected, head))
-    if found_shapes != shapes and (kind == "reward" or head):
-        problems.append(f"a {kind}'s head needs {shapes}, got {found_shapes}")
-    return problems
 
 
 def _read_description(file: Path) -> dict[str, Any]:

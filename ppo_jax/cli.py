@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ppo_jax import commands, config, dpo_stage, reward_command
+from ppo_jax import commands, config, dpo_stage, export, reward_command
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+LONGEST = 4000  # characters of a message: it may quote what stands in a damaged file
 TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "reward": Command(RewardSettings, reward_command.reward),
     "ppo": Command(PPOSettings, commands.ppo),
     "generate": Command(GenerateSettings, generate_responses),
+    "export": Command(export.ExportSettings, export.export),
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),
 }
 
@@ -72,7 +74,8 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
         ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
         if not ours or os.environ.get(TRACEBACK):
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        said = str(error)
+        print(f"{prog}: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}", file=sys.stderr)
         return MISTAKE if known else FAILED
     return 0
 

@@ -61,6 +61,26 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
     Args:
         source: what errors call the text, usually its file's path.
     """
+    data, lines = _parsed(text, source)
+    try:
+        return typing.cast(C, _record(cls, {} if data is None else data, "", base))
+    except _At as problem:
+        line = _line(lines, problem.path)
+        place = f"{source}, line {line}" if line else source
+        named = f"{problem.path}: " if problem.path else ""
+        raise ConfigError(f"{place}: {named}{problem.text}") from problem.__cause__
+
+
+def plain(text: str, source: str = "configuration") -> dict[str, Any]:
+    """The mapping that YAML text holds, checked as in `from_yaml` but for no fields in particular."""
+    data, _ = _parsed(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected a mapping, got {_shown(data)}")
+    return data
+
+
+def _parsed(text: str, source: str) -> tuple[Any, dict[str, int]]:
+    """(plain data, {dotted path: line})."""
     if len(text) > LARGEST:
         raise ConfigError(f"{source}: {len(text)} characters; at most {LARGEST} are read")
     try:
@@ -77,13 +97,7 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
         raise
     except Exception as error:  # nested a thousand deep; a date such as 2024-13-45; `!!int ""` is an IndexError there
         raise ConfigError(f"{source}: not a configuration: {error!s}") from None
-    try:
-        return typing.cast(C, _record(cls, {} if data is None else data, "", base))
-    except _At as problem:
-        line = _line(lines, problem.path)
-        place = f"{source}, line {line}" if line else source
-        named = f"{problem.path}: " if problem.path else ""
-        raise ConfigError(f"{place}: {named}{problem.text}") from problem.__cause__
+    return data, lines
 
 
 def load(cls: type[C], path: str | Path, base: C | None = None) -> C:

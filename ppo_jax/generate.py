@@ -5,18 +5,18 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from ppo_jax import artifacts, rundir
+from ppo_jax import artifacts, rundir, trained
 from ppo_jax.data import PromptRecord, TooLong, encode_prompts, left_pad, read_prompts, render
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs import Model, PromptSet, decode_responses, load_model
-from ppo_jax.stages import POLICY
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Policy, Prompts
 
@@ -25,10 +25,14 @@ from ppo_jax.types import Policy, Prompts
 class GenerateSettings:
     """Sample responses to prompts, from a model or from a policy that was trained on it."""
 
-    model: str | None = None
-    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the policy names."""
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """Run directory of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it; without one the model itself answers."""
     policy: Path | None = None
-    """Run directory of `ppo-jax ppo` or `sft`, or the adapter in it; without one the model itself answers."""
+    """The same as an option."""
+    step: int | None = None
+    """Update of the run whose checkpoint answers; by default the newest."""
+    model: str | None = None
+    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the run names."""
     prompt: tuple[str, ...] = ()
     """Prompts as text."""
     chat: bool = False
@@ -55,6 +59,8 @@ def generate_responses(settings: GenerateSettings) -> None:
     """`ppo-jax generate`."""
     if settings.temperature < 0:
         raise ValueError(f"--temperature {settings.temperature} must not be negative")
+    if settings.run and settings.policy:
+        raise ValueError(f"RUN {settings.run} and --policy {settings.policy} are one option; give one of them")
     if settings.batch_size < 1:
         raise ValueError(f"--batch-size {settings.batch_size} must be at least 1")
     if not (settings.prompt or settings.prompts):
@@ -97,7 +103,7 @@ def responses(
     tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
     for number, start in enumerate(range(0, count, size)):
         index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up
-        batch = Prompts(*map(jnp.asarray, (tokens[index], mask[index], index)))
+        batch = Prompts(jnp.asarray(tokens[index]), jnp.asarray(mask[index]), jnp.asarray(index))
         batch_key = jax.random.fold_in(key, number)
         rollout = run(model.params, policy, prompts=batch, key=batch_key, temperature=settings.temperature)
         texts, finished = decode_responses(model, sampling, rollout), np.asarray(rollout.terminated)
@@ -118,19 +124,15 @@ def prompt_set(
 
 def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
     """The model and the role that answers."""
-    if settings.policy is None:
+    run = settings.run or settings.policy
+    if run is None:
+        if settings.step is not None:
+            raise ValueError("--step chooses an update of a run; give RUN too")
         if settings.model is None:
-            raise ValueError("nobody to answer: give --model, --policy, or both")
+            raise ValueError("nobody to answer: give a run, --model, or both")
         return (model := load_model(settings.model)), Policy({}, _no_values(model))
-    found = artifacts.load(artifact_at(settings.policy, POLICY), "policy")
-    try:
-        model = load_model(settings.model or found.base)
-    except FileNotFoundError as error:
-        if settings.model:
-            raise
-        raise FileNotFoundError(f"{error} (the base that {found.path} names; give --model if it has moved)") from error
-    artifacts.check_base(found, model.fingerprint, model.config)
-    return model, Policy(found.adapter, found.head or _no_values(model))
+    found = trained.find(run, settings.step, settings.model)
+    return found.model, Policy(found.adapter, found.head or _no_values(found.model))
 
 
 def _no_values(model: Model) -> Any:

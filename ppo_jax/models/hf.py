@@ -125,7 +125,7 @@ def save(
         file.unlink(missing_ok=True)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
     if tokenizer is not None:
-        _save_tokenizer(where, tokenizer)
+        save_tokenizer(where, tokenizer)
         generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
     _write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     _write_weights(where, config, params, max_shard_bytes)
@@ -304,7 +304,8 @@ def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: 
         _write_json(where / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _save_tokenizer(where: Path, tokenizer: Any) -> None:
+def save_tokenizer(where: Path, tokenizer: Any) -> None:
+    """Writes a transformers tokenizer with its chat template, for transformers 4 and 5."""
     tokenizer.save_pretrained(where)
     # transformers 5 writes a class name that version 4 does not know; both know this one, its old name.
     file = where / "tokenizer_config.json"
