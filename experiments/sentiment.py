@@ -28,11 +28,12 @@ from ppo_jax.cli import exit_code
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
+from ppo_jax.resuming import Resume
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.ppo import PPOConfig, check_hyper
+from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Frozen, Hyper, Rollout
@@ -44,6 +45,7 @@ TASK = (
 )
 # Pairwise accuracy on held-out sentences of the same data, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
+LABELS = {"vader": "VADER", "judge": "the second reward model"}
 _VADER = SentimentIntensityAnalyzer()
 
 
@@ -83,8 +85,8 @@ class SentimentConfig:
         updates=16, batch_size=64, schedule="constant", warmup=2, eval_every=8, checkpoint_every=8
     )
     """How long, and what when."""
-    resume: bool = False
-    """Go on with the run in run_dir."""
+    resume: Resume = "no"
+    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
     overwrite: bool = False
     """Delete the run in run_dir and start anew."""
 
@@ -107,7 +109,7 @@ FULL = dataclasses.replace(
     reward=RewardConfig(depth=24, lora_layers=12, epochs=2),
     judge=RewardConfig(lora_layers=6, epochs=1),
     policy=AdapterConfig(layers=18, rank=16, alpha=32.0),
-    ppo=dataclasses.replace(DEMO.ppo, epochs=4, adaptive_kl=True),
+    ppo=dataclasses.replace(DEMO.ppo, kl=KLConfig(control="adaptive")),
     hyper=Hyper(learning_rate=5e-4, kl_coef=0.05, kl_target=10.0),
     loop=LoopConfig(updates=100, batch_size=128, warmup=5, eval_every=10),
 )
@@ -142,10 +144,10 @@ def main(args: list[str] | None = None) -> Path:
         raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     # Passed back with --config it must neither delete nor continue anything by itself.
-    repeatable = dataclasses.replace(settings, resume=False, overwrite=False)
+    repeatable = config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
     config_file = directory / rundir.CONFIG
-    if not (settings.resume and config_file.exists()):
-        config_file.write_text(config.to_yaml(repeatable), encoding="utf-8")
+    if not config_file.exists():  # a resumed run's is replaced when its checkpoint has been read
+        config_file.write_text(repeatable, encoding="utf-8")
     clock["load"] = time.perf_counter()
 
     with progress("ppo_jax · sentiment") as screen:
@@ -178,11 +180,10 @@ def main(args: list[str] | None = None) -> Path:
             device_reward=adapter_reward(reward.trunk, stop_ids),
             reward_params=reward.role,
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
+            labels=LABELS,
+            config=repeatable,
         )
         result = run_ppo(directory, setup, screen, settings.resume)
-        config_file.write_text(
-            config.to_yaml(repeatable), encoding="utf-8"
-        )  # a resumed run's, once it has gone through
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ def main(args: list[str] | None = None) -> Path:
             "kl_budget": 15.0,
             "reward_accuracy": reward.accuracy,
             "judge_accuracy": judge.accuracy,
+            "judges": LABELS,
             "reference_accuracies": {**REFERENCES, "VADER": vader},
             "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
             "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},

@@ -1,6 +1,7 @@
 """Prompts to responses: one prefill and one while_loop; and the log-probs of responses that exist."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.ops.sampling import sample
+from ppo_jax.ops.sampling import penalise_repetition, sample
 from ppo_jax.sharding import constrain
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 
@@ -28,6 +29,10 @@ class Sampling:
     """Sample from the k most probable tokens only; 0: off."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches p; 1: off."""
+    min_p: float = 0.0
+    """Sample from tokens at least this fraction as probable as the most probable one; 0: off."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or response hold already; 1: off."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a response; the stop token belongs to it."""
     pad_id: int = 0
@@ -40,11 +45,15 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1)")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
 
     @property
     def filtered(self) -> bool:
         """Whether the behaviour policy differs from the tempered policy."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 class _Loop(NamedTuple):
@@ -55,6 +64,7 @@ class _Loop(NamedTuple):
     policy_logprobs: Float[Array, "B T"]
     values: Float[Array, "B T"]
     alive: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None  # tokens of prompt and response, where repetition is penalised
     cache: Cache
 
 
@@ -69,7 +79,7 @@ def generate(
 ) -> Rollout:
     """Samples one response per prompt row, with its log-probs and values on the way.
 
-    a_t ~ softmax(logits(prompt, a_<t) / temperature), filtered by top-k and top-p, until a stop token or T
+    a_t ~ softmax(logits(prompt, a_<t) / temperature), after the filters of `sampling`, until a stop token or T
     tokens. The loop ends when every row has. temperature 0 decodes greedily. `key` is consumed; row b draws
     with fold_in(key, b), so a row's response depends on the key, its number and its prompt, not on its neighbours.
     """
@@ -87,9 +97,10 @@ def generate(
         logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)  # as hidden_logprobs
         logits = constrain(logits, "logits")
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p))(
-            keys, logits
-        )
+        offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
+        tokens, logprobs = jax.vmap(
+            lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        )(keys, offered)
         whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
         values = value(policy.value_head, hidden)
         alive = loop.alive
@@ -105,6 +116,7 @@ def generate(
             policy_logprobs=put(loop.policy_logprobs, whole),
             values=put(loop.values, values),
             alive=alive & ~jnp.isin(tokens, stop_ids),
+            seen=None if loop.seen is None else loop.seen.at[jnp.arange(batch), tokens].set(True),
         )
 
     def advance(loop: _Loop) -> _Loop:
@@ -118,17 +130,7 @@ def generate(
     cache = init_cache(config, batch, prompt_length + length)
     positions = positions_from_mask(prompts.mask)
     hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache)
-    nothing = jnp.zeros((batch, length), jnp.float32)
-    loop = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch, length), sampling.pad_id, jnp.int32),
-        mask=jnp.zeros((batch, length), bool),
-        logprobs=nothing,
-        policy_logprobs=nothing,
-        values=nothing,
-        alive=jnp.ones((batch,), bool),
-        cache=cache,
-    )
+    loop = _nothing_drawn(prompts, config, sampling, cache)
     loop = draw(loop, hidden[:, -1])
     loop = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), advance, loop)
     return Rollout(
@@ -140,6 +142,26 @@ def generate(
         values=loop.values,
         terminated=~loop.alive,
         index=prompts.index,
+    )
+
+
+def _nothing_drawn(prompts: Prompts, config: ModelConfig, sampling: Sampling, cache: Cache) -> _Loop:
+    batch, length = prompts.tokens.shape[0], sampling.response_length
+    nothing = jnp.zeros((batch, length), jnp.float32)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        rows = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(prompts.mask)
+    return _Loop(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((batch, length), sampling.pad_id, jnp.int32),
+        mask=jnp.zeros((batch, length), bool),
+        logprobs=nothing,
+        policy_logprobs=nothing,
+        values=nothing,
+        alive=jnp.ones((batch,), bool),
+        seen=seen,
+        cache=cache,
     )
 
 

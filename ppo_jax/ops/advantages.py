@@ -16,6 +16,7 @@ def gae(
     mask: Shaped[Array, "*B T"],
     gamma: Scalar,
     lam: Scalar,
+    bootstrap: Float[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, "*B T"], Float[Array, "*B T"]]:
     """Generalised advantage estimation over the valid positions of each row.
 
@@ -24,11 +25,13 @@ def gae(
         return  = A_t + V_t
 
     t + 1 is the *next valid* position: masked positions are skipped wherever they lie (padding, or tokens in the
-    middle that the policy did not write). After the last valid position V and A are 0: a response is an episode,
-    whether it ended itself or was cut by length. Both results are 0 outside the mask.
+    middle that the policy did not write). After the last valid position A is 0, and V is 0 (a response is an episode,
+    whether it ended itself or was cut by length) or `bootstrap`. Both results are 0 outside the mask.
 
     Args:
       rewards, values: V_t is the value of the state before token t.
+      bootstrap: V of the state after the last valid token: 0 where the response ended itself, the critic's value
+        where it was cut (Pardo et al. 2018, "Time Limits in Reinforcement Learning"). None: 0 everywhere.
 
     References:
       Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16.
@@ -50,9 +53,29 @@ def gae(
 
     time_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask))
     zero = jnp.zeros(rewards.shape[:-1], jnp.result_type(rewards, values))
-    _, advantages = jax.lax.scan(step, (zero, zero), time_first, reverse=True)
+    after = zero if bootstrap is None else jnp.asarray(bootstrap, zero.dtype)
+    _, advantages = jax.lax.scan(step, (after, zero), time_first, reverse=True)
     advantages = jnp.moveaxis(advantages, 0, -1)
     return advantages, jnp.where(mask, advantages + values, 0)
+
+
+def rewards_to_go(rewards: Real[Array, "*B T"], mask: Shaped[Array, "*B T"], gamma: Scalar) -> Float[Array, "*B T"]:
+    """sum_{s >= t} gamma^(s - t) r_s over the valid positions: GAE with lam 1 and without a critic.
+
+    Whitened over the batch this is the advantage of REINFORCE++ (Hu 2025, "REINFORCE++", eq. 6-7).
+    """
+    return gae(rewards, jnp.zeros_like(rewards, jnp.float32), mask, gamma, 1.0)[0]
+
+
+def reinforce(scores: Real[Array, " B"], baseline: Scalar) -> Float[Array, " B"]:
+    """Score minus one baseline for all: A_i = R_i - b.
+
+    The estimate stays unbiased as long as b does not depend on these scores: use the mean of *earlier* ones.
+
+    References:
+      Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning".
+    """
+    return scores - jnp.asarray(baseline, jnp.float32)
 
 
 def _groups(

@@ -25,11 +25,16 @@ def kl_penalty(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"], k
 
     Elementwise, so garbage outside a mask stays where it is.
 
+    As a term of the loss, differentiated through `logprobs` at tokens drawn from the policy, only k2 has the gradient
+    of the KL in expectation, d * grad log policy(a): the one that k1 has as a penalty on the reward. The gradient of k1
+    is 0 in expectation, that of k3 is biased.
+
     Raises:
       ValueError: unknown kind.
 
     References:
-      Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
+      Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html); Tang and Munos 2025, "On a few
+      pitfalls in KL divergence gradient estimation for RL" (the gradients).
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     difference = logprobs - ref_logprobs
@@ -73,3 +78,13 @@ def adaptive_kl(coef: Scalar, observed_kl: Scalar, n: Scalar, target: Scalar, ho
     """
     error = jnp.clip(observed_kl / jnp.asarray(target, jnp.float32) - 1, -0.2, 0.2)
     return coef * (1 + error * n / horizon)
+
+
+def linear_kl(start: Scalar, end: Scalar, step: Scalar, steps: Scalar) -> Float[Array, ""]:
+    """KL coefficient that moves linearly: start + (end - start) * min(step / steps, 1).
+
+    Args:
+      step: iterations done; the coefficient is `start` at 0 and `end` from `steps` on.
+    """
+    share = jnp.clip(jnp.asarray(step, jnp.float32) / jnp.maximum(steps, 1), 0, 1)
+    return start + (jnp.asarray(end, jnp.float32) - start) * share

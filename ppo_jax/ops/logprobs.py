@@ -3,6 +3,10 @@
 All arithmetic is float32 whatever the dtype of the input.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
@@ -68,7 +72,11 @@ def hidden_logprobs(
       temperature: of sampling (see `tempered`); may be traced.
       chunk: positions per piece.
     """
-    return _in_pieces(hidden, unembedding, tokens, temperature, chunk, with_entropy=False)[0]
+
+    def piece(hidden: Float[Array, "*b D"], tokens: Int[Array, "*b"]) -> Float[Array, "*b"]:
+        return token_logprobs(unembed(hidden, unembedding), tokens, temperature)
+
+    return in_pieces(piece, (hidden, tokens), chunk)
 
 
 def hidden_logprobs_and_entropy(
@@ -77,44 +85,74 @@ def hidden_logprobs_and_entropy(
     tokens: Int[Array, "*B"],
     temperature: Temperature = 1.0,
     chunk: int | None = 256,
+    keep: Callable[[Float[Array, "*b V"]], Float[Array, "*b V"]] | None = None,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """(`hidden_logprobs`, `entropy`) of the same tempered distributions from one pass over the logits."""
-    logprobs, entropies = _in_pieces(hidden, unembedding, tokens, temperature, chunk, with_entropy=True)
-    assert entropies is not None
-    return logprobs, entropies
+    """(`hidden_logprobs`, `entropy`) of the same tempered distributions from one pass over the logits.
+
+    Args:
+      keep: a filter of the tempered logits, such as `sampling.filter_logits`; both results are then those of the
+        filtered distribution (a token outside it has a log-prob of about -1e30).
+    """
+
+    def piece(hidden: Float[Array, "*b D"], tokens: Int[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        logits = unembed(hidden, unembedding)
+        if keep is None:
+            return token_logprobs(logits, tokens, temperature), entropy(logits, temperature)
+        logits = keep(tempered(logits, temperature))
+        return token_logprobs(logits, tokens), entropy(logits)
+
+    return in_pieces(piece, (hidden, tokens), chunk)
 
 
-def _in_pieces(
+def hidden_kl(
     hidden: Float[Array, "*B D"],
     unembedding: Float[Array, "V D"],
-    tokens: Int[Array, "*B"],
-    temperature: Temperature,
-    chunk: int | None,
-    with_entropy: bool,
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"] | None]:
-    def piece(
-        hidden: Float[Array, "*b D"], tokens: Int[Array, "*b"]
-    ) -> tuple[Float[Array, "*b"], Float[Array, "*b"] | None]:
-        logits = jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
-        logprobs = token_logprobs(logits, tokens, temperature)
-        return logprobs, entropy(logits, temperature) if with_entropy else None
+    ref_hidden: Float[Array, "*B D"],
+    ref_unembedding: Float[Array, "V D"],
+    temperature: Temperature = 1.0,
+    chunk: int | None = 256,
+) -> Float[Array, "*B"]:
+    """KL(policy || reference) over the whole vocabulary at each position, in nats (see `kl.kl_full`), in pieces.
 
-    positions = tokens.size
+    Differentiable in `hidden` and `unembedding`; both distributions are tempered.
+    """
+
+    def piece(hidden: Float[Array, "*b D"], ref_hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
+        shifted, normaliser = _shifted(tempered(unembed(hidden, unembedding), temperature))
+        ref_shifted, ref_normaliser = _shifted(tempered(unembed(ref_hidden, ref_unembedding), temperature))
+        logp = shifted - normaliser
+        return jnp.sum(jnp.exp(logp) * (logp - (ref_shifted - ref_normaliser)), axis=-1)
+
+    return in_pieces(piece, (hidden, ref_hidden), chunk)
+
+
+def unembed(hidden: Float[Array, "*B D"], unembedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """Logits hidden @ unembedding.T, accumulated and kept in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+
+
+def in_pieces(piece: Callable[..., Any], arrays: tuple[Array, Array], chunk: int | None) -> Any:
+    """`piece(*arrays)` in equal parts of at most `chunk` positions; the first array is [*B, D], the results [*B]."""
+    shape = arrays[0].shape[:-1]
+    positions = math.prod(shape)
     if not chunk or positions <= chunk:
-        return piece(hidden, tokens)
+        return piece(*arrays)
 
     # Equal pieces waste less padding than full ones and a rest: 300 positions at chunk 256 are 2 * 150.
     pieces = -(-positions // chunk)
+    # Rows stay whole where a few pieces more allow it: no padding, and rows sharded over devices stay where they are.
+    pieces = next((n for n in range(pieces, shape[-1] + 1) if shape[-1] % n == 0), pieces)
     size = -(-positions // pieces)
     padding = pieces * size - positions
-    flat_hidden = jnp.pad(hidden.reshape(positions, -1), ((0, padding), (0, 0)))
-    flat_tokens = jnp.pad(tokens.reshape(positions), (0, padding))
-    # Piece j takes positions j, j + pieces, ...: every piece spans all rows, so rows sharded over devices stay so.
-    split_hidden = flat_hidden.reshape(size, pieces, -1).swapaxes(0, 1)
-    split_tokens = flat_tokens.reshape(size, pieces).swapaxes(0, 1)
-    results = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), (split_hidden, split_tokens))
+
+    def split(x: Array) -> Array:
+        # Piece j takes positions j, j + pieces, ...: every piece spans all rows, so rows sharded over devices stay so.
+        flat = x.reshape(positions, *x.shape[len(shape) :])
+        flat = jnp.pad(flat, ((0, padding), *[(0, 0)] * (flat.ndim - 1)))
+        return flat.reshape(size, pieces, *flat.shape[1:]).swapaxes(0, 1)
 
     def join(x: Float[Array, "pieces size"]) -> Float[Array, "*B"]:
-        return x.swapaxes(0, 1).reshape(-1)[:positions].reshape(tokens.shape)
+        return x.swapaxes(0, 1).reshape(-1)[:positions].reshape(shape)
 
+    results = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), tuple(map(split, arrays)))
     return jax.tree.map(join, results)

@@ -5,6 +5,9 @@ the whole minibatch to every micro-batch, and the losses and gradients of the mi
 whole. Metrics are (total, count) of this call only, so they add up in the same way.
 """
 
+import math
+from typing import Literal, get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from ppo_jax.ops.masked import prepare
 from ppo_jax.types import Metrics
 
 Scalar = float | Real[Array, ""]
+Aggregation = Literal["token-mean", "sequence-mean", "constant"]
 
 
 def _summary(terms: dict[str, Shaped[Array, "..."]], mask: Bool[Array, "..."]) -> Metrics:
@@ -25,9 +29,48 @@ def _summary(terms: dict[str, Shaped[Array, "..."]], mask: Bool[Array, "..."]) -
     }
 
 
-def _normalised(terms: Float[Array, "..."], mask: Bool[Array, "..."], count: Scalar | None) -> Float[Array, ""]:
+def _normalised(
+    terms: Float[Array, "..."],
+    mask: Bool[Array, "..."],
+    count: Scalar | None,
+    weights: Float[Array, "..."] | None = None,
+) -> Float[Array, ""]:
     count = jnp.sum(mask, dtype=terms.dtype) if count is None else count
+    terms = terms if weights is None else terms * jax.lax.stop_gradient(jnp.where(mask, weights, 0))
     return jnp.sum(jnp.where(mask, terms, 0)) / jnp.maximum(count, 1)
+
+
+def token_weights(
+    mask: Shaped[Array, "B T"], aggregation: Aggregation
+) -> tuple[Float[Array, "B T"], Float[Array, " B"]]:
+    """How single tokens enter a loss: (weights, units); the loss is sum(weights * terms) / sum(units of all rows).
+
+        token-mean      weight 1,          units |o_i|    every token of the batch counts alike (DAPO)
+        sequence-mean   weight 1 / |o_i|,  units 1        every response counts alike (the mean of means)
+        constant        weight 1,          units T        a constant length T, so a long response has no smaller
+                                                          gradient per token (Dr. GRPO)
+
+    A row without tokens has no units. Weights and units are of each row alone, so micro-batches add up.
+
+    Raises:
+      ValueError: unknown aggregation.
+
+    References:
+      Yu et al. 2025, "DAPO", section 3.3; Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3.
+    """
+    mask = mask.astype(bool)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    some = (lengths > 0).astype(jnp.float32)
+    ones = mask.astype(jnp.float32)
+    match aggregation:
+        case "token-mean":
+            return ones, lengths
+        case "sequence-mean":
+            return ones / jnp.maximum(lengths, 1)[:, None], some
+        case "constant":
+            return ones, some * mask.shape[1]
+        case _:
+            raise ValueError(f"unknown aggregation {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
 
 
 def clipped_policy_loss(
@@ -38,6 +81,8 @@ def clipped_policy_loss(
     clip_low: Scalar,
     clip_high: Scalar,
     *,
+    dual_clip: Scalar = math.inf,
+    weights: Float[Array, "*B"] | None = None,
     count: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """PPO's clipped surrogate, to be minimised.
@@ -45,18 +90,23 @@ def clipped_policy_loss(
         ratio = exp(logprob - old_logprob)
         loss  = mean over the mask of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
 
+    With a `dual_clip` c, where A < 0 the loss is at most -c A: one very large ratio cannot dominate.
+
     Only `logprobs` is differentiated. Inputs outside the mask may be NaN or infinite.
 
     Args:
       clip_low, clip_high: 0.2 and 0.2 in the paper; a larger clip_high is "clip-higher" (DAPO).
+      dual_clip: c > 1; infinity turns it off.
+      weights: constant factors of the tokens' terms (importance weights, `token_weights`).
       count: normaliser; default the number of mask tokens.
 
     Metrics (over the mask): `ratio`; `clip_fraction`, where the clipped term is strictly the larger, so the token
-    gives no gradient; `approx_kl`, the k3 estimate ratio - 1 - log ratio of KL(old || new); `approx_kl_k1`, the
-    estimate -log ratio of the same.
+    gives no gradient; `dual_clip_fraction`; `approx_kl`, the k3 estimate ratio - 1 - log ratio of KL(old || new);
+    `approx_kl_k1`, the estimate -log ratio of the same.
 
     References:
-      Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+      Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; Ye et al. 2020, "Mastering Complex
+      Control in MOBA Games with Deep Reinforcement Learning", eq. 5 (dual clip).
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     logprobs, mask = prepare(logprobs, mask)
@@ -65,13 +115,16 @@ def clipped_policy_loss(
     ratio = jnp.exp(log_ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    terms = jnp.maximum(unclipped, clipped)
+    bound = jnp.where(advantages < 0, -advantages * dual_clip, jnp.inf)  # no product of 0 and infinity
     metrics = {
         "ratio": ratio,
         "clip_fraction": clipped > unclipped,
+        "dual_clip_fraction": terms > bound,
         "approx_kl": jnp.expm1(log_ratio) - log_ratio,
         "approx_kl_k1": -log_ratio,
     }
-    return _normalised(jnp.maximum(unclipped, clipped), mask, count), _summary(metrics, mask)
+    return _normalised(jnp.minimum(terms, bound), mask, count, weights), _summary(metrics, mask)
 
 
 def clipped_value_loss(
@@ -81,6 +134,8 @@ def clipped_value_loss(
     mask: Shaped[Array, "*B"],
     clip: Scalar,
     *,
+    huber_delta: Scalar = math.inf,
+    weights: Float[Array, "*B"] | None = None,
     count: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Half the mean over the mask of the larger of two squared errors.
@@ -88,26 +143,37 @@ def clipped_value_loss(
         V_clip = clip(V, V_old - clip, V_old + clip)
         loss   = 0.5 * mean of max((V - R)^2, (V_clip - R)^2)
 
+    With a finite `huber_delta` d an error e counts as m (|e| - m / 2), m = min(|e|, d), in place of e^2 / 2.
+
     Only `values` is differentiated. Inputs outside the mask may be NaN or infinite.
 
     Args:
-      clip: in units of the return.
+      clip: in units of the return; infinity turns it off.
+      huber_delta: in units of the return; infinity is the squared error.
+      weights: constant factors of the tokens' terms (`token_weights`).
       count: normaliser; default the number of mask tokens.
 
     Metrics (over the mask): `value_error`, the squared error (V - R)^2 without clipping; `value_clip_fraction`, where
     the clipped error is strictly the larger.
 
     References:
-      OpenAI baselines `ppo2`; Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
+      OpenAI baselines `ppo2`; Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9; Huber 1964, "Robust
+      Estimation of a Location Parameter".
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
     values, mask = prepare(values, mask)
     old_values, returns = (jax.lax.stop_gradient(prepare(x, mask)[0]) for x in (old_values, returns))
-    unclipped = jnp.square(values - returns)
+
+    def penalty(error: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        size = jnp.abs(error)
+        inside = jnp.minimum(size, huber_delta)
+        return inside * (size - 0.5 * inside)
+
+    unclipped = penalty(values - returns)
     # Not old + clip(V - old): that rounds where nothing is clipped, and would count as clipped.
-    clipped = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
-    metrics = {"value_error": unclipped, "value_clip_fraction": clipped > unclipped}
-    return 0.5 * _normalised(jnp.maximum(unclipped, clipped), mask, count), _summary(metrics, mask)
+    clipped = penalty(jnp.clip(values, old_values - clip, old_values + clip) - returns)
+    metrics = {"value_error": jnp.square(values - returns), "value_clip_fraction": clipped > unclipped}
+    return _normalised(jnp.maximum(unclipped, clipped), mask, count, weights), _summary(metrics, mask)
 
 
 def _preferred(difference: Float[Array, "*B"]) -> Float[Array, "*B"]:

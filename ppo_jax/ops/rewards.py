@@ -1,12 +1,14 @@
 """From one score per response to one reward per token, and the running scale of scores."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Real, Shaped
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from ppo_jax.ops.masked import deviations, masked_mean, prepare
+
+Scalar = float | Real[Array, ""]
 
 
 def last_token(mask: Shaped[Array, "*B T"]) -> Bool[Array, "*B T"]:
@@ -34,6 +36,62 @@ def shape_rewards(
     chex.assert_shape(scores, kl.shape[:1])
     penalty, mask = prepare(kl, mask)
     return -kl_coef * penalty + jnp.where(last_token(mask), scores[:, None].astype(penalty.dtype), 0)
+
+
+def adjust_scores(
+    scores: Real[Array, " B"],
+    lengths: Real[Array, " B"],
+    terminated: Bool[Array, " B"],
+    clip: Scalar,
+    length_penalty: Scalar,
+    missing_eos: Scalar,
+    missing_eos_rule: Literal["off", "subtract", "replace"] = "off",
+) -> Float[Array, " B"]:
+    """Scores clipped to [-clip, clip], then penalised for what a reward model does not see.
+
+        s' = clip(s) - length_penalty * length
+        s' = s' - missing_eos      where the response was cut by length ("subtract")
+        s' = -missing_eos          in its place ("replace")
+
+    Args:
+      lengths: response tokens.
+      terminated: the response ended by a stop token.
+      clip: infinity turns it off.
+
+    Raises:
+      ValueError: unknown rule.
+
+    References:
+      Ziegler et al. 2019, section 3.1.1 (a fixed low reward for texts without an end: "replace");
+      Huang et al. 2024, "The N Implementation Details of RLHF with PPO", detail 3.
+    """
+    chex.assert_equal_shape([scores, lengths, terminated])
+    adjusted = jnp.clip(scores.astype(jnp.float32), -clip, clip) - length_penalty * lengths
+    match missing_eos_rule:
+        case "off":
+            return adjusted
+        case "subtract":
+            return jnp.where(terminated, adjusted, adjusted - missing_eos)
+        case "replace":
+            return jnp.where(terminated, adjusted, -jnp.asarray(missing_eos, jnp.float32))
+        case _:
+            raise ValueError(f"unknown missing_eos rule {missing_eos_rule!r}; choose off, subtract or replace")
+
+
+def truncation_mask(
+    tokens: Int[Array, "B T"], mask: Shaped[Array, "B T"], stop_ids: tuple[int, ...]
+) -> tuple[Bool[Array, "B T"], Bool[Array, " B"]]:
+    """The mask up to and including the first of `stop_ids` in each row, and whether there was one.
+
+    For responses that went on after a token at which the text to be scored ends.
+
+    References:
+      Ziegler et al. 2019, section 3.1.1; Huang et al. 2024, "The N Implementation Details", detail 3.
+    """
+    chex.assert_equal_shape([tokens, mask])
+    ends = jnp.isin(tokens, jnp.array(stop_ids, jnp.int32)) & mask.astype(bool)
+    before = jnp.cumsum(ends, axis=-1) - ends  # stop tokens strictly before this position
+    return mask.astype(bool) & (before == 0), ends.any(axis=-1)
 
 
 class RunningMoments(NamedTuple):

@@ -16,19 +16,28 @@ def _off(value: Scalar, neutral: float) -> bool:
     return isinstance(value, int | float) and value == neutral
 
 
-def filter_logits(logits: Float[Array, "*B V"], top_k: Scalar = 0, top_p: Scalar = 1.0) -> Float[Array, "*B V"]:
+def filter_logits(
+    logits: Float[Array, "*B V"], top_k: Scalar = 0, top_p: Scalar = 1.0, min_p: Scalar = 0.0
+) -> Float[Array, "*B V"]:
     """Logits with every token outside the top-k, then outside the nucleus, at -1e30 (probability exactly 0).
 
     top_k keeps exactly the k largest (0: all). top_p keeps the smallest set of the largest, by their probabilities
-    after top_k, whose mass reaches p, at least one token. Ties go to the lower id. Both may be traced; a Python 0 or
-    1.0 compiles to nothing.
+    after top_k, whose mass reaches p, at least one token. Ties go to the lower id. min_p keeps the tokens whose
+    probability is at least min_p times that of the most probable one. All may be traced; a Python 0 or 1.0 compiles
+    to nothing. Which tokens are kept is not differentiated.
 
     Apply the temperature first. NaN logits stay NaN.
 
     References:
-      Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus).
+      Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus);
+      Nguyen et al. 2024, "Turning Up the Heat" (min-p).
     """
     logits = logits.astype(jnp.float32)
+    if not _off(min_p, 0.0):
+        frozen = jax.lax.stop_gradient(logits)
+        # p_i >= min_p p_max, without exponentials; a NaN compares as kept, so that it shows.
+        below = frozen - jnp.max(frozen, axis=-1, keepdims=True) < jnp.log(jnp.asarray(min_p, jnp.float32))
+        logits = jnp.where(below, LOWEST, logits)
     if not _off(top_k, 0):
         kept = _keep_largest(logits, jnp.ones_like(logits), top_k)
         logits = jnp.where(jnp.asarray(top_k) > 0, kept, logits)
@@ -39,13 +48,26 @@ def filter_logits(logits: Float[Array, "*B V"], top_k: Scalar = 0, top_p: Scalar
     return logits
 
 
+def penalise_repetition(
+    logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: Scalar
+) -> Float[Array, "*B V"]:
+    """Logits of tokens that were `seen` divided by `penalty` where positive, multiplied by it where negative.
+
+    References:
+      Keskar et al. 2019, "CTRL", section 4.1 (and the sign rule of its later implementations).
+    """
+    logits = logits.astype(jnp.float32)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def _keep_largest(logits: Float[Array, "*B V"], weights: Float[Array, "*B V"], target: Scalar) -> Float[Array, "*B V"]:
     """Keeps the fewest of the largest logits whose weights sum to `target`, at least one; the rest becomes -1e30.
 
     The smallest kept logit is found by bisection on the ordered bits of a float32, 32 masked sums, instead of sorting
     (measured on a CPU at [64, 49152]: 5 times faster, and k may be traced). `weights` are a function of the logit.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    weights = jax.lax.stop_gradient(weights)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(logits), jnp.int32)
     ranks = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # the same order, as integers
     ranks = jnp.where(logits == 0, 0, ranks)  # -0 is 0
     ranks = jnp.where(jnp.isnan(logits), jnp.iinfo(jnp.int32).max, ranks)  # a NaN is kept, so that it shows
@@ -104,6 +126,7 @@ def sample(
     temperature: Scalar,
     top_k: Scalar = 0,
     top_p: Scalar = 1.0,
+    min_p: Scalar = 0.0,
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
     """One token per row, and its log-probability in nats under the distribution it was drawn from.
 
@@ -115,9 +138,9 @@ def sample(
       key: consumed; the caller must not use it again. One key serves all rows of this call.
       temperature: 0 is greedy (ties to the lower id), and the log-probs are then those at temperature 1, after the
         filters. May be traced.
-      top_k, top_p: see `filter_logits`; Python 0 and 1.0 compile to no filter and no sort.
+      top_k, top_p, min_p: see `filter_logits`; Python 0 and 1.0 compile to no filter and no sort.
     """
-    logits = filter_logits(tempered(logits, temperature), top_k, top_p)
+    logits = filter_logits(tempered(logits, temperature), top_k, top_p, min_p)
     greedy = temperature == 0
     tokens = _draw(key, logits, greedy)
     return tokens, token_logprobs(logits, tokens)

@@ -2,15 +2,14 @@
 
     rollout    = collect(...)            sample responses; log-probs and values come free
     scores     = reward(...)             on the device, or on the host in between
-    experience = make_experience(...)    reference KL, reward shaping, GAE, whitening
-    state      = update_epochs(...)      epochs x shuffled minibatches of the clipped objective
+    experience = make_experience(...)    reference KL, reward shaping, GAE, whitening         (train/experience.py)
+    state      = update_epochs(...)      epochs x shuffled minibatches of the clipped objective (train/objective.py)
 
 Sources: Ziegler et al. 2019 (KL-shaped rewards), Schulman et al. 2015 and 2017 (GAE, PPO), Stiennon et al. 2020 and
 Ouyang et al. 2022 (the recipe). `Hyper` is traced; everything in `PPOConfig` is compiled in.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -18,79 +17,39 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppo_jax.models.adapters import shared_layers, unembedding
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.heads import value
-from ppo_jax.ops.advantages import gae
-from ppo_jax.ops.kl import Kind, adaptive_kl, kl_penalty
-from ppo_jax.ops.logprobs import hidden_logprobs, hidden_logprobs_and_entropy
-from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss
-from ppo_jax.ops.masked import masked_var, masked_whiten
-from ppo_jax.ops.rewards import shape_rewards
+from ppo_jax.ops.kl import adaptive_kl, linear_kl
+from ppo_jax.ops.losses import token_weights
+from ppo_jax.ops.rewards import truncation_mask
 from ppo_jax.rewards.base import DeviceReward
-from ppo_jax.rollout import Sampling, before_response, generate, role_hidden, shared_prefix
+from ppo_jax.rollout import generate
 from ppo_jax.sharding import constrain_rows
-from ppo_jax.train.optimizer import accumulate, descend
-from ppo_jax.train.state import TrainState
-from ppo_jax.types import Experience, Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores
+from ppo_jax.train.experience import (
+    adjusted,
+    consult_reference,
+    critic_values,
+    make_experience,
+    only_finite,
+    reference_logprobs,
+    response_totals,
+    rollout_prefix,
+)
+from ppo_jax.train.measure import experience_metrics, observed_kl
+from ppo_jax.train.objective import policy_depth, ppo_loss, predicted
+from ppo_jax.train.optimizer import accumulate, clip_scale, merge_metrics, no_metrics, scale_gradient, step
+from ppo_jax.train.options import PPOConfig, check_hyper
+from ppo_jax.train.state import Groups, TrainState, groups
+from ppo_jax.types import Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores, Texts
 
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """Static choices of the algorithm."""
-
-    sampling: Sampling = Sampling()
-    """How responses are generated."""
-    epochs: int = 4
-    """Passes over each rollout."""
-    num_minibatches: int = 4
-    """Optimizer steps per epoch; must divide the batch."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step; must divide the minibatch. Changes memory, not the result."""
-    kl_estimator: Kind = "k1"
-    """Per-token KL estimate that shapes the reward (Schulman 2020): k1 is the log-ratio."""
-    adaptive_kl: bool = False
-    """Steer the KL coefficient towards hyper.kl_target (Ziegler et al. 2019, section 2.2)."""
-    whiten_rewards: bool = False
-    """Divide shaped rewards by their standard deviation over the batch (the mean stays)."""
-    whiten_advantages: bool = True
-    """Whiten advantages over all response tokens of the batch."""
-    logprob_chunk: int = 0
-    """Positions whose logits are held at once in the loss; 0: all of a micro-batch."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "num_minibatches", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.logprob_chunk < 0:
-            raise ValueError(f"logprob_chunk={self.logprob_chunk} must be 0 (off) or positive")
-
-    def check_batch(self, batch_size: int) -> None:
-        """Raises ValueError unless `batch_size` rows split into minibatches and micro-batches."""
-        pieces = self.num_minibatches * self.accumulate
-        if batch_size % pieces:
-            raise ValueError(
-                f"batch_size={batch_size} does not divide into num_minibatches={self.num_minibatches} x "
-                f"accumulate={self.accumulate}; use a multiple of {pieces}"
-            )
-
-
-def check_hyper(hyper: Hyper) -> None:
-    """Raises ValueError for a scalar outside its range, with the field's name and what is allowed."""
-    positive = ("learning_rate", "temperature", "max_grad_norm", "value_clip", "clip_high", "kl_target", "kl_horizon")
-    ranges = {name: (0 < getattr(hyper, name) < math.inf, "positive") for name in positive}
-    ranges |= {name: (0 <= getattr(hyper, name) <= 1, "in [0, 1]") for name in ("gamma", "lam")}
-    ranges |= {name: (0 <= getattr(hyper, name) < math.inf, "at least 0") for name in ("kl_coef", "vf_coef")}
-    ranges["clip_low"] = (0 < hyper.clip_low <= 1, "in (0, 1]")
-    ranges["entropy_coef"] = (math.isfinite(hyper.entropy_coef), "finite")
-    for name, (fine, allowed) in ranges.items():
-        if not fine:
-            raise ValueError(f"hyper.{name}={getattr(hyper, name)} must be {allowed}")
-
+__all__ = [
+    "Collect", "Iteration", "Learn", "PPOConfig", "check_hyper", "collect", "learn", "make_experience",
+    "make_host_iteration", "make_iteration", "ppo_loss", "reference_logprobs", "rollout_prefix", "update",
+    "update_epochs",
+]  # fmt: skip
 
 Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]
 Collect = Callable[[TrainState, Frozen, Prompts, Hyper], Rollout]
-Learn = Callable[[TrainState, Frozen, Rollout, Scores, Hyper], tuple[TrainState, Metrics]]
+Learn = Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, rollout, scores, hyper, pretrain=None)
 
 
 def make_iteration(
@@ -105,7 +64,7 @@ def make_iteration(
         rollout = collect(state, frozen, prompts, hyper, config, ppo)
         prefix, depth = rollout_prefix(state.policy, frozen, rollout, config)
         scores = reward(frozen, rollout, prefix, depth)
-        return learn(state, frozen, rollout, scores, prefix, hyper, config, ppo, optimizer)
+        return learn(state, frozen, rollout, scores, prefix, hyper, config, ppo, optimizer, prompts.pretrain)
 
     return jax.jit(iteration, donate_argnums=0)
 
@@ -116,17 +75,22 @@ def make_host_iteration(
     """The iteration in two jitted halves, for rewards that are computed on the host in between.
 
     Returns collect(state, frozen, prompts, hyper) -> rollout, and
-    learn(state, frozen, rollout, scores, hyper) -> (state, metrics), which is donated the state.
+    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state.
     """
 
     def first(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> Rollout:
         return collect(state, frozen, prompts, hyper, config, ppo)
 
     def second(
-        state: TrainState, frozen: Frozen, rollout: Rollout, scores: Scores, hyper: Hyper
+        state: TrainState,
+        frozen: Frozen,
+        rollout: Rollout,
+        scores: Scores,
+        hyper: Hyper,
+        pretrain: Texts | None = None,
     ) -> tuple[TrainState, Metrics]:
         prefix, _ = rollout_prefix(state.policy, frozen, rollout, config)
-        return learn(state, frozen, rollout, scores, prefix, hyper, config, ppo, optimizer)
+        return learn(state, frozen, rollout, scores, prefix, hyper, config, ppo, optimizer, pretrain)
 
     return jax.jit(first), jax.jit(second, donate_argnums=0)
 
@@ -134,17 +98,17 @@ def make_host_iteration(
 def collect(
     state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper, config: ModelConfig, ppo: PPOConfig
 ) -> Rollout:
-    """Samples a rollout with the key of this iteration."""
+    """Samples a rollout with the key of this iteration: `group_size` responses to each prompt, in consecutive rows."""
     key, _ = jax.random.split(jax.random.fold_in(state.key, state.step))
-    return generate(frozen.base, state.policy, config, prompts, key, ppo.sampling, hyper.temperature)
-
-
-def rollout_prefix(
-    policy: Policy, frozen: Frozen, rollout: Rollout, config: ModelConfig
-) -> tuple[Float[Array, "B S D"] | None, int]:
-    """What all roles share of a rollout, constant over the epochs, and how many layers deep it is."""
-    depth = shared_layers(policy.adapter, config)
-    return shared_prefix(frozen.base, config, rollout.tokens, rollout.mask, depth), depth
+    asked = prompts._replace(pretrain=None)
+    if ppo.group_size > 1:
+        asked = jax.tree.map(lambda x: jnp.repeat(x, ppo.group_size, axis=0), asked)
+    rollout = generate(frozen.base, state.policy, config, asked, key, ppo.sampling, hyper.temperature)
+    if ppo.score.truncate_ids:
+        responses = rollout.tokens[:, -ppo.sampling.response_length :]
+        mask, ended = truncation_mask(responses, rollout.response_mask, ppo.score.truncate_ids)
+        rollout = rollout._replace(response_mask=mask, terminated=rollout.terminated | ended)
+    return rollout
 
 
 def learn(
@@ -157,66 +121,58 @@ def learn(
     config: ModelConfig,
     ppo: PPOConfig,
     optimizer: optax.GradientTransformation,
+    pretrain: Texts | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """From scores to the next state: reference, experience, epochs of updates, KL controller."""
-    kl_coef = state.kl_coef if ppo.adaptive_kl else jnp.asarray(hyper.kl_coef, jnp.float32)
-    ref_logprobs = reference_logprobs(
-        frozen, rollout, prefix, shared_layers(state.policy.adapter, config), hyper, config
+    """From scores to the next state: reference, experience, epochs of updates, KL controller, running moments."""
+    depth = policy_depth(state.policy, config)
+    kl_coef = kl_coefficient(state, hyper, ppo)
+    raw = only_finite(scores)
+    fitted, moments = adjusted(raw, rollout, state.moments, hyper, ppo)
+    reference = consult_reference(state.policy, frozen, rollout, prefix, depth, hyper, config, ppo)
+    bootstrap = None
+    if ppo.has_critic:
+        values, bootstrap = critic_values(
+            state.policy, frozen, rollout, prefix, depth, config, ppo.critic.bootstrap_truncated
+        )
+        rollout = rollout._replace(values=values)
+    experience = make_experience(
+        rollout,
+        fitted,
+        reference.logprobs,
+        prefix,
+        kl_coef,
+        hyper,
+        ppo,
+        reference=reference,
+        baseline=state.baseline.mean,
+        bootstrap=bootstrap,
     )
-    experience = make_experience(rollout, scores, ref_logprobs, prefix, kl_coef, hyper, ppo)
+    batch = experience.batch._replace(pretrain=pretrain)
     _, key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    state, losses = update_epochs(state, frozen, experience.batch, key, hyper, config, ppo, optimizer)
-    metrics = experience_metrics(experience, rollout, kl_coef, hyper, ppo) | losses
-    if ppo.adaptive_kl:
-        total, rows = metrics["kl"]
-        observed = total / jnp.maximum(rows, 1)
-        kl_coef = adaptive_kl(kl_coef, observed, rows, hyper.kl_target, hyper.kl_horizon)
-    return dataclasses.replace(state, step=state.step + 1, kl_coef=kl_coef), metrics
-
-
-def reference_logprobs(
-    frozen: Frozen,
-    rollout: Rollout,
-    prefix: Float[Array, "B S D"] | None,
-    depth: int,
-    hyper: Hyper,
-    config: ModelConfig,
-) -> Float[Array, "B T"]:
-    """log pi_ref(a_t | s_t) of the response tokens under the empty adapter, at the sampling temperature."""
-    length = rollout.response_mask.shape[1]
-    hidden = role_hidden(frozen.base, {}, config, rollout.tokens, rollout.mask, prefix, depth)
-    table = unembedding(frozen.base, {})
-    return hidden_logprobs(before_response(hidden, length), table, rollout.tokens[:, -length:], hyper.temperature)
-
-
-def make_experience(
-    rollout: Rollout,
-    scores: Scores,
-    ref_logprobs: Float[Array, "B T"],
-    prefix: Float[Array, "B S D"] | None,
-    kl_coef: Float[Array, ""],
-    hyper: Hyper,
-    ppo: PPOConfig,
-) -> Experience:
-    """r_t = score at the last token - kl_coef * KL_t; advantages by GAE; rows with an invalid score masked out."""
-    mask = rollout.response_mask & scores.valid[:, None]
-    kl = kl_penalty(rollout.policy_logprobs, ref_logprobs, ppo.kl_estimator)
-    rewards = shape_rewards(scores.reward, kl, mask, kl_coef)
-    shaped = masked_whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
-    advantages, returns = gae(shaped, rollout.values, mask, hyper.gamma, hyper.lam)
-    if ppo.whiten_advantages:
-        advantages = masked_whiten(advantages, mask)
-    batch = Minibatch(
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        prefix=prefix,
-        loss_mask=mask,
-        logprobs=rollout.policy_logprobs,
-        values=rollout.values,
-        advantages=advantages,
-        returns=returns,
+    state, losses = update_epochs(state, frozen, batch, key, hyper, config, ppo, optimizer, kl_coef)
+    metrics = experience_metrics(experience, rollout, raw, reference.logprobs, kl_coef, hyper, ppo) | losses
+    if ppo.kl.control == "adaptive":
+        kl_coef = adaptive_kl(kl_coef, *observed_kl(metrics), hyper.kl_target, hyper.kl_horizon)
+    totals = response_totals(experience.rewards, batch.loss_mask)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        kl_coef=kl_coef,
+        moments=moments,
+        baseline=state.baseline.update(totals, fitted.valid),
     )
-    return Experience(batch=batch, rewards=rewards, kl=kl, scores=scores)
+    return state, metrics
+
+
+def kl_coefficient(state: TrainState, hyper: Hyper, ppo: PPOConfig) -> Float[Array, ""]:
+    """beta of this iteration."""
+    match ppo.kl.control:
+        case "adaptive":
+            return state.kl_coef
+        case "linear":
+            return linear_kl(hyper.kl_coef, hyper.kl_coef_end, state.step, hyper.kl_steps)
+        case _:
+            return jnp.asarray(hyper.kl_coef, jnp.float32)
 
 
 def update_epochs(
@@ -228,21 +184,44 @@ def update_epochs(
     config: ModelConfig,
     ppo: PPOConfig,
     optimizer: optax.GradientTransformation,
+    kl_coef: Float[Array, ""] | float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """epochs x num_minibatches optimizer steps; every epoch visits the rows in a fresh order. `key` is consumed."""
+    """epochs x num_minibatches optimizer steps; every epoch visits the rows in a fresh order. `key` is consumed.
+
+    Once a minibatch's approximate KL to the old policy exceeds hyper.target_kl, the rest of the iteration is left out.
+    Metrics are over all steps; the approximate KL and clip fraction of each epoch also apart.
+    """
     size = batch.tokens.shape[0]
-    ppo.check_batch(size)
+    ppo.check_responses(size)
 
-    def minibatch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-        picked = constrain_rows(jax.tree.map(lambda x: x[rows], batch))
-        return update(state, frozen, picked, hyper, config, ppo, optimizer)
+    def minibatch(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
+        state, stopped = carry
+        taken = constrain_rows(jax.tree.map(lambda x: x[rows], batch))
 
-    def epoch(state: TrainState, epoch_key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+        def go(state: TrainState) -> tuple[TrainState, Metrics]:
+            return update(state, frozen, taken, hyper, config, ppo, optimizer, kl_coef)
+
+        def rest(state: TrainState) -> tuple[TrainState, Metrics]:
+            return state, no_metrics(jax.eval_shape(go, state)[1])
+
+        state, metrics = jax.lax.cond(stopped, rest, go, state)
+        left_out = stopped.astype(jnp.float32)
+        stopped |= metrics["early_stops"][0] > 0
+        return (state, stopped), metrics | {"steps_left_out": (left_out, jnp.ones(()))}
+
+    def epoch(carry: tuple[TrainState, Array], epoch_key: PRNGKeyArray) -> tuple[tuple[TrainState, Array], Metrics]:
         order = jax.random.permutation(epoch_key, size)
-        return jax.lax.scan(minibatch, state, order.reshape(ppo.num_minibatches, -1))
+        carry, metrics = jax.lax.scan(minibatch, carry, order.reshape(ppo.num_minibatches, -1))
+        return carry, merge_metrics(metrics)
 
-    state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, ppo.epochs))
-    return state, jax.tree.map(jnp.sum, metrics)
+    carry = (state, jnp.zeros((), bool))
+    (state, _), metrics = jax.lax.scan(epoch, carry, jax.random.split(key, ppo.epochs))
+    by_epoch = {
+        f"{name}/epoch_{number + 1}": (metrics[name][0][number], metrics[name][1][number])
+        for name in ("approx_kl", "clip_fraction")
+        for number in range(ppo.epochs if ppo.epochs > 1 else 0)
+    }
+    return state, merge_metrics(metrics) | by_epoch
 
 
 def update(
@@ -253,87 +232,88 @@ def update(
     config: ModelConfig,
     ppo: PPOConfig,
     optimizer: optax.GradientTransformation,
+    kl_coef: Float[Array, ""] | float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam."""
-    count = jnp.sum(minibatch.loss_mask, dtype=jnp.float32)
+    """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam.
+
+    The step is left out, and counted, when the loss or a gradient is not finite, when the mean ratio exceeds
+    hyper.ratio_threshold, or when the approximate KL to the old policy exceeds hyper.target_kl.
+    """
+    count = jnp.sum(token_weights(minibatch.loss_mask, ppo.aggregation)[1])
+    texts = minibatch.pretrain
+    text_count = None if texts is None else jnp.sum(predicted(texts), dtype=jnp.float32)
 
     def gradient(policy: Policy, rows: Minibatch) -> tuple[Policy, Metrics]:
-        return jax.grad(ppo_loss, has_aux=True)(policy, frozen, rows, count, hyper, config, ppo)
+        loss = jax.grad(ppo_loss, has_aux=True)
+        return loss(policy, frozen, rows, count, hyper, config, ppo, kl_coef, text_count)
 
     grads, metrics = accumulate(gradient, state.policy, minibatch, ppo.accumulate)
-    policy, opt_state, norm = descend(
-        state.policy, grads, state.opt_state, optimizer, hyper.learning_rate, hyper.max_grad_norm
+    norms = Groups(*map(optax.tree.norm, groups(grads)))
+    whole = jnp.sqrt(jnp.square(norms.policy) + jnp.square(norms.critic))
+    finite = jnp.isfinite(whole) & jnp.isfinite(metrics["loss"][0])
+    close = _mean(metrics["approx_kl"]) <= hyper.target_kl
+    sane = _mean(metrics["ratio"]) <= hyper.ratio_threshold
+    taken = jax.lax.cond(
+        finite & close & sane,
+        lambda state: descend_groups(state, grads, norms, whole, hyper, ppo, optimizer),
+        lambda state: state,
+        state,
     )
-    return dataclasses.replace(state, policy=policy, opt_state=opt_state), metrics | norm
-
-
-def ppo_loss(
-    policy: Policy,
-    frozen: Frozen,
-    batch: Minibatch,
-    count: Float[Array, ""],
-    hyper: Hyper,
-    config: ModelConfig,
-    ppo: PPOConfig,
-) -> tuple[Float[Array, ""], Metrics]:
-    """L = L_clip + vf_coef L_value - entropy_coef H, each a sum over this batch's tokens divided by `count`."""
-    length = batch.loss_mask.shape[1]
-    depth = shared_layers(policy.adapter, config)
-    hidden = role_hidden(frozen.base, policy.adapter, config, batch.tokens, batch.mask, batch.prefix, depth)
-    hidden = before_response(hidden, length)
-    actions, table = batch.tokens[:, -length:], unembedding(frozen.base, policy.adapter)
-    logprobs, entropy = hidden_logprobs_and_entropy(hidden, table, actions, hyper.temperature, ppo.logprob_chunk)
-    values = value(policy.value_head, hidden)
-
-    mask = batch.loss_mask
-    policy_loss, policy_metrics = clipped_policy_loss(
-        logprobs, batch.logprobs, batch.advantages, mask, hyper.clip_low, hyper.clip_high, count=count
-    )
-    value_loss, value_metrics = clipped_value_loss(
-        values, batch.values, batch.returns, mask, hyper.value_clip, count=count
-    )
-    entropy_sum = jnp.sum(jnp.where(mask, entropy, 0.0))
-    loss = policy_loss + hyper.vf_coef * value_loss - hyper.entropy_coef * entropy_sum / jnp.maximum(count, 1)
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    metrics = policy_metrics | value_metrics
-    metrics |= {
-        # `total / count` must be the mean over tokens whatever the micro-batches, so undo the division by count.
-        "policy_loss": (policy_loss * count, tokens),
-        "value_loss": (value_loss * count, tokens),
-        "entropy": (entropy_sum, tokens),
-    }
-    return loss, jax.lax.stop_gradient(metrics)
-
-
-def experience_metrics(
-    experience: Experience, rollout: Rollout, kl_coef: Float[Array, ""], hyper: Hyper, ppo: PPOConfig
-) -> Metrics:
-    """What the rollout says, over rows with a valid score."""
-    batch, scores = experience.batch, experience.scores
-    mask, valid = batch.loss_mask, scores.valid
     one = jnp.ones(())
-    rows, tokens = jnp.sum(valid, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
-    measured = jnp.minimum(rows, 1)  # a spread of no rows is unknown, not 0
-    kl = jnp.sum(jnp.where(mask, experience.kl, 0.0))
-    unexplained = masked_var(batch.returns - batch.values, mask) / jnp.maximum(masked_var(batch.returns, mask), 1e-8)
-    metrics = {
-        "reward": (jnp.sum(jnp.where(valid, scores.reward, 0.0)), rows),
-        "reward_std": (jnp.sqrt(masked_var(scores.reward, valid)) * measured, measured),
-        "shaped_reward": (jnp.sum(jnp.where(mask, experience.rewards, 0.0)), rows),
-        "kl": (kl, rows),
-        "kl_per_token": (kl, tokens),
-        "value": (jnp.sum(jnp.where(mask, batch.values, 0.0)), tokens),
-        "return": (jnp.sum(jnp.where(mask, batch.returns, 0.0)), tokens),
-        "explained_variance": ((1 - unexplained) * measured, measured),
-        "response_length": (tokens, rows),
-        "eos_rate": (jnp.sum(rollout.terminated & valid, dtype=jnp.float32), rows),
-        "invalid_scores": (jnp.sum(~valid, dtype=jnp.float32), jnp.asarray(valid.size, jnp.float32)),
-        "kl_coef": (kl_coef, one),
-        "learning_rate": (jnp.asarray(hyper.learning_rate, jnp.float32), one),
+    # A step that is not finite says nothing of the others; it shows in its own count.
+    metrics = jax.tree.map(lambda kept, none: jnp.where(finite, kept, none), metrics, no_metrics(metrics))
+    happened = finite.astype(jnp.float32)
+    metrics |= {
+        "grad_norm": (jnp.where(finite, whole, 0.0), happened),
+        "policy_grad_norm": (jnp.where(finite, norms.policy, 0.0), happened),
+        "nonfinite_updates": (1 - happened, one),
+        "early_stops": ((finite & ~close).astype(jnp.float32), one),
+        "ratio_skips": ((finite & close & ~sane).astype(jnp.float32), one),
     }
-    metrics |= {f"reward/{name}": (jnp.sum(jnp.where(valid, part, 0.0)), rows) for name, part in scores.parts.items()}
-    if ppo.sampling.filtered:
-        # > 0: the filters made sampled tokens more likely than the policy would have.
-        gap = jnp.where(mask, rollout.logprobs - rollout.policy_logprobs, 0.0)
-        metrics["behaviour_mismatch"] = (jnp.sum(gap), tokens)
-    return metrics
+    if ppo.has_critic:
+        metrics["critic_grad_norm"] = (jnp.where(finite, norms.critic, 0.0), happened)
+    return dataclasses.replace(taken, nonfinite=jnp.where(finite, 0, state.nonfinite + 1)), metrics
+
+
+def descend_groups(
+    state: TrainState,
+    grads: Policy,
+    norms: Groups,
+    whole: Float[Array, ""],
+    hyper: Hyper,
+    ppo: PPOConfig,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The step of the policy's parameters, and that of the critic's own with its own rate, clip and optimizer state.
+
+    Both gradients are clipped together by their global norm, unless hyper.critic_max_grad_norm > 0 gives the critic a
+    clip of its own. During hyper.critic_warmup iterations the policy's parameters and optimizer state stay.
+    """
+    apart = jnp.asarray(hyper.critic_max_grad_norm) > 0
+    scales = Groups(
+        policy=clip_scale(jnp.where(apart, norms.policy, whole), hyper.max_grad_norm),
+        critic=clip_scale(
+            jnp.where(apart, norms.critic, whole),
+            jnp.where(apart, hyper.critic_max_grad_norm, hyper.max_grad_norm),
+        ),
+    )
+    rates = Groups(hyper.learning_rate, hyper.learning_rate * hyper.critic_lr_scale)
+    params, gradients = groups(state.policy), groups(grads)
+    actor, critic = (
+        step(params[i], scale_gradient(gradients[i], scales[i]), state.opt_state[i], optimizer, rates[i])
+        for i in range(2)
+    )
+    warming = ppo.has_critic & (state.step < hyper.critic_warmup)
+    old = (params.policy, state.opt_state.policy)
+    adapter, actor_state = jax.tree.map(
+        lambda kept, new: jnp.where(warming, kept, new), old, (actor.params, actor.opt_state)
+    )
+    policy = Policy(adapter=adapter, **critic.params)
+    ema = state.ema
+    if ppo.ema_decay:
+        ema = jax.tree.map(lambda e, p: ppo.ema_decay * e + (1 - ppo.ema_decay) * p, ema, policy)
+    return dataclasses.replace(state, policy=policy, opt_state=Groups(actor_state, critic.opt_state), ema=ema)
+
+
+def _mean(metric: tuple[Array, Array]) -> Array:
+    return metric[0] / jnp.maximum(metric[1], 1)

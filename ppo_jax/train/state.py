@@ -1,12 +1,13 @@
 """Everything that decides a run's future, in one pytree."""
 
 import zlib
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import ValueHead
@@ -24,18 +25,33 @@ def key_stream(seed: int, name: str) -> PRNGKeyArray:
 
 @flax.struct.dataclass
 class TrainState:
-    """The carry of training. The frozen base is not in it: it is named by the run's config and never changes."""
+    """The carry of training. The frozen base is not in it: it is named by the run's config and never changes.
 
-    step: Int[Array, ""]  # iterations done; also the data cursor
-    key: PRNGKeyArray  # the run's root key; iteration i uses fold_in(key, i)
+    Tree functions also put shapes and shardings into it, so no array types are claimed.
+    """
+
+    step: PyTree  # Int[Array, ""]: iterations done; also the data cursor
+    key: PyTree  # PRNGKeyArray: the run's root key; iteration i uses fold_in(key, i)
     policy: Policy
-    opt_state: optax.OptState
-    kl_coef: Float[Array, ""]  # beta now; changes only when it adapts
+    opt_state: "Groups"  # one optimizer state for the policy's parameters, one for the critic's own
+    kl_coef: PyTree  # Float[Array, ""]: beta now; changes only when it adapts
     moments: RunningMoments  # of the scores seen so far
     baseline: RunningMoments  # of the returns seen so far, for REINFORCE
-    nonfinite: Int[Array, ""]  # optimizer steps in a row that were skipped because something was not finite
-    best: Float[Array, ""]  # of the evaluations so far, the best value of the metric that chooses checkpoints
+    nonfinite: PyTree  # Int[Array, ""]: optimizer steps in a row that were skipped because something was not finite
+    best: PyTree  # Float[Array, ""]: of the evaluations so far, the best value of the metric that chooses checkpoints
     ema: PyTree = None  # running average of the policy's parameters; None: off
+
+
+class Groups(NamedTuple):
+    """One thing for the policy's parameters and one for those that are only the critic's."""
+
+    policy: Any
+    critic: Any
+
+
+def groups(policy: Policy) -> Groups:
+    """The two groups of trained parameters: each has its own optimizer state, clip and learning rate."""
+    return Groups(policy.adapter, {"value_head": policy.value_head, "critic": policy.critic})
 
 
 def init_state(
@@ -44,20 +60,41 @@ def init_state(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     kl_coef: float,
+    *,
+    critic: PyTree = None,
+    value_head: PyTree = None,
+    ema: bool = False,
 ) -> TrainState:
-    """A fresh state around a copy of `adapter`, with a value head of zeros. `key` is kept as the run's root key."""
-    # Value-head parameters are zeros whatever the key, so the root key is not spent here.
-    value_head = ValueHead().init(jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
+    """A fresh state around a copy of `adapter`. `key` is kept as the run's root key.
+
+    Args:
+      critic: the adapter that values are read from; None: the policy's own.
+      value_head: parameters of a ValueHead; None: zeros, so that every value is 0.
+      ema: keep a running average of the policy (PPOConfig.ema_decay).
+    """
+    if value_head is None:
+        value_head = zero_value_head(config)
     # Copies: an iteration is donated the state's buffers, and the caller's own must outlive it.
-    policy = Policy(adapter=jax.tree.map(jnp.copy, adapter), value_head=value_head)
+    policy: Policy = jax.tree.map(jnp.copy, Policy(adapter, value_head, critic))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jnp.copy(key),
         policy=policy,
-        opt_state=optimizer.init(policy),
+        opt_state=Groups(*map(optimizer.init, groups(policy))),
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
         moments=RunningMoments.init(),
         baseline=RunningMoments.init(),
         nonfinite=jnp.zeros((), jnp.int32),
         best=jnp.asarray(-jnp.inf, jnp.float32),
+        ema=jax.tree.map(jnp.copy, policy) if ema else None,
     )
+
+
+def zero_value_head(config: ModelConfig) -> PyTree:
+    """A value head whose value is 0 everywhere. Its parameters are zeros whatever the key."""
+    return ValueHead().init(jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
+
+
+def value_head_of_reward(head: PyTree) -> PyTree:
+    """The value head whose value is a reward head's score: gain * (w . h) + bias (Stiennon et al. 2020, appendix B)."""
+    return {"value": {"kernel": head["gain"] * head["reward"]["kernel"], "bias": jnp.reshape(head["bias"], (1,))}}

@@ -38,6 +38,7 @@ def test_policy_loss_by_hand():
     expected = {
         "ratio": RATIOS.mean(),
         "clip_fraction": 2 / 4,
+        "dual_clip_fraction": 0,
         "approx_kl": np.mean(RATIOS - 1 - np.log(RATIOS)),
         "approx_kl_k1": np.mean(-np.log(RATIOS)),
     }

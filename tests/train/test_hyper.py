@@ -13,7 +13,12 @@ from ppo_jax.types import Hyper, Scores
 
 
 def test_the_defaults_are_in_range() -> None:
-    assert check_hyper(Hyper()) is None
+    assert check_hyper(Hyper()) == Hyper()
+
+
+def test_integers_become_floats() -> None:
+    """Another type would compile a second program."""
+    assert all(type(x) is float for x in check_hyper(Hyper(kl_coef=0, kl_horizon=500)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

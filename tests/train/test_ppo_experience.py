@@ -1,7 +1,6 @@
 """From scores to the next state: against torch, with failed scores, with the KL controller."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ import torch
 
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import KLConfig, ScoreConfig
 from ppo_jax.train.ppo import PPOConfig, learn, make_experience, rollout_prefix
-from ppo_jax.train.state import init_state
+from ppo_jax.train.state import Groups, init_state
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
 from tests.train import toy
 from tests.train.toy import CONFIG, FROZEN, PAD, STOP, assert_close, numbers
@@ -74,7 +74,13 @@ def start():
     return state.replace(policy=Policy(state.policy.adapter, toy.noisy(state.policy.value_head, seed=2)))
 
 
-EPOCHS = PPOConfig(sampling=toy.SAMPLING, epochs=3, num_minibatches=1, whiten_rewards=True, adaptive_kl=True)
+EPOCHS = PPOConfig(
+    sampling=toy.SAMPLING,
+    epochs=3,
+    num_minibatches=1,
+    score=ScoreConfig(whiten_rewards="scale"),
+    kl=KLConfig(control="adaptive"),
+)
 
 
 def by_torch(rollout: Rollout, hyper, epochs: int) -> dict:
@@ -199,7 +205,7 @@ def test_the_kl_coefficient_adapts_and_is_state():
         assert float(state.kl_coef) == pytest.approx(coefficient, rel=1e-6)
 
 
-FIXED = PPOConfig(sampling=toy.SAMPLING, epochs=2, num_minibatches=1, whiten_rewards=True)
+FIXED = PPOConfig(sampling=toy.SAMPLING, epochs=2, num_minibatches=1, score=ScoreConfig(whiten_rewards="scale"))
 
 
 def test_a_fixed_kl_coefficient_is_hypers():
@@ -224,10 +230,14 @@ def test_a_failed_score_is_as_if_the_row_were_not_there():
 
 
 def test_a_nan_score_that_claims_to_be_valid_shows():
-    """Defect 21: it is not hidden by a `nan_to_num` on the way to the loss."""
-    _, metrics = learner(FIXED)(start(), FROZEN, rollout(), scores([*SCORES[:-1], np.nan]), HYPER)
-    values = numbers(metrics)
-    assert all(math.isnan(values[name]) for name in ("reward", "policy_loss", "value_loss", "grad_norm"))
+    """Defect 21: no number is made up in its place; the row counts as invalid, and as nothing else."""
+    claimed, metrics = learner(FIXED)(start(), FROZEN, rollout(), scores([*SCORES[:-1], np.nan]), HYPER)
+    admitted, expected = learner(FIXED)(
+        start(), FROZEN, rollout(), scores([*SCORES[:-1], np.nan], [True] * 5 + [False]), HYPER
+    )
+    assert numbers(metrics)["invalid_scores"] == pytest.approx(1 / 6)
+    assert_close(claimed, admitted, rtol=0, atol=0)
+    assert_close(numbers(metrics), numbers(expected), rtol=0, atol=0)
 
 
 def test_when_every_score_failed_nothing_is_learned_or_measured():
@@ -252,9 +262,9 @@ def test_each_iteration_shuffles_with_a_key_of_its_own():
     def norms(state):
         hyper = HYPER._replace(learning_rate=0.0, max_grad_norm=1e9)
         after, _ = learn(state, FROZEN, rollout(), scores(), None, hyper, CONFIG, ppo, keep)
-        return after.opt_state[1]
+        return after.opt_state.policy[1]
 
-    state = start().replace(opt_state=keep.init(None))
+    state = start().replace(opt_state=Groups(keep.init(None), keep.init(None)))
     first, again, later = norms(state), norms(state), norms(state.replace(step=state.step + 1))
     np.testing.assert_array_equal(first, again)
     assert np.max(np.abs(first - later)) > 1e-3
