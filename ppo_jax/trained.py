@@ -184,5 +184,9 @@ def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
 
 
 def _evaluation(where: Path, step: int) -> dict[str, float]:
-    records = [r for r in metrics.read_jsonl(where / rundir.METRICS) if r["phase"] == "eval" and r["step"] <= step]
-    return {name: value for name, value in (records[-1] if records else {}).items() if name not in metrics.RESERVED}
+    found: dict[str, Any] = {}
+    for record in metrics.read_jsonl(where / rundir.METRICS):
+        at = record.get("step")
+        if record.get("phase") == "eval" and isinstance(at, int) and at <= step:
+            found = record
+    return {name: value for name, value in found.items() if name not in metrics.RESERVED}
