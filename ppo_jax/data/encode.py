@@ -47,11 +47,9 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
             f"{at}these are chat messages, but the tokenizer has no chat template; use plain text, or a tokenizer "
             "with one (chat_template.jinja or tokenizer_config.json in the model's folder)"
         )
-    import jinja2
-
     try:
         rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
         raise ValueError(f"{at}the tokenizer's chat template refuses these messages: {error}") from error
     return str(rendered)
 

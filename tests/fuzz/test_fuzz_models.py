@@ -133,6 +133,30 @@ def test_tokenizer_files(model: Path, restore: Callable[[], None], data: st.Data
     outcome(lambda: render([{"role": "user", "content": "a"}], tokenizer, "here"), "here")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages + 1 }}",
+        "{{ messages[9].content }}",
+        "{% for",
+        "{{ range(10**12) }}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ 'x' * 10**14 }}",
+        "{{ raise_exception('no') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ self.__init__.__globals__ }}",
+    ],
+)
+def test_chat_templates_that_fail(template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    found = outcome(lambda: render([{"role": "user", "content": "a"}], tokenizer, "prompts.jsonl:3"))
+    assert isinstance(found, ValueError) and str(found).startswith("prompts.jsonl:3: the tokenizer's chat template")
+
+
 def test_a_tokenizer_with_code_of_its_own_is_not_run_and_asks_nothing(
     model: Path, restore: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
