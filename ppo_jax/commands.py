@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from ppo_jax import artifacts, config, report, rundir
+from ppo_jax import config, report, rundir
 from ppo_jax.data import (
     TooLong,
     encode_sft,
@@ -20,12 +21,12 @@ from ppo_jax.data import (
     read_sft,
 )
 from ppo_jax.display import Screen, progress
-from ppo_jax.generate import artifact_at, check_room, prompt_set, with_stops
+from ppo_jax.generate import check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
-from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.reward_choice import choose_reward, kind_of
 from ppo_jax.runs import Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, SFTSettings
-from ppo_jax.stages import MODEL, REWARD, export_model, run_sft
+from ppo_jax.stages import MODEL, export_model, run_sft
 from ppo_jax.train.state import key_stream
 
 T = TypeVar("T")
@@ -54,8 +55,7 @@ def ppo(settings: PPOSettings) -> None:
     settings.ppo.check_batch(settings.loop.batch_size)
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
-    found = artifacts.load(artifact_at(settings.reward, REWARD), "reward")
-    artifacts.check_base(found, model.fingerprint, model.config)
+    chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
     records = set_apart(read_prompts(settings.prompts), settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
         prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
@@ -73,18 +73,24 @@ def ppo(settings: PPOSettings) -> None:
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
-        device_reward=adapter_reward(found.trunk(model.config), sampling.stop_ids),
-        reward_params=RewardRole(found.adapter, found.head),
+        device_reward=chosen.device,
+        reward_params=chosen.params,
+        host_reward=chosen.host,
+        failures=chosen.failures,
+        config=_repeatable(settings),
+        reward_name=reward_name(settings.reward) if chosen.host else "",
     )
     directory = _open(settings)
     with progress("ppo-jax ppo") as screen:
         _say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        for notice in chosen.notices:
+            screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
         exported = export_model(directory / rundir.EXPORT / MODEL, model, result.policy.adapter)
         facts = environment()
         summary: report.Summary = {
             "title": f"PPO on {settings.prompts.name}",
-            "task": f"Base and reference: {settings.model}. Reward model: {settings.reward}.",
+            "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
             "before": result.before,
             "after": result.after,
             "prompts": len(held_out.rows),
@@ -93,8 +99,8 @@ def ppo(settings: PPOSettings) -> None:
             "versions": facts["versions"],
             "machine": facts["machine"],
         }
-        if "accuracy" in found.meta:
-            summary |= {"reward_accuracy": found.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
+        if "accuracy" in chosen.meta:
+            summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported.name}; report: {page}")
 
@@ -116,12 +122,21 @@ def _too_few(option: str, batch_size: int, rows: int, path: Path) -> str:
 
 def _open(settings: Any) -> Path:
     """The run directory, with the settings that repeat the run in it."""
-    directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", False), settings.overwrite)
-    # Passed back with --config it must neither delete nor continue anything by itself.
-    off = {name: False for name in ("resume", "overwrite") if hasattr(settings, name)}
-    text = config.to_yaml(dataclasses.replace(settings, **off))
-    (directory / rundir.CONFIG).write_text(text, encoding="utf-8")
+    directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
+    if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
+        (directory / rundir.CONFIG).write_text(_repeatable(settings), encoding="utf-8")
     return directory
+
+
+def reward_name(sources: Sequence[str]) -> str:
+    """What has to stay the same about rewards on the host. A service may move: of its address only the path counts."""
+    return ", ".join(urlsplit(source).path if kind_of(source) == "url" else source for source in sources)
+
+
+def _repeatable(settings: Any) -> str:
+    """As YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    off = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
+    return config.to_yaml(dataclasses.replace(settings, **off))
 
 
 def _say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:

@@ -5,6 +5,7 @@ samples, the live display, and the policy saved at the end.
 """
 
 import contextlib
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata as packages
@@ -21,6 +22,7 @@ from ppo_jax.display import Screen
 from ppo_jax.models import hf
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.rewards.failures import FailureLog
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
 from ppo_jax.train.loop import LoopConfig, as_scores, evaluation_due, host_iteration, response_texts, train
@@ -85,6 +87,7 @@ class Setup(NamedTuple):
     reward_params: PyTree = None  # `Frozen.reward`
     host_reward: HostReward | None = None
     judges: Mapping[str, Judge] = {}
+    failures: FailureLog | None = None  # what the reward tells of rows that it could not score
 
 
 class Result(NamedTuple):
@@ -130,6 +133,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
             "top-k or top-p is on: tokens are drawn from a filtered distribution, while ratios and KL are those of the "
             "whole one. Their mismatch is logged as behaviour_mismatch, and the KL estimate may turn negative."
         )
+    failures = setup.failures or FailureLog()
+    failures.notify = screen.message
     iteration = _iteration(setup, optimizer)
     batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, model.pad_id)
     with contextlib.ExitStack() as stack:
@@ -149,7 +154,10 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False)
             write=lambda step, values: write(step, "ppo", values),
             evaluate=evaluate,
             save=lambda step, state: checkpoint.save(manager, step, state),
+            causes=failures.summary,
         )
+    if failures.counts:
+        screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
     after = evaluations[loop.updates]
     artifacts.save(
         directory / rundir.EXPORT / "policy",
@@ -243,12 +251,14 @@ def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list
 
 
 def _columns(setup: Setup, result: Evaluation, responses: Sequence[str]) -> dict[str, np.ndarray]:
-    """One array per score, NaN where a reward failed."""
+    """One array per score, NaN where a reward failed; `reward/NAME` for the parts of a sum."""
     scores, held_out = result.scores, setup.held_out
     if scores is None:
         assert setup.host_reward is not None
         scores = as_scores(setup.host_reward(held_out.texts, responses, held_out.metadata), len(responses))
-    columns = {"reward": np.where(np.asarray(scores.valid), np.asarray(scores.reward), np.nan)}
+    valid = np.asarray(scores.valid)
+    columns = {"reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+    columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
     columns |= {
         name: np.asarray(judge(result.rollout, held_out.texts, responses)) for name, judge in setup.judges.items()
     }
@@ -256,8 +266,11 @@ def _columns(setup: Setup, result: Evaluation, responses: Sequence[str]) -> dict
 
 
 def _summary(columns: Mapping[str, np.ndarray], rollout: Rollout) -> dict[str, float]:
-    values = {name: float(np.nanmean(column)) for name, column in columns.items()}
-    values |= {f"{name}_std": float(np.nanstd(column, ddof=1)) for name, column in columns.items()}
+    scored = {name: column[~np.isnan(column)] for name, column in columns.items()}
+    values = {name: float(column.mean()) if column.size else math.nan for name, column in scored.items()}
+    spread = {name: float(column.std(ddof=1)) if column.size > 1 else math.nan for name, column in scored.items()}
+    values |= {f"{name}_std": value for name, value in spread.items()}
+    values["invalid_scores"] = 1 - scored["reward"].size / columns["reward"].size
     tokens = np.asarray(rollout.response_mask).sum(axis=1)
     values["kl_per_token"] = float(columns["kl"].sum() / max(tokens.sum(), 1))
     values["response_length"] = float(tokens.mean())

@@ -6,6 +6,8 @@ from pathlib import Path
 from ppo_jax.data import TooLong
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
+from ppo_jax.resuming import Resume
+from ppo_jax.reward_choice import RewardOptions
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
@@ -75,14 +77,14 @@ class RewardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PPOSettings:
-    """Train a policy by PPO against a reward model; the result is RUN_DIR/export/model."""
+    """Train a policy by PPO against a reward; the result is RUN_DIR/export/model."""
 
     model: str
     """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
     prompts: Path
     """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
-    reward: Path
-    """Run directory of `ppo-jax reward` on the same base, or the adapter in it."""
+    reward: tuple[str, ...]
+    """A reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are summed."""
     run_dir: Path = Path("runs/ppo")
     """Where all results go."""
     seed: int = 0
@@ -95,6 +97,8 @@ class PPOSettings:
     """Prompts kept apart to evaluate on, at most a fifth; where that is none, the training ones are used."""
     compute: ModelOptions = ModelOptions()
     """How the model is run: memory against speed."""
+    scoring: RewardOptions = RewardOptions()
+    """How the reward is called, and the weights of a sum."""
     policy: AdapterConfig = AdapterConfig()
     """What of the policy is trained."""
     ppo: PPOConfig = PPOConfig()
@@ -103,7 +107,7 @@ class PPOSettings:
     """Its scalars."""
     loop: LoopConfig = LoopConfig()
     """How long, and what when."""
-    resume: bool = False
-    """Go on with the run in run_dir."""
+    resume: Resume = "no"
+    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
     overwrite: bool = False
     """Delete the run in run_dir and start anew."""

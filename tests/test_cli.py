@@ -233,7 +233,8 @@ def test_mistakes_of_a_ppo_run(trained: Path, mistake: Callable[[str], str]) -> 
     assert "are longer than 5 tokens" in long and "truncate_left" in long
     assert "use a multiple of 4" in mistake(whole + "--loop.batch-size 10")
     assert "--loop.batch-size 64, but prompts.jsonl leaves only 32" in mistake(whole)
-    assert "no such directory" in mistake(given.format("prompts.jsonl", "nowhere"))
+    assert "nowhere does not exist" in (said := mistake(given.format("prompts.jsonl", "nowhere")))
+    assert "a reward model's directory, http://HOST:PORT/PATH, package.module:function" in said
     assert "is a policy" in mistake(given.format("prompts.jsonl", "ppo/export/policy"))
     assert "did you mean loop.updates?" in mistake_in_config(trained, mistake)
     other = mistake("ppo --model model --prompts prompts.jsonl --reward rm --run-dir x --loop.batch-size 8")
@@ -327,5 +328,5 @@ def test_held_out_records_are_apart() -> None:
 
 
 def test_settings_survive_yaml() -> None:
-    settings = PPOSettings("m", Path("p"), Path("r"), Path("d"), too_long="drop")
+    settings = PPOSettings("m", Path("p"), ("r", "f.py:g"), Path("d"), too_long="drop")
     assert config.from_yaml(PPOSettings, config.to_yaml(settings)) == settings

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from ppo_jax.rewards.base import HostReward
+from ppo_jax.rewards.failures import next_streak, too_many
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.ppo import Collect, Iteration, Learn
 from ppo_jax.train.state import TrainState
@@ -36,15 +37,25 @@ class LoopConfig:
     """Iterations between checkpoints; the last one is always saved. 0: only that."""
     keep: int = 2
     """Checkpoints kept."""
+    max_failed: float = 0.2
+    """Fraction of a batch's rewards that may fail; where more did in several batches in a row the run stops. 1: off."""
+    max_failed_batches: int = 3
+    """How many such batches in a row."""
 
     def __post_init__(self) -> None:
         for name, least in dict(
-            updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1
+            updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1, max_failed_batches=1
         ).items():  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"max_failed={self.max_failed} must lie in [0, 1]")
         if self.warmup >= self.updates:
             raise ValueError(f"warmup={self.warmup} must be shorter than updates={self.updates}")
+
+
+class Stopped(RuntimeError):
+    """Training ended before its last update, in good order: the state was given to `save`."""
 
 
 def learning_rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
@@ -70,6 +81,7 @@ def train(
     write: Callable[[int, Mapping[str, float]], None],
     evaluate: Callable[[int, TrainState], None],
     save: Callable[[int, TrainState], None],
+    causes: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Runs iterations state.step .. loop.updates - 1 and returns the last state.
 
@@ -77,13 +89,15 @@ def train(
       prompts: step -> batch; a pure function of the step, so that `state.step` is the data cursor.
       write: called after every iteration with the number of iterations done and the metrics, which have gained
         `seconds` and `tokens_per_second` (of responses).
+      causes: of the rewards that failed so far, for the message.
       evaluate, save: called when due; the state must not be kept, since the next iteration is donated its buffers.
 
     Raises:
+      Stopped: too many rewards failed.
       FloatingPointError: a loss is no longer finite; what was saved before is untouched.
     """
     rate = learning_rate(hyper.learning_rate, loop)
-    start = int(state.step)
+    start, failing = int(state.step), 0
     if start == 0:
         evaluate(0, state)
     for step in range(start, loop.updates):
@@ -95,6 +109,10 @@ def train(
         write(step + 1, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
         _check_finite(step + 1, values)
         done = step + 1
+        failing = next_streak(failing, values.get("invalid_scores", 0.0), loop.max_failed)
+        if failing >= loop.max_failed_batches:
+            save(done, state)
+            raise Stopped(too_many(done, failing, values["invalid_scores"], loop.max_failed, causes()))
         if done == loop.updates or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
             save(done, state)
         if evaluation_due(done, loop):
