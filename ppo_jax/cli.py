@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ppo_jax import commands, config, dpo_stage, export, reward_command
+from ppo_jax import commands, config, dpo_stage, export, reward_command, serve_command
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 
@@ -28,6 +28,8 @@ COMMANDS = {
     "generate": Command(GenerateSettings, generate_responses),
     "export": Command(export.ExportSettings, export.export),
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),
+    "export-reward": Command(reward_command.ExportRewardSettings, reward_command.export_reward),
+    "serve-reward": Command(serve_command.ServeSettings, serve_command.serve_reward),
 }
 
 
@@ -52,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The list of commands, from the docstrings of their settings."""
-    lines = [f"  {name:<10}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<15}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 

@@ -1,0 +1,174 @@
+"""Load on a reward server: many requests from concurrent clients, every score checked, the server's memory watched.
+
+    python -m experiments.serve_load                      # a tiny random model: 10,000 requests from 16 clients
+    python -m experiments.serve_load --reward DIR --requests 1000
+
+Each client sends requests of 1 to 4 rows, by both protocols in turn, and compares what comes back with the scores of
+the same model in this process. The server is a process of its own, `ppo-jax serve-reward`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from experiments import smoke
+from ppo_jax import config
+from ppo_jax.models import seqcls
+from ppo_jax.models.heads import RewardHead
+from ppo_jax.reward_models import load_scorer
+
+WORDS = smoke.GOOD + smoke.BAD + smoke.OTHER
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadConfig:
+    """Sends requests to a reward server and checks every score."""
+
+    reward: Path | None = None
+    """Directory of a reward model; by default a tiny random one."""
+    requests: int = 10_000
+    """Requests in all."""
+    clients: int = 16
+    """Clients that send at the same time, each one request after another."""
+    texts: int = 200
+    """Different texts."""
+    seed: int = 0
+    """Of the texts and of who sends which."""
+
+
+class Text(NamedTuple):
+    prompt: str
+    response: str
+    score: float
+
+
+class Load(NamedTuple):
+    """What became of the requests."""
+
+    answered: int  # requests with status 200 and as many scores as rows
+    failed: int  # all others
+    swapped: int  # rows whose score is not that of their text
+    rows: int
+    seconds: float
+    requests_per_second: float
+    worst_error: float  # largest difference to the local score
+    megabytes: list[float]  # the server's resident memory: after a tenth of the requests, ..., after all
+
+
+def main(args: list[str] | None = None) -> Load:
+    """Runs the load; prints and returns the result. Exit code 1 if anything was lost or swapped."""
+    settings = config.parse(LoadConfig, args, prog="experiments.serve_load")
+    with tempfile.TemporaryDirectory() as folder:
+        path = settings.reward or tiny_model(Path(folder) / "reward")
+        table = texts(path, settings.texts, settings.seed)
+        with server(path) as (url, process):
+            result = asyncio.run(load(url, table, settings.requests, settings.clients, process.pid, settings.seed))
+    print(json.dumps(result._asdict(), indent=2))
+    return result
+
+
+def tiny_model(path: Path, seed: int = 0) -> Path:
+    """A random reward model of the smoke test's size, as a sequence-classification directory."""
+    model = smoke.model(seed)
+    head = RewardHead().init(jax.random.key(seed), jnp.zeros((1, model.config.hidden_size)))["params"]
+    return seqcls.save(path, model.config, model.params, head, model.tokenizer)
+
+
+def texts(path: Path, count: int, seed: int = 0) -> list[Text]:
+    """Different texts with their scores in this process."""
+    rng = np.random.default_rng(seed)
+
+    def draw(most: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    pairs = list(dict.fromkeys((draw(5), " " + draw(20)) for _ in range(count)))
+    scores = load_scorer(path).score(*map(list, zip(*pairs, strict=True)))
+    return [Text(*pair, float(score)) for pair, score in zip(pairs, scores, strict=True)]
+
+
+@contextlib.contextmanager
+def server(path: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(URL, process) of `ppo-jax serve-reward` on a free port; stopped by SIGTERM at the end."""
+    command = [sys.executable, "-m", "ppo_jax.cli", "serve-reward", "--reward", str(path), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"serving .* at (http://\S+:\d+)/", line):
+                yield found[1], process
+                break
+        else:
+            raise RuntimeError(f"the server did not start: {''.join(said)}")
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
+
+
+async def load(url: str, table: Sequence[Text], requests: int, clients: int, pid: int, seed: int = 0) -> Load:
+    """Sends `requests` requests from `clients` concurrent clients to the server with process id `pid`."""
+    server_process, began = psutil.Process(pid), time.perf_counter()
+    counts = dict.fromkeys(("answered", "failed", "swapped", "rows"), 0)
+    worst, megabytes = 0.0, []
+    todo = iter(range(requests))  # shared: whoever is free takes the next
+
+    async def client(number: int) -> None:
+        nonlocal worst
+        rng = np.random.default_rng([seed, number])
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            for request in todo:
+                rows = [table[i] for i in rng.integers(len(table), size=rng.integers(1, 5))]
+                scores = await ask(http, rows, ours=request % 2 == 0)
+                if scores is None or len(scores) != len(rows):
+                    counts["failed"] += 1
+                else:
+                    errors = [abs(score - row.score) for score, row in zip(scores, rows, strict=True)]
+                    worst = max(worst, *errors)
+                    counts["answered"] += 1
+                    counts["rows"] += len(rows)
+                    counts["swapped"] += sum(error > TOLERANCE for error in errors)
+                if (request + 1) % max(requests // 10, 1) == 0:
+                    megabytes.append(round(server_process.memory_info().rss / 2**20, 1))
+
+    await asyncio.gather(*map(client, range(clients)))
+    seconds = time.perf_counter() - began
+    return Load(
+        **counts,
+        seconds=round(seconds, 2),
+        requests_per_second=round(requests / seconds, 1),
+        worst_error=worst,
+        megabytes=megabytes,
+    )
+
+
+async def ask(http: httpx.AsyncClient, rows: Sequence[Text], ours: bool) -> list[float] | None:
+    """The scores of these texts by our protocol or by LLaMA-Factory's; None when the server did not give them."""
+    if ours:
+        samples = [{"prompt": row.prompt, "response": row.response, "metadata": {}} for row in rows]
+        response = await http.post("/v1/score", json={"model": "any", "samples": samples})
+        return [entry["score"] for entry in response.json()["scores"]] if response.status_code == 200 else None
+    texts = [row.prompt + row.response for row in rows]
+    response = await http.post("/v1/score/evaluation", json={"model": "any", "messages": texts})
+    return response.json()["scores"] if response.status_code == 200 else None
+
+
+if __name__ == "__main__":
+    outcome = main()
+    sys.exit(int(bool(outcome.failed or outcome.swapped)))

@@ -1,0 +1,104 @@
+"""What the reward server reads from a request, and why it refuses one (docs/rewards.md has both protocols)."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+DRAINED = 4  # times the limit: as much of a body that is too large is read, so that the client sees the answer
+
+
+class Refused(Exception):
+    """A request that gets an error status and a reason."""
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers or {}
+
+
+async def read_json(request: Any, limit: int, timeout: float) -> dict[str, Any]:
+    """The JSON object in a starlette request's body of at most `limit` bytes, which arrives within `timeout` seconds.
+
+    Refused: 400 the client left, 408 too slow, 413 too large, 422 no JSON object.
+    """
+    from starlette.requests import ClientDisconnect
+
+    too_large = Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > DRAINED * limit:
+        raise too_large
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > DRAINED * limit:
+                    raise too_large
+                if size <= limit:
+                    body += chunk
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {timeout} s", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise Refused(400, "the client went away") from None
+    if size > limit:
+        raise too_large
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(422, f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Refused(422, f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_samples(body: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
+    """Our protocol's field: samples of prompt, response and metadata."""
+    samples = _rows(body, "samples", max_rows)
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, dict):
+            raise Refused(422, f"samples[{i}] must be an object")
+        for field in ("prompt", "response"):
+            _check_text(sample.get(field), f"samples[{i}].{field}")
+        if not isinstance(sample.get("metadata", {}), dict):
+            raise Refused(422, f"samples[{i}].metadata must be an object")
+    return samples
+
+
+def read_messages(body: dict[str, Any], max_rows: int) -> tuple[str, list[str], int | None]:
+    """LLaMA-Factory's fields: model, messages, max_length."""
+    if not isinstance(body.get("model"), str):
+        raise Refused(422, "model must be text")
+    texts = _rows(body, "messages", max_rows)
+    for i, text in enumerate(texts):
+        _check_text(text, f"messages[{i}]")
+    length = body.get("max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise Refused(422, f"max_length must be a positive integer or null, not {str(length)[:40]}")
+    return body["model"], texts, length
+
+
+def _rows(body: dict[str, Any], field: str, max_rows: int) -> list[Any]:
+    rows = body.get(field)
+    if not isinstance(rows, list):
+        raise Refused(422, f"{field} must be a list")
+    if not rows:
+        raise Refused(400, f"{field} is empty")
+    if len(rows) > max_rows:
+        raise Refused(413, f"{field} has {len(rows)} rows; this server takes at most {max_rows}")
+    return rows
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise Refused(422, f"{where} must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused(422, f"{where} holds half of a surrogate pair") from None
+
+
+def entry(row: Sequence[int], score: float | None) -> dict[str, Any]:
+    """Our protocol's answer for one sample, which has these tokens."""
+    if score is not None:
+        return {"score": score}
+    return {"error": "the score is not finite" if row else "the text has no tokens"}
