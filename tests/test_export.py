@@ -169,12 +169,3 @@ def test_wrong_options(run: Path, tmp_path: Path, mistake: Callable[..., str]) -
     assert "give RUN too" in mistake("generate", "--step", 3, "--prompt", "a")
     assert "are one option" in mistake("generate", run, "--policy", run, "--prompt", "a")
     assert not (tmp_path / "x").exists()
-
-
-def test_generate_takes_a_run_an_adapter_or_a_model(run: Path) -> None:
-    by_run = ours(run)
-    assert ours(run / "export" / "policy") == by_run
-    output = run.parent / "by-option.jsonl"
-    args = ["--policy", str(run), "--prompt", *PROMPTS, "--temperature", "0", "--sampling.response-length", "8"]
-    assert cli.main(["generate", *args, "--output", str(output)]) == 0
-    assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == list(by_run.values())
