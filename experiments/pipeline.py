@@ -39,6 +39,7 @@ TASK = (
 )
 OPENINGS = [f"the {noun} {verb}" for noun in ("film", "plot", "cast", "script") for verb in ("is", "was")]
 MAX_LENGTH = 12
+LABELS = {"judge": "the count of good words less bad ones"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,8 @@ def main(args: list[str] | None = None) -> Path:
             device_reward=adapter_reward(reward.trunk, sampling.stop_ids),
             reward_params=reward.role,
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
+            labels=LABELS,
+            config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),
         )
         result = run_ppo(stages[2], setup, screen)
         facts = environment()
@@ -127,7 +130,7 @@ def main(args: list[str] | None = None) -> Path:
                 "reward_accuracy": reward.accuracy,
                 "reward_accuracy_note": "held-out pairs",
                 "seed": settings.seed,
-                "notes": ["The judge counts: good words less bad ones."],
+                "judges": LABELS,
                 "versions": facts["versions"],
                 "machine": facts["machine"],
             },

@@ -1,9 +1,12 @@
-"""Save and restore a state (any pytree of arrays) with Orbax: asynchronous, atomic, keep the last n.
+"""Save and restore a state (any pytree of arrays) with Orbax: asynchronous, atomic, checked when it is read.
 
 A checkpoint is a directory `DIRECTORY/STEP` with two items: `arrays`, the leaves under their paths, and `meta`, JSON
-with the caller's facts and a manifest {path: shape, dtype, key implementation}. The tree's structure is the
-target's on restore, so no class is looked up by a name that a file holds. Typed PRNG keys are stored as their
-words, empty arrays in the manifest alone (Orbax takes neither).
+with the caller's facts and a manifest {path: shape, dtype or key implementation, CRC-32 of the bytes}. The tree's
+structure is the target's on restore, so no class is looked up by a name that a file holds. Typed PRNG keys are stored
+as their words, empty arrays in the manifest alone (Orbax takes neither).
+
+An array that is spread over several processes has no checksum: no process holds its bytes, and bringing them together
+for a sum would cost what saving in parts saves. Of such a checkpoint only missing and truncated files are noticed.
 
     with checkpoint.open_manager(run / "checkpoints", keep=3) as manager:
         checkpoint.save(manager, step, state, {"config": config_yaml})
@@ -11,7 +14,9 @@ words, empty arrays in the manifest alone (Orbax takes neither).
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from ppo_jax.types import PyTree
 
-FORMAT = 1
+FORMAT = 2
 Manifest = dict[str, dict[str, Any]]
 
 
@@ -30,23 +35,47 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the state it is read into."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are missing, truncated, or not those that were saved."""
+
+
 class CheckpointSaveError(RuntimeError):
     """A save that failed, at once or in the background. What was saved before is untouched."""
 
 
+class _Keep(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest `newest` (None: all), every step that `every` divides (0: none), and what `best` names."""
+
+    def __init__(self, newest: int | None, every: int, best: Callable[[], int | None]) -> None:
+        self.newest, self.every, self.best = newest, every, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        if self.newest is None:
+            return [True] * len(steps)
+        kept = {*sorted(steps)[-self.newest :], self.best()}
+        return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
+
+
 @contextlib.contextmanager
-def open_manager(directory: str | Path, keep: int | None = 3) -> Iterator[ocp.CheckpointManager]:
-    """An Orbax manager that writes steps under `directory` (made if absent) and keeps the newest `keep` (None: all).
+def open_manager(
+    directory: str | Path, keep: int | None = 3, every: int = 0, best: Callable[[], int | None] = lambda: None
+) -> Iterator[ocp.CheckpointManager]:
+    """An Orbax manager that writes steps under `directory` (made if absent) and deletes old ones.
 
     Leaving the block waits for the last save; a save that failed in the background raises `CheckpointSaveError`
     there, unless the block is already being left by another error.
+
+    Args:
+      keep: the newest ones that stay; None: all.
+      every: steps that are multiples of it stay as well; 0: off.
+      best: the step that stays whatever its age, asked at every save.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
-    path = Path(directory).absolute()
-    policy = None if keep is None else ocp.checkpoint_managers.LatestN(n=keep)
+    path = Path(directory).resolve()
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
+        preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
         # Made in the background, a directory that cannot be made leaves Orbax's threads waiting for it for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -82,14 +111,21 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
             "save into another directory, or delete the newer checkpoints first"
         )
     leaves = _flatten(state)
-    manifest = {path: _describe(leaf) for path, leaf in leaves.items()}
     arrays = {path: _storable(leaf) for path, leaf in leaves.items() if np.size(leaf)}
     if not arrays:
         raise ValueError(f"{manager.directory}: the state has no array to save")
+    manifest = {path: _describe(leaf) | _checksum(arrays.get(path)) for path, leaf in leaves.items()}
     document = {"format": FORMAT, "manifest": manifest, "meta": dict(meta or {})}
+    document["checksum"] = _document_sum(document)
     args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(document))
     with _save_errors(manager):
         manager.save(step, args=args, force=True)
+
+
+def poll(manager: ocp.CheckpointManager) -> None:
+    """Raises `CheckpointSaveError` if a save has failed in the background since the last call. Does not wait."""
+    with _save_errors(manager):
+        manager.check_for_errors()
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -101,7 +137,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 def all_steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`, oldest first (empty where there are none)."""
-    return sorted(ocp.utils.checkpoint_steps(Path(directory).absolute()))
+    return sorted(ocp.utils.checkpoint_steps(Path(directory).resolve()))
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -123,20 +159,61 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None) -> t
 
     Raises:
         FileNotFoundError: no such directory, no checkpoint in it, or not that step.
-        CheckpointError: leaves are missing, unexpected, or differ in shape or dtype (all are listed); unreadable files.
+        CheckpointError: leaves are missing, unexpected, or differ in shape or dtype (all are listed).
+      DamagedCheckpoint: files are missing or unreadable, or an array is not the one that was saved.
     """
     path, step = _find(directory, step)
     manifest: Manifest = _read_document(path, step)["manifest"]
     leaves = _flatten(target)
-    differences = _compare(manifest, {name: _describe(leaf) for name, leaf in leaves.items()})
-    if differences:
+    wanted_manifest = {name: _describe(leaf) for name, leaf in leaves.items()}
+    if differences := _compare(manifest, wanted_manifest):
         raise CheckpointError(f"{path / str(step)} does not fit the state:\n  " + "\n  ".join(differences))
     wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
     with _read_errors(path, step):
         args = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
         arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / str(step) / "arrays", args=args)
+    changed = [name for name, array in arrays.items() if not _intact(manifest[name], array)]
+    if changed:
+        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(sorted(changed))}")
     read = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(target), read), step
+
+
+def array_sum(array: Any) -> int:
+    """CRC-32 of an array's bytes in C order."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def preempted(step: int) -> str | None:
+    """In a run of several processes: a reason once all of them are to stop after `step`, since one is to be evicted.
+
+    JAX passes SIGTERM of any process on to all, and finds the step that they can agree on. To be asked at every step.
+    """
+    return "a notice of preemption" if ocp.utils.reached_preemption(step) else None
+
+
+def read_manifest(directory: str | Path, step: int | None = None) -> Manifest:
+    """{path: {"shape", "dtype", "crc32"}} of every leaf of `step` (None: the newest); reads no array.
+
+    Equal for states that are bitwise equal.
+    """
+    return _read_document(*_find(directory, step))["manifest"]
+
+
+def read_arrays(directory: str | Path, paths: Sequence[str], step: int | None = None) -> dict[str, np.ndarray]:
+    """Some leaves of `step` (None: the newest) by their paths, without a state to put them into. Errors: `restore`."""
+    path, step = _find(directory, step)
+    manifest: Manifest = _read_document(path, step)["manifest"]
+    if missing := [name for name in paths if name not in manifest]:
+        raise CheckpointError(f"{path / str(step)} has no {', '.join(missing)}")
+    with _read_errors(path, step):
+        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in paths}
+        args = ocp.args.PyTreeRestore(item=dict.fromkeys(paths, 0), restore_args=wanted, partial_restore=True)
+        arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / str(step) / "arrays", args=args)
+    changed = [name for name in paths if not _intact(manifest[name], arrays[name])]
+    if changed or any(list(arrays[name].shape) != manifest[name]["shape"] for name in paths):
+        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(sorted(changed))}")
+    return {name: arrays[name] for name in paths}
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
@@ -167,6 +244,24 @@ def _describe(leaf: Any) -> dict[str, Any]:
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _checksum(array: Any) -> dict[str, int]:
+    """CRC-32 of an array's bytes in C order; {} where it is empty or this process does not hold all of it."""
+    if array is None or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return {}
+    return {"crc32": array_sum(array)}
+
+
+def _intact(entry: Mapping[str, Any], array: Any) -> bool:
+    found = _checksum(array)
+    return "crc32" not in entry or not found or found["crc32"] == entry["crc32"]
+
+
+def _document_sum(document: Mapping[str, Any]) -> int:
+    """Of everything in the document but the sum itself."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _storable(leaf: Any) -> Any:
@@ -222,7 +317,7 @@ def _compare(saved: Manifest, wanted: Manifest) -> list[str]:
 
 
 def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
-    path = Path(directory).absolute()
+    path = Path(directory).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory of checkpoints")
     steps = all_steps(path)
@@ -236,9 +331,11 @@ def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
 def _read_document(path: Path, step: int) -> dict[str, Any]:
     with _read_errors(path, step):
         document = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / str(step) / "meta")
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise CheckpointError(f"{path / str(step)}: format {found!r}, this version reads {FORMAT}")
+    old = isinstance(document, dict) and "checksum" not in document and document.get("format") != FORMAT
+    if not old and (not isinstance(document, dict) or document.get("checksum") != _document_sum(document)):
+        raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not what was saved")
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{path / str(step)}: format {document.get('format')!r}, this version reads {FORMAT}")
     return document
 
 
@@ -247,7 +344,13 @@ def _read_errors(path: Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        raise CheckpointError(f"{path / str(step)}: cannot be read: {error}") from error
+        raise DamagedCheckpoint(f"{path / str(step)}: cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Orbax adds pages of advice."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 @contextlib.contextmanager
@@ -255,4 +358,6 @@ def _save_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a full disk, a vanished directory and the like, in Orbax's many kinds
-        raise CheckpointSaveError(f"{manager.directory}: a checkpoint could not be saved: {error}") from error
+        raise CheckpointSaveError(
+            f"{manager.directory}: a checkpoint could not be saved: {_first_line(error)}"
+        ) from error

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 from ppo_jax import commands, config, dpo_stage, export, reward_command, serve_command
 from ppo_jax.generate import GenerateSettings, generate_responses
+from ppo_jax.plan import plan
+from ppo_jax.plan_programs import PlanSettings
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
+from ppo_jax.train.loop import Interrupted
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+# Exit codes. 75 is sysexits.h's EX_TEMPFAIL: stopped by SIGTERM, Ctrl-C or the cluster, saved, to be gone on with.
+FAILED, MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 LONGEST = 4000  # characters of a message: it may quote what stands in a damaged file
 TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
@@ -28,6 +32,7 @@ COMMANDS = {
     "generate": Command(GenerateSettings, generate_responses),
     "export": Command(export.ExportSettings, export.export),
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),
+    "plan": Command(PlanSettings, plan),
     "export-reward": Command(reward_command.ExportRewardSettings, reward_command.export_reward),
     "serve-reward": Command(serve_command.ServeSettings, serve_command.serve_reward),
 }
@@ -62,13 +67,17 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
     """Calls `run`. An error that a user can act on becomes a message on standard error and an exit code.
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
-    loss that is not finite, a full disk). 130: interrupted. Anything else is a bug of ours, and keeps its traceback.
+    loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
+    at once. Anything else is a bug of ours, and keeps its traceback.
     """
     try:
         run()
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Interrupted as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:

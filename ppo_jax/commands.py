@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from ppo_jax import config, report, rundir
+from ppo_jax import config, distributed, report, rundir
 from ppo_jax.data import (
     TooLong,
     encode_sft,
@@ -22,7 +23,8 @@ from ppo_jax.data import (
 from ppo_jax.display import Screen, progress
 from ppo_jax.generate import check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
-from ppo_jax.reward_choice import choose_reward
+from ppo_jax.processes import is_first
+from ppo_jax.reward_choice import choose_reward, kind_of
 from ppo_jax.runs import Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, SFTSettings
 from ppo_jax.stages import MODEL, export_model, run_sft
@@ -51,7 +53,14 @@ def sft(settings: SFTSettings) -> None:
 
 def ppo(settings: PPOSettings) -> None:
     """`ppo-jax ppo`."""
+    distributed.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
+    distributed.check_rows(settings.mesh, settings.loop.batch_size, settings.ppo)
+    with distributed.use_mesh(settings.mesh):
+        _ppo(settings)
+
+
+def _ppo(settings: PPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
@@ -76,9 +85,11 @@ def ppo(settings: PPOSettings) -> None:
         reward_params=chosen.params,
         host_reward=chosen.host,
         failures=chosen.failures,
+        config=_repeatable(settings),
+        reward_name=reward_name(settings.reward) if chosen.host else "",
     )
-    directory = _open(settings)
-    with progress("ppo-jax ppo") as screen:
+    directory = distributed.run_directory(settings.run_dir, lambda: _open(settings))
+    with progress("ppo-jax ppo", is_first()) as screen:
         _say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
@@ -119,12 +130,21 @@ def _too_few(option: str, batch_size: int, rows: int, path: Path) -> str:
 
 def _open(settings: Any) -> Path:
     """The run directory, with the settings that repeat the run in it."""
-    directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", False), settings.overwrite)
-    # Passed back with --config it must neither delete nor continue anything by itself.
-    off = {name: False for name in ("resume", "overwrite") if hasattr(settings, name)}
-    text = config.to_yaml(dataclasses.replace(settings, **off))
-    (directory / rundir.CONFIG).write_text(text, encoding="utf-8")
+    directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
+    if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
+        (directory / rundir.CONFIG).write_text(_repeatable(settings), encoding="utf-8")
     return directory
+
+
+def reward_name(sources: Sequence[str]) -> str:
+    """What has to stay the same about rewards on the host. A service may move: of its address only the path counts."""
+    return ", ".join(urlsplit(source).path if kind_of(source) == "url" else source for source in sources)
+
+
+def _repeatable(settings: Any) -> str:
+    """As YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    off = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
+    return config.to_yaml(dataclasses.replace(settings, **off))
 
 
 def _say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:

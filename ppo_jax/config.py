@@ -14,23 +14,22 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 import tyro
 import yaml
 
+from ppo_jax.plain_yaml import ConfigError, join, line_of, parsed
+
+__all__ = ["ConfigError", "from_yaml", "load", "parse", "plain", "to_yaml"]
+
 C = TypeVar("C")
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
-LARGEST = 10**6  # characters of a file, and values that its aliases may expand to
 # YAML 1.1 reads 1e-4 (no dot) as text; nobody who writes it means text.
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used: says where (file, line, field), what was given and what is allowed."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -61,11 +60,11 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
     Args:
         source: what errors call the text, usually its file's path.
     """
-    data, lines = _parsed(text, source)
+    data, lines = parsed(text, source)
     try:
         return typing.cast(C, _record(cls, {} if data is None else data, "", base))
     except _At as problem:
-        line = _line(lines, problem.path)
+        line = line_of(lines, problem.path)
         place = f"{source}, line {line}" if line else source
         named = f"{problem.path}: " if problem.path else ""
         raise ConfigError(f"{place}: {named}{problem.text}") from problem.__cause__
@@ -73,31 +72,10 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
 
 def plain(text: str, source: str = "configuration") -> dict[str, Any]:
     """The mapping that YAML text holds, checked as in `from_yaml` but for no fields in particular."""
-    data, _ = _parsed(text, source)
+    data, _ = parsed(text, source)
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping, got {_shown(data)}")
     return data
-
-
-def _parsed(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """(plain data, {dotted path: line})."""
-    if len(text) > LARGEST:
-        raise ConfigError(f"{source}: {len(text)} characters; at most {LARGEST} are read")
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if (size := _expanded(root, {})) > LARGEST:
-            raise ConfigError(f"{source}: its aliases (*name) expand to {size:.0e} values; at most {LARGEST} are read")
-        lines = dict(_lines(root, source))
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{source}, line {mark.line + 1}" if mark else source
-        raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except ConfigError:
-        raise
-    except Exception as error:  # nested a thousand deep; a date such as 2024-13-45; `!!int ""` is an IndexError there
-        raise ConfigError(f"{source}: not a configuration: {error!s}") from None
-    return data, lines
 
 
 def load(cls: type[C], path: str | Path, base: C | None = None) -> C:
@@ -129,7 +107,7 @@ def parse(
         args: the words after the command; None takes those of the process.
         presets: named starting points; without `--preset` the defaults of `cls` count.
     """
-    args = sys.argv[1:] if args is None else list(args)
+    args = _spelled_out(cls, sys.argv[1:] if args is None else list(args))
     presets = presets or {}
     # These two decide the defaults of all others, so they are read first; tyro reads them again and checks them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -168,6 +146,17 @@ def parse(
     return typing.cast(C, settings)
 
 
+def _spelled_out(cls: type, args: list[str]) -> list[str]:
+    """`--field` without a value means yes where the field's choices include "yes"."""
+    kinds = typing.get_type_hints(cls)
+    flags = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if "yes" in typing.get_args(kind)}
+    spelled = []
+    for i, word in enumerate(args):
+        bare = word in flags and (i + 1 == len(args) or args[i + 1].startswith("-"))
+        spelled += [word, "yes"] if bare else [word]
+    return spelled
+
+
 class _At(Exception):
     """A problem at a dotted path; `from_yaml` adds the file and the line."""
 
@@ -178,10 +167,6 @@ class _At(Exception):
 
 def _is_record(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or (isinstance(kind, type) and hasattr(kind, "_fields"))
-
-
-def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
 
 
 def _field_types(cls: type) -> dict[str, Any]:
@@ -203,7 +188,7 @@ def _record(cls: type, value: Any, path: str, base: Any = None) -> Any:
     given = {} if base is None else {name: getattr(base, name) for name in kinds}
     for name in value:
         nested = given.get(name)
-        given[name] = _value(kinds[name], value[name], _join(path, name), nested)
+        given[name] = _value(kinds[name], value[name], join(path, name), nested)
     try:
         return cls(**given)
     except TypeError as error:
@@ -224,8 +209,8 @@ def _has_default(cls: type, name: str) -> bool:
 
 def _unknown_key(cls: type, key: object, kinds: Mapping[str, Any], path: str) -> NoReturn:
     near = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.4)
-    hint = f"did you mean {_join(path, near[0])}?" if near else f"{cls.__name__} has: {', '.join(kinds)}"
-    raise _At(_join(path, key), f"unknown key; {hint}")
+    hint = f"did you mean {join(path, near[0])}?" if near else f"{cls.__name__} has: {', '.join(kinds)}"
+    raise _At(join(path, key), f"unknown key; {hint}")
 
 
 def _value(kind: Any, value: Any, path: str, base: Any = None) -> Any:
@@ -237,13 +222,15 @@ def _value(kind: Any, value: Any, path: str, base: Any = None) -> Any:
         return _record(kind, value, path, base if isinstance(base, kind) else None)
     if origin in (Union, types.UnionType):
         return _union(args, value, path, base)
+    if origin is Literal and isinstance(value, bool) and {"yes", "no"} <= set(args):
+        return "yes" if value else "no"  # YAML 1.1 reads an unquoted yes or no as a truth value
     if origin is Literal and any(value == choice and type(value) is type(choice) for choice in args):
         return value
     if (origin or kind) in _SEQUENCES and isinstance(value, list):
         return _sequence(origin or kind, args, value, path)
     if (origin or kind) in _MAPPINGS and isinstance(value, dict):
         of_key, of_value = args or (Any, Any)
-        return {_value(of_key, k, path): _value(of_value, v, _join(path, k)) for k, v in value.items()}
+        return {_value(of_key, k, path): _value(of_value, v, join(path, k)) for k, v in value.items()}
     if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str) and value in kind.__members__:
         return kind[value]
     if kind in (None, type(None)) and value is None:
@@ -321,7 +308,7 @@ def _plain(value: Any, path: str, tagged: bool = False) -> Any:
         kinds = _field_types(type(value))
         head = {"type": type(value).__name__} if tagged else {}
         return head | {
-            name: _plain(getattr(value, name), _join(path, name), _several(kind)) for name, kind in kinds.items()
+            name: _plain(getattr(value, name), join(path, name), _several(kind)) for name, kind in kinds.items()
         }
     if isinstance(value, enum.Enum):
         return value.name
@@ -332,7 +319,7 @@ def _plain(value: Any, path: str, tagged: bool = False) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item, f"{path}[{i}]", tagged) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {_plain(key, path): _plain(item, _join(path, key), tagged) for key, item in value.items()}
+        return {_plain(key, path): _plain(item, join(path, key), tagged) for key, item in value.items()}
     raise ConfigError(f"{path or 'configuration'}: {type(value).__name__} cannot be written as YAML")
 
 
@@ -341,42 +328,3 @@ def _several(kind: Any) -> bool:
     args = typing.get_args(kind)
     is_union = typing.get_origin(kind) in (Union, types.UnionType)
     return (is_union and sum(map(_is_record, args)) > 1) or any(map(_several, args))
-
-
-def _line(lines: Mapping[str, int], path: str) -> int | None:
-    """The line of the innermost key on the way to `path` (a.b[0].c: of a.b where items have no line)."""
-    while path and path not in lines:
-        path = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", path)
-    return lines.get(path)
-
-
-def _expanded(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for when every alias is written out."""
-    if id(node) in known:
-        if not known[id(node)]:
-            raise ValueError(f"line {node.start_mark.line + 1}: an alias that contains itself")
-        return known[id(node)]
-    known[id(node)] = 0
-    children: list[Any] = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
-    flat = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-    known[id(node)] = 1 + sum(_expanded(part, known) for part in flat)
-    return known[id(node)]
-
-
-def _lines(root: Any, source: str) -> Iterator[tuple[str, int]]:
-    """(dotted path, line) of every key; a key that is given twice is an error (YAML would take the last)."""
-    waiting, seen = [("", root)], set()
-    while waiting:
-        path, node = waiting.pop()
-        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
-            continue
-        seen.add(id(node))  # an alias may lead back
-        keys: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in keys and name != "<<":
-                again = f"{_join(path, name)}: given twice (first on line {keys[name]})"
-                raise ConfigError(f"{source}, line {line}: {again}")
-            keys[name] = line
-            yield _join(path, name), line
-            waiting.append((_join(path, name), value))

@@ -8,12 +8,14 @@
 Only the first process of a multi-host run shows anything.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -32,8 +34,6 @@ SHOWN = {
     "entropy": ("entropy", "{:.3f}"),
     "clip_fraction": ("clip fraction", "{:.3f}"),
     "explained_variance": ("explained variance", "{:+.2f}"),
-    "vader": ("VADER", "{:+.3f}"),
-    "judge": ("judge", "{:+.3f}"),
     "response_length": ("length", "{:.1f} tok"),
     "eos_rate": ("EOS rate", "{:.2f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -104,6 +104,7 @@ class Screen:
         self.start = clock()
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
+        self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
 
     def update(
         self, *, phase: str, step: int, total: int | None = None, values: Mapping[str, float] | None = None
@@ -157,13 +158,18 @@ class Screen:
                 if scores is not None:
                     row.append(Text(f"{scores[i]:+.2f}"))
             table.add_row(*row)
-        self.console.print(table)
+        self._print(table)
+
+    def _print(self, what: RenderableType, **how: Any) -> None:
+        """Onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
+        with contextlib.suppress(OSError):
+            self.console.print(what, **how)
 
     def message(self, text: str) -> None:
         """Text above the live part, shown as it is (no markup)."""
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
-            self.console.print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """(total - step) * seconds per step of this phase - what has passed since its last step.
@@ -187,7 +193,7 @@ class Screen:
         bar = ProgressBar(total=state.total or 1, completed=state.step if state.total else 0, width=24)
         head.add_row(title, Text(self._safe(state.name), style="cyan"), bar, _count(state), self._times())
         body = Table.grid(padding=(0, 2))
-        pairs = _pairs(state)
+        pairs = _pairs(state, self.labels)
         columns = max(1, min(4, self.console.width // 29))
         for start in range(0, len(pairs), columns):
             row = pairs[start : start + columns]
@@ -196,7 +202,7 @@ class Screen:
         return Group(head, *([body] if pairs else []), *([Text(spark, style="cyan")] if spark else []))
 
     def _summary(self, state: _Phase) -> str:
-        values = "  ".join(f"{label} {value}" for label, value in _pairs(state))
+        values = "  ".join(f"{label} {value}" for label, value in _pairs(state, self.labels))
         return "  ".join(part for part in (f"[{state.name}]", _count(state), values, self._times()) if part)
 
     def _times(self) -> str:
@@ -228,10 +234,11 @@ def _count(state: _Phase) -> str:
     return str(state.step) if state.total is None else f"{state.step}/{state.total}"
 
 
-def _pairs(state: _Phase) -> list[tuple[str, str]]:
+def _pairs(state: _Phase, labels: Mapping[str, str]) -> list[tuple[str, str]]:
     """(label, formatted value) of what is shown of a phase."""
     values = state.values
-    known = [(label, form.format(values[name])) for name, (label, form) in SHOWN.items() if name in values]
+    shown = SHOWN | {name: (label, "{:+.3f}") for name, label in labels.items()}
+    known = [(label, form.format(values[name])) for name, (label, form) in shown.items() if name in values]
     return known or [(name, f"{value:.4g}") for name, value in list(values.items())[:8]]
 
 

@@ -3,6 +3,8 @@
 A *writer* is any function `write(step, phase, values)`. Only process 0 needs one; `combine([])` writes nothing.
 """
 
+import atexit
+import contextlib
 import json
 import math
 import os
@@ -28,20 +30,60 @@ def combine(writers: Iterable[Writer]) -> Writer:
     return write
 
 
+def resilient(
+    call: Callable[..., None],
+    notify: Callable[[str], None],
+    what: str,
+    errors: tuple[type[Exception], ...] = (OSError,),
+) -> Callable[..., None]:
+    """`call`, which writes something, as a function that lets no failure through.
+
+    What could not be written (a full disk, a directory that is gone) is kept in memory and written, in order, with the
+    next call that succeeds; a call without arguments only tries again. `notify` hears of the first failure of each
+    series, and of its end.
+    """
+    waiting: list[tuple[Any, ...]] = []
+    failed = False
+
+    def attempt(*arguments: Any) -> None:
+        nonlocal failed
+        if arguments:
+            waiting.append(arguments)
+        while waiting:
+            try:
+                call(*waiting[0])
+            except errors as error:
+                if not failed:
+                    notify(f"{what} cannot be written: {error}. Training goes on, and the lines are kept in memory")
+                failed = True
+                return
+            waiting.pop(0)
+        if failed:
+            notify(f"{what} is written again, and nothing of it is missing")
+        failed = False
+
+    return attempt
+
+
 def jsonl_writer(path: str | os.PathLike) -> Writer:
     """Writer that appends one JSON object a line to `path`: {"step", "phase", "time", and the values by name}.
 
     `time` is in seconds since the Unix epoch. Every line reaches the operating system before `write` returns, so a
-    killed process loses none; a torn last line that an earlier crash left is removed first.
+    killed process loses none; a torn last line that an earlier crash left is removed first. The first write to a phase
+    drops what an earlier process wrote of that phase from that step on: what is done again is recorded once.
     """
     path = Path(path)
     repair_jsonl(path)
+    begun: set[str] = set()
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         clash = [name for name in values if name in RESERVED]
         if clash:
             raise ValueError(f"metric named {clash[0]!r}: {', '.join(RESERVED)} are columns of their own; rename it")
         numbers = {name: float(value) for name, value in values.items()}
+        if phase not in begun:
+            truncate_jsonl(path, int(step) - 1, [phase])
+            begun.add(phase)
         append_jsonl(path, [{"step": int(step), "phase": phase, "time": round(time.time(), 3), **numbers}])
 
     return write
@@ -54,24 +96,48 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
     curve. Without the tensorboardX package `notify` gets one line (default: stderr) and nothing is written.
     """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
     except ImportError:
         text = "TensorBoard events are not written: pip install 'ppo_jax[tensorboard]' (metrics.jsonl has all numbers)"
         (notify or _to_stderr)(text)
         return combine([])
 
+    # Written in this thread: tensorboardX's own dies of a full disk, and then blocks whoever adds to its queue.
     open_phases: dict[str, Any] = {}
+    flushed: dict[str, float] = {}
+
+    def start(phase: str, step: int) -> Any:
+        folder = Path(directory) / phase
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two processes that start within one second must not share a file.
+        events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        events.write_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+        return events
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         if phase not in open_phases:
-            suffix = f".{time.time_ns()}"  # two processes that start within one second must not share a file
-            folder = str(Path(directory) / phase)
-            options = {"purge_step": int(step), "filename_suffix": suffix, "flush_secs": 2}
-            open_phases[phase] = SummaryWriter(folder, **options)
-        for name, value in values.items():
-            if not math.isnan(value):  # nothing was measured
-                open_phases[phase].add_scalar(name, float(value), int(step))
+            open_phases[phase] = start(phase, int(step))
+        events = open_phases[phase]
+        try:
+            for name, value in values.items():
+                if not math.isnan(value):  # nothing was measured
+                    scalar = summary.scalar(name, float(value))
+                    events.write_event(Event(wall_time=time.time(), step=int(step), summary=scalar))
+            if time.monotonic() - flushed.get(phase, 0.0) > 2:
+                events.flush()
+                flushed[phase] = time.monotonic()
+        except OSError:
+            del open_phases[phase]  # its file may end in half a record; the next write opens another
+            raise
 
+    def finish() -> None:
+        for events in open_phases.values():
+            with contextlib.suppress(OSError):
+                events.flush()
+
+    atexit.register(finish)
     return write
 
 
@@ -109,8 +175,15 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends records as strict JSON, a line each. NaN becomes null; an infinity becomes "Infinity" / "-Infinity"."""
     lines = [json.dumps(strict(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
-    with open(path, "ab") as file:
-        file.write("".join(lines).encode("utf-8", "replace"))
+    data = memoryview("".join(lines).encode("utf-8", "replace"))
+    with open(path, "ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:  # half a line would spoil the one after it
+            file.truncate(start)
+            raise
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ Each function takes the records of metrics.jsonl and gives a matplotlib Figure, 
 are missing. Matplotlib is imported when the first one is drawn: training does not need it.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 Records = Sequence[dict[str, Any]]
 
 BLUE, RED, GREEN, GREY, INK = "#2b5f8f", "#b5482e", "#3d7f6b", "#8a8f98", "#22262b"
-JUDGES = {"vader": "VADER", "judge": "second reward model"}
+COLORS = (GREEN, RED, "#7a5c99", "#b08a2e", GREY)  # of judges, in turn
+OWN = ("reward", "kl")  # scores of an evaluation that are no judges
+Labels = Mapping[str, str]  # name of a judge -> what people are shown
+NO_LABELS: Labels = {}
 WIDTH, DPI = 5.4, 200  # inches; 1080 pixels, shown at half that
 
 STYLE: dict[Any, Any] = {
@@ -56,8 +60,10 @@ class Plot(NamedTuple):
     caption: str  # how to read it
 
 
-def draw(run_dir: str | os.PathLike) -> list[Plot]:
+def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
     """Draws every curve that metrics.jsonl has the numbers for; returns them in the order of the report.
+
+    `labels` names judges that their short names do not explain.
 
     Raises ImportError when matplotlib is missing.
     """
@@ -68,7 +74,7 @@ def draw(run_dir: str | os.PathLike) -> list[Plot]:
     drawn = []
     with matplotlib.rc_context(STYLE):
         for name, title, caption, make in CURVES:
-            figure = make(records)
+            figure = make(records, labels) if make in (reward_against_kl, judges) else make(records)
             if figure is not None:
                 folder.mkdir(exist_ok=True)
                 figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
@@ -81,6 +87,14 @@ def series(records: Records, phase: str, name: str) -> tuple[list[int], list[flo
     points = [(r["step"], float(r[name])) for r in records if r.get("phase") == phase and r.get(name) is not None]
     points = [(step, value) for step, value in points if math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def judge_names(names: Iterable[str], labels: Labels = NO_LABELS) -> list[str]:
+    """The judges among the names of an evaluation's values (each has a spread, NAME_std); those with a label first."""
+    names = set(names)
+    found = {name.removesuffix("_std") for name in names if name.endswith("_std")} - set(OWN)
+    found |= names & labels.keys()
+    return [*(name for name in labels if name in found), *sorted(found - labels.keys())]
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -110,15 +124,23 @@ def reward_and_kl(records: Records) -> "Figure | None":
     return figure
 
 
-def reward_against_kl(records: Records) -> "Figure | None":
-    """Reward over sqrt(KL), the axis on which over-optimisation has a simple form (Gao et al. 2022, section 3)."""
+def reward_against_kl(records: Records, labels: Labels = NO_LABELS) -> "Figure | None":
+    """Reward over sqrt(KL), the axis on which over-optimisation has a simple form (Gao et al. 2022, section 3).
+
+    Judges whose spread is about the reward's, up to a factor of 3, share its axis.
+    """
     train, held_out = _against_kl(records, "ppo", "reward"), _against_kl(records, "eval", "reward")
     if not train and not held_out:
         return None
     figure, (axes,) = _panels(1, height=4.0)
     if train:
         axes.plot(*zip(*train, strict=True), ".", color=BLUE, alpha=0.35, ms=5, mew=0, label="training prompts")
-    for name, color, label in (("reward", BLUE, "held-out prompts"), ("judge", GREEN, JUDGES["judge"])):
+    own = _spread(records, "reward")
+    lines = [("reward", BLUE, "held-out prompts")]
+    for name, color in zip(_judges(records, labels), itertools.cycle(COLORS), strict=False):
+        if own and 1 / 3 <= _spread(records, name) / own <= 3:
+            lines.append((name, color, labels.get(name, name)))
+    for name, color, label in lines:
         points = _against_kl(records, "eval", name)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, ms=4.5, mec="white", mew=0.8, label=label)
@@ -129,19 +151,18 @@ def reward_against_kl(records: Records) -> "Figure | None":
     return figure
 
 
-def judges(records: Records) -> "Figure | None":
+def judges(records: Records, labels: Labels = NO_LABELS) -> "Figure | None":
     """Change since the first evaluation of the reward and of what it never saw, in initial standard deviations."""
-    names = [name for name in ("reward", *JUDGES) if len(series(records, "eval", name)[0]) > 1]
+    names = [name for name in ("reward", *_judges(records, labels)) if len(series(records, "eval", name)[0]) > 1]
     if "reward" not in names or len(names) < 2:
         return None
     figure, (axes,) = _panels(1, height=3.1)
     scaled = all(_spread(records, name) for name in names)
-    styles = {"reward": (BLUE, "reward model (optimised)"), "vader": (RED, "VADER"), "judge": (GREEN, JUDGES["judge"])}
-    for name in names:
+    for name, color in zip(names, itertools.chain([BLUE], itertools.cycle(COLORS)), strict=False):
         steps, values = series(records, "eval", name)
         scale = _spread(records, name) if scaled else 1.0
         gains = [(value - values[0]) / scale for value in values]
-        color, label = styles[name]
+        label = "reward (optimised)" if name == "reward" else labels.get(name, name)
         axes.plot(steps, gains, "o-", color=color, ms=4.5, mec="white", mew=0.8, label=label)
     axes.axhline(0, color=GREY, lw=0.9)
     unit = "standard deviations at update 0" if scaled else "own units"
@@ -300,6 +321,10 @@ def _against_kl(records: Records, phase: str, name: str) -> list[tuple[float, fl
     both = [r for r in records if r.get("phase") == phase and None not in (r.get("kl"), r.get(name))]
     points = [(math.sqrt(max(0.0, float(r["kl"]))), float(r[name])) for r in both]
     return [point for point in points if all(map(math.isfinite, point))]
+
+
+def _judges(records: Records, labels: Labels) -> list[str]:
+    return judge_names((name for record in records if record.get("phase") == "eval" for name in record), labels)
 
 
 def _spread(records: Records, name: str) -> float:

@@ -26,11 +26,12 @@ class Summary(TypedDict, total=False):
     title: str
     task: str  # what was trained on what, in a sentence or two
     before: Mapping[str, float]  # scores of the initial policy on the held-out prompts; names as in phase "eval":
-    after: Mapping[str, float]  # ... of the final one: reward, vader, judge (each with _std), kl, kl_per_token,
+    after: Mapping[str, float]  # ... of the final one: reward and judges (each with _std), kl, kl_per_token,
     #   response_length, eos_rate. Without them: first and last "eval" line, else ends of the "ppo" curve
     prompts: int  # number of held-out prompts behind `before` and `after`
     kl_budget: float  # nats per response that were allowed
     reward_accuracy: float  # held-out pairwise accuracy of the reward model that was optimised
+    judges: Mapping[str, str]  # name of a judge -> what readers are shown
     judge_accuracy: float  # ... of the second one, the judge
     reference_accuracies: Mapping[str, float]  # floors and ceilings on the same pairs: label -> accuracy
     reward_accuracy_note: str  # which pairs
@@ -45,15 +46,12 @@ class Summary(TypedDict, total=False):
 # name: label, unit, format, factor. The spread <name>_std is shown with its score.
 MEASURES = {
     "reward": ("Reward", "reward-model score", "{:.2f}", 1),
-    "judge": ("Second reward model", "score", "{:.2f}", 1),
-    "vader": ("VADER", "compound, −1 to 1", "{:.3f}", 1),
     "kl": ("KL from the reference", "nats per response", "{:.2f}", 1),
     "kl_per_token": ("KL from the reference", "nats per token", "{:.3f}", 1),
     "entropy": ("Entropy", "nats per token", "{:.2f}", 1),
     "response_length": ("Response length", "tokens", "{:.1f}", 1),
     "eos_rate": ("Responses that end by themselves", "% with EOS", "{:.1f}", 100),
 }
-SCORES = {"reward": "reward", "vader": "VADER", "judge": "judge"}  # short names beside samples
 
 
 def write(run_dir: str | os.PathLike, summary: Summary | None = None) -> Path:
@@ -81,13 +79,15 @@ def page(run_dir: Path, summary: Summary) -> str:
     before, after, source = scores_before_after(summary, records)
     held_out = source is None or source == HELD_OUT
     count = summary.get("prompts") if held_out else None
-    found = verdict.judge(before, after, records, count, summary.get("kl_budget"), summary.get("reward_accuracy"))
+    labels = summary.get("judges", {})
+    accuracy = summary.get("reward_accuracy")
+    found = verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels)
     title = summary.get("title") or f"Run {run_dir.resolve().name}"
     sections = [
         _verdict(found, source),
-        _numbers(before, after, count),
+        _numbers(before, after, count, labels),
         _accuracies(summary),
-        _curves(run_dir),
+        _curves(run_dir, labels),
         _samples(metrics.read_jsonl(run_dir / rundir.SAMPLES)),
         _environment(summary, records),
         _config(run_dir),
@@ -145,16 +145,18 @@ def _verdict(found: verdict.Verdict | None, source: str | None) -> str:
     )
 
 
-def _numbers(before: Mapping[str, Any], after: Mapping[str, Any], count: int | None) -> str:
+def _numbers(before: Mapping[str, Any], after: Mapping[str, Any], count: int | None, labels: plots.Labels) -> str:
     """Table of the scores before and after, with units."""
     rows = []
-    for name, (label, unit, form, factor) in MEASURES.items():
+    judges = {name: (_text(labels.get(name, name)), "score", "{:.3f}", 1) for name in _judges(before, after, labels)}
+    measures = {"reward": MEASURES["reward"], **judges, **MEASURES}
+    for name, (label, unit, form, factor) in measures.items():
         found = verdict.gain(before, after, name, count)
         if found is None:
             continue
         cells = [_value(values, name, form, factor) for values in (before, after)]
         change = _minus(form.replace("{:", "{:+").format(found.change * factor))
-        in_std = _minus(f"{found.in_std:+.2f}") if found.in_std is not None and name in SCORES else ""
+        in_std = _minus(f"{found.in_std:+.2f}") if found.in_std is not None and name in ("reward", *judges) else ""
         rows.append(
             f"<tr><th scope='row'>{label} <span class='unit'>{unit}</span></th>"
             f"<td>{cells[0]}</td><td>{cells[1]}</td><td>{change}</td><td>{in_std}</td></tr>"
@@ -195,9 +197,13 @@ def _accuracies(summary: Summary) -> str:
     )
 
 
-def _curves(run_dir: Path) -> str:
+def _judges(before: Mapping[str, Any], after: Mapping[str, Any], labels: plots.Labels) -> list[str]:
+    return plots.judge_names({*before, *after}, labels)
+
+
+def _curves(run_dir: Path, labels: plots.Labels) -> str:
     try:
-        drawn = plots.draw(run_dir)
+        drawn = plots.draw(run_dir, labels)
     except ImportError:
         return "<section><h2>Curves</h2><p class='note'>Left out: matplotlib is not installed.</p></section>"
     figures = "".join(
@@ -232,8 +238,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _sample(sample: Mapping[str, Any]) -> str:
     scores = "".join(
-        f"<span><i>{_text(SCORES.get(name, name))}</i> {_signed(value)}</span>"
-        for name, value in sample.get("scores", {}).items()
+        f"<span><i>{_text(name)}</i> {_signed(value)}</span>" for name, value in sample.get("scores", {}).items()
     )
     return (
         f"<div class='sample'><div class='step'>update {sample['step']}</div><p><span class='prompt'>"

@@ -4,7 +4,8 @@
     metrics.jsonl    one line per update                     plots/         PNG curves
     samples.jsonl    the same prompts at several steps       checkpoints/   state to resume from
     summary.json     the numbers of the report               export/        adapter and heads, merged model
-    report.html      one self-contained page
+    report.html      one self-contained page                damaged/       checkpoints that could not be read
+                                                           faults/        batches that training stopped at
 
 Only the first process of a multi-host run opens and writes it.
 """
@@ -15,13 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ppo_jax import metrics
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 SUMMARY, REPORT = "summary.json", "report.html"
 TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT = "tensorboard", "plots", "checkpoints", "export"
+DAMAGED, FAULTS = "damaged", "faults"  # only where something went wrong
 
 LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
 
@@ -31,19 +33,24 @@ def holds_run(path: str | os.PathLike) -> bool:
     return any((Path(path) / name).exists() for name in (CONFIG, METRICS))
 
 
-def open_run(path: str | os.PathLike, resume: bool = False, overwrite: bool = False) -> Path:
+def open_run(
+    path: str | os.PathLike, resume: bool | Literal["no", "yes", "auto"] = False, overwrite: bool = False
+) -> Path:
     """Makes `path` ready for a run and returns it.
 
     A new or empty directory is taken as it is, and one that holds other things keeps them. A directory that
     already holds a run is refused, unless
-      resume: the run goes on. Where there is none a new one starts, so that a pre-empted job may always pass it.
-      overwrite: the files of LAYOUT are deleted, and nothing else.
+      resume: the run goes on. With "auto" a new one starts where there is none, so that a job that may be pre-empted
+        can always pass it; with "yes" (or True) that is an error, since the directory is likely mistyped.
+      overwrite: the files of a run are deleted, and nothing else.
 
     Raises ValueError that says what is in the way and what to do.
     """
-    if resume and overwrite:
+    if resume not in (False, "no") and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: choose one")
     path = Path(path).expanduser()
+    if resume in (True, "yes") and not any((path / name).exists() for name in LAYOUT):
+        raise ValueError(f"{path} holds no run to go on with: --resume auto starts one, or name another directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # a mode bit does not tell: a disk may be read-only or full
@@ -51,8 +58,8 @@ def open_run(path: str | os.PathLike, resume: bool = False, overwrite: bool = Fa
     except OSError as error:
         raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
 
-    found = [name for name in LAYOUT if (path / name).exists()]
-    if found and not resume:
+    found = [name for name in (*LAYOUT, DAMAGED, FAULTS) if (path / name).exists()]
+    if found and resume in (False, "no"):
         if not overwrite:
             raise ValueError(
                 f"{path} already holds a run ({', '.join(found)}): "

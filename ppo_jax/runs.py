@@ -5,97 +5,40 @@ samples, the live display, and the policy saved at the end.
 """
 
 import contextlib
-import math
+import dataclasses
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import artifacts, checkpoint, metrics, rundir
-from ppo_jax.data import left_pad, prompt_batches
+from ppo_jax import artifacts, checkpoint, faults, metrics, processes, resuming, rundir
+from ppo_jax.data import prompt_batches
 from ppo_jax.display import Screen
+from ppo_jax.evaluation import earlier_evaluations, make_evaluator
+from ppo_jax.interrupt import stop_requests
 from ppo_jax.models import hf
-from ppo_jax.models.config import ModelConfig, ModelOptions
-from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.models.adapters import init_adapter
+from ppo_jax.models.config import ModelOptions
+from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.rewards.failures import FailureLog
-from ppo_jax.rollout import Sampling
-from ppo_jax.train.evaluate import Evaluation, make_evaluate
-from ppo_jax.train.loop import LoopConfig, as_scores, evaluation_due, host_iteration, response_texts, train
+from ppo_jax.saving import Saver, saver
+from ppo_jax.setup import Judge, Model, PromptSet, Result, Setup, decode_responses
+from ppo_jax.train.loop import Interrupted, Stopped, assess, evaluation_due, host_iteration, train
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, check_hyper, make_host_iteration, make_iteration
-from ppo_jax.train.state import TrainState, init_state, key_stream
-from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout
+from ppo_jax.train.ppo import check_hyper, make_host_iteration, make_iteration
+from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
+from ppo_jax.types import Frozen, Policy, PyTree
 
-SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
+__all__ = [
+    "Judge", "Model", "PromptSet", "Result", "Setup", "decode_responses", "environment", "load_model", "run_ppo",
+    "run_writer",
+]  # fmt: skip
 
-
-class Model(NamedTuple):
-    """A base model with its tokenizer."""
-
-    name: str  # the path or hub name the user gave
-    config: ModelConfig
-    params: PyTree
-    tokenizer: Any
-    fingerprint: str  # of the weight files: adapters only fit the base they were trained on
-
-    @property
-    def pad_id(self) -> int:
-        """Fills empty slots; masks say which those are, so any id serves."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """What ends a response: the model's EOS ids and the tokenizer's."""
-        own = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
-
-    def decode(self, ids: np.ndarray) -> str:
-        """Token ids -> text without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class PromptSet(NamedTuple):
-    """Prompts as token rows and as text, with whatever else the user gave for each."""
-
-    rows: Sequence[Sequence[int]]
-    texts: Sequence[str]
-    metadata: Sequence[dict[str, Any]]
-
-
-# A judge scores the responses of an evaluation: (rollout, prompts, responses) -> one number per row.
-Judge = Callable[[Rollout, Sequence[str], Sequence[str]], np.ndarray]
-
-
-class Setup(NamedTuple):
-    """What a run is about. Exactly one of the two rewards is given."""
-
-    model: Model
-    adapter: PyTree  # the policy's, at the start
-    prompts: PromptSet
-    held_out: PromptSet
-    ppo: PPOConfig
-    hyper: Hyper
-    loop: LoopConfig
-    seed: int
-    device_reward: DeviceReward | None = None
-    reward_params: PyTree = None  # `Frozen.reward`
-    host_reward: HostReward | None = None
-    judges: Mapping[str, Judge] = {}
-    failures: FailureLog | None = None  # what the reward tells of rows that it could not score
-
-
-class Result(NamedTuple):
-    """The trained policy, and the evaluations before and after."""
-
-    policy: Policy
-    before: dict[str, float]
-    after: dict[str, float]
+POLICY, BEST = "policy", "best"  # folders in export/
 
 
 def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
@@ -105,82 +48,121 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     """
     where = hf.resolve(path)
     options = options or ModelOptions()
-    config, params = hf.load(where, options.dtype)
+    config, params = hf.load(where, options.dtype, processes.current_mesh())
     tokenizer = hf.load_tokenizer(where)
     hf.check_vocabulary(config, tokenizer)
     return Model(str(path), options.of(config), params, tokenizer, artifacts.fingerprint(where))
 
 
-def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool = False) -> Result:
-    """Trains by PPO in an opened run directory (`rundir.open_run`); with `resume` from its last checkpoint, if any.
+def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resuming.Resume = "no") -> Result:
+    """Trains by PPO in an opened run directory (`rundir.open_run`); unless `resume` is "no", from its last checkpoint.
 
-    Writes metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/ and export/policy.
+    Writes config.yaml (once the checkpoint has been read), metrics.jsonl, TensorBoard events, samples.jsonl,
+    checkpoints/, export/policy and, where another update than the last evaluated best, export/best.
+
+    Raises:
+      Interrupted, Stopped: as `train.loop.train`; the state has been saved, and the message says of which update.
+      CheckpointSaveError: the last state could not be saved.
     """
-    model, ppo, loop = setup.model, setup.ppo, setup.loop
+    ppo, loop = setup.ppo, setup.loop
     if (setup.device_reward is None) == (setup.host_reward is None):
         raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     ppo.check_batch(loop.batch_size)
-    frozen = Frozen(model.params, setup.reward_params)
-    optimizer = make_optimizer()
     check_hyper(setup.hyper)
-    key = key_stream(setup.seed, "ppo")
-    state = init_state(key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef)
-    checkpoints = directory / rundir.CHECKPOINTS
-    if resume:
-        state = _restored(directory, state, loop.updates, screen)
+    frozen = processes.laid_out(Frozen(setup.model.params, setup.reward_params))
+    optimizer = make_optimizer(ppo.optimizer)
+    state = processes.laid_out(_fresh_state(setup, optimizer))
+    facts = run_facts(setup)
+    restored = None
+    if resume not in (False, "no"):
+        restored = _restored(directory, state, setup, facts, screen)
+        state = state if restored is None else restored.state
+    if setup.config:
+        metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
     if ppo.sampling.filtered:
         screen.message(
             "top-k or top-p is on: tokens are drawn from a filtered distribution, while ratios and KL are those of the "
             "whole one. Their mismatch is logged as behaviour_mismatch, and the KL estimate may turn negative."
         )
+    screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
     failures = setup.failures or FailureLog()
     failures.notify = screen.message
-    iteration = _iteration(setup, optimizer)
-    batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, model.pad_id)
+    evaluations = earlier_evaluations(directory)
+    best: dict[str, Any] = dict(restored.meta.get("best", {})) if restored else {}
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_manager(checkpoints, loop.keep))
-        write = run_writer(directory, screen, loop.updates)
-        evaluations: dict[int, dict[str, float]] = _earlier_evaluations(directory)
-        evaluate = _evaluator(directory, setup, frozen, write, screen, evaluations)
-        if (done := int(state.step)) and evaluation_due(done, loop) and done not in evaluations:
-            evaluate(done, state)  # the run was stopped between saving and evaluating
-        state = train(
-            state,
-            frozen,
-            iteration,
-            lambda step: jax.tree.map(jnp.asarray, batches[step]),
-            setup.hyper,
-            loop,
-            write=lambda step, values: write(step, "ppo", values),
-            evaluate=evaluate,
-            save=lambda step, state: checkpoint.save(manager, step, state),
-            causes=failures.summary,
-        )
+        asked = stack.enter_context(stop_requests(screen.message))
+        last = restored.step if restored else None
+        meta = {"config": setup.config, "facts": facts, "best": best}  # `best` is filled as evaluations come
+        keep = stack.enter_context(saver(directory / rundir.CHECKPOINTS, loop, meta, screen.message, last))
+        keep.best = best.get("step")
+        files = _files(directory, screen, loop.wandb, setup.config)
+        put_samples = metrics.resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
+        write = _shown(files, screen, loop.updates)
+        stopping = lambda: asked() is not None  # noqa: E731
+        measure = make_evaluator(directory, setup, frozen, write, put_samples, screen, evaluations, stopping)
+
+        def evaluate(step: int, state: TrainState) -> dict[str, float] | None:
+            values = measure(step, state)
+            note_best(step, state, values)
+            return values
+
+        def save(step: int, state: TrainState, due: bool) -> None:
+            if due:  # what the checkpoint takes for written is tried once more
+                for again in (put_samples, *files):
+                    again()
+            keep(step, state, due)
+
+        def note_best(step: int, state: TrainState, values: Mapping[str, float] | None) -> None:
+            known, better = assess(state, values, loop)
+            if better:
+                best.update({"step": step, "metric": loop.best_metric, "value": float(known.best)})
+                keep.best = step
+
+        if done := int(state.step):  # the run was stopped between saving and evaluating, or before it noted the result
+            values = evaluations.get(done)
+            if evaluation_due(done, loop) and values is None:
+                values = evaluate(done, state)
+                if values is None:
+                    _leave(Interrupted(f"stopped by {asked()} at update {done}"), keep)
+            note_best(done, state, values)
+            state, _ = assess(state, values, loop)
+        batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, setup.model.pad_id)
+        prompts = lambda step: processes.feed(batches[step])  # noqa: E731
+        iteration = _iteration(setup, optimizer, stopping)
+        try:
+            state = train(
+                state,
+                frozen,
+                iteration,
+                prompts,
+                setup.hyper,
+                loop,
+                write=lambda step, values: write(step, "ppo", values),
+                evaluate=evaluate,
+                save=save,
+                stop=lambda step: asked() or checkpoint.preempted(step),
+                dump=faults.dumper(directory, setup, frozen, prompts),
+                causes=failures.summary,
+            )
+        except Stopped as error:
+            _leave(error, keep)
+        if keep.settle() != loop.updates:
+            keep.insist(loop.updates, state)
     if failures.counts:
         screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
-    after = evaluations[loop.updates]
-    artifacts.save(
-        directory / rundir.EXPORT / "policy",
-        "policy",
-        state.policy.adapter,
-        state.policy.value_head,
-        {"updates": loop.updates, "evaluation": after},
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        overwrite=True,
-    )
-    return Result(state.policy, evaluations.get(0, {}), after)
+    return _export(directory, setup, state, evaluations, best)
 
 
 def run_writer(directory: Path, screen: Screen, total: int | None = None) -> metrics.Writer:
-    """Writes a step's values to metrics.jsonl, to TensorBoard and onto the screen."""
-    files = metrics.combine(
-        [
-            metrics.jsonl_writer(directory / rundir.METRICS),
-            metrics.tensorboard_writer(directory / rundir.TENSORBOARD, screen.message),
-        ]
-    )
+    """Writes a step's values to metrics.jsonl, to TensorBoard and onto the screen.
+
+    A file that cannot be written is reported and tried again; it does not end the run. Only the first process writes.
+    """
+    return _shown(_files(directory, screen), screen, total)
+
+
+def _shown(writers: Sequence[metrics.Writer], screen: Screen, total: int | None) -> metrics.Writer:
+    files = metrics.combine(writers)
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         files(step, phase, values)
@@ -190,8 +172,24 @@ def run_writer(directory: Path, screen: Screen, total: int | None = None) -> met
     return write
 
 
+def _files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -> list[Callable[..., None]]:
+    """One writer for each place; called without arguments it tries again what it could not write."""
+    if jax.process_index():
+        return []
+    say = screen.message
+    tensorboard = metrics.tensorboard_writer(directory / rundir.TENSORBOARD, say)
+    writers = [
+        metrics.resilient(metrics.jsonl_writer(directory / rundir.METRICS), say, rundir.METRICS),
+        metrics.resilient(tensorboard, say, f"{rundir.TENSORBOARD}/"),
+    ]
+    if wandb:
+        online = metrics.wandb_writer(wandb, directory, {"yaml": config})
+        writers.append(metrics.resilient(online, say, "Weights & Biases", (Exception,)))
+    return writers
+
+
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the report."""
+    """Versions and machine, for the report and for checkpoints."""
     names = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     device = jax.devices()[0]
     return {
@@ -200,106 +198,120 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _iteration(setup: Setup, optimizer: Any) -> Any:
+def run_facts(setup: Setup) -> dict[str, Any]:
+    """What a run is, as JSON values: what a checkpoint has to agree with before the run goes on from it."""
+    reward = "on the host" if setup.device_reward is None else "on the device"
+    around = environment()
+    found = {
+        "base": {"name": setup.model.name, "fingerprint": setup.model.fingerprint},
+        "reward": {"where": reward, "name": setup.reward_name, "arrays": _digest(setup.reward_params)},
+        "prompts": _digest([np.asarray(row, np.int32) for row in setup.prompts.rows]),
+        "held_out": _digest([np.asarray(row, np.int32) for row in setup.held_out.rows]),
+        "seed": setup.seed,
+        "batch_size": setup.loop.batch_size,
+        "ppo": dataclasses.asdict(setup.ppo),
+        "hyper": setup.hyper._asdict(),
+        "loop": {name: value for name, value in dataclasses.asdict(setup.loop).items() if name != "batch_size"},
+        "versions": around["versions"],
+        "machine": {"devices": around["machine"], "processes": jax.process_count(), "mesh": _mesh()},
+    }
+    return metrics.strict(found)
+
+
+def _mesh() -> str:
+    mesh = jax.sharding.get_abstract_mesh()
+    return "none" if mesh.empty else str(dict(mesh.shape))
+
+
+def _digest(tree: PyTree) -> str:
+    """Of the bytes of a tree's arrays, in their order."""
+    sums = [checkpoint.array_sum(leaf) for leaf in jax.tree.leaves(tree)]
+    return f"{len(sums)} arrays, {checkpoint.array_sum(np.array(sums, np.uint32)):08x}"
+
+
+def _fresh_state(setup: Setup, optimizer: Any) -> TrainState:
+    """The state before the first update, with the critic that the configuration asks for."""
+    ppo, model = setup.ppo, setup.model
+    critic, value_head = None, None
+    if ppo.critic.own:
+        key = key_stream(setup.seed, "critic")
+        critic = init_adapter(key, model.params, model.config, ppo.critic.adapter)
+    if ppo.critic.init == "reward":
+        if not isinstance(setup.reward_params, RewardRole):
+            raise ValueError('ppo.critic.init="reward" needs a LoRA reward model on the same base as the only reward')
+        value_head = value_head_of_reward(setup.reward_params.head)
+        critic = setup.reward_params.adapter if ppo.critic.own else None
+    elif ppo.critic.init != "zero":
+        found = artifacts.load(ppo.critic.init, "policy")
+        artifacts.check_base(found, model.fingerprint, model.config)
+        critic, value_head = found.adapter if ppo.critic.own else None, found.head
+    key, ema = key_stream(setup.seed, "ppo"), ppo.ema_decay > 0
+    return init_state(
+        key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef, critic=critic, value_head=value_head, ema=ema
+    )
+
+
+def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
     if setup.device_reward is not None:
         return make_iteration(setup.model.config, setup.ppo, optimizer, setup.device_reward)
     assert setup.host_reward is not None
     collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
-    return host_iteration(collect, learn, setup.host_reward, setup.model.decode, setup.ppo.sampling, texts, table)
+    reward, sampling = processes.SplitReward(setup.host_reward), setup.ppo.sampling
+    return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, stopping)
 
 
-def _evaluator(
-    directory: Path,
-    setup: Setup,
-    frozen: Frozen,
-    write: metrics.Writer,
-    screen: Screen,
-    evaluations: dict[int, dict[str, float]],
-) -> Callable[[int, TrainState], None]:
-    """evaluate(step, state): scores the held-out prompts, writes phase "eval" and samples, fills `evaluations`."""
-    run = make_evaluate(setup.model.config, setup.ppo.sampling, setup.device_reward)
-    held_out = setup.held_out
-    length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
-    tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
-    prompts = Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)))
-    key = key_stream(setup.seed, "evaluation")  # the same at every step: policies are compared on equal random numbers
-    shown: dict[int, Any] = {}
-
-    def evaluate(step: int, state: TrainState) -> None:
-        result = run(state.policy, frozen, prompts, key, setup.hyper)
-        responses = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
-        columns = _columns(setup, result, responses)
-        values = _summary(columns, result.rollout)
-        evaluations[step] = values
-        write(step, "eval", values)
-        scores = {name: column[:SAMPLES].tolist() for name, column in columns.items()}
-        rundir.write_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
-        shown[step] = (responses[:4], columns["reward"][:4].tolist())
-        if step == setup.loop.updates and 0 in shown:
-            (before, before_scores), (after, after_scores) = shown[0], shown[step]
-            screen.sample(held_out.texts[:4], before, after, before_scores, after_scores)
-
-    return evaluate
-
-
-def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
-    """The text of every response."""
-    return response_texts(
-        np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
-    )
-
-
-def _columns(setup: Setup, result: Evaluation, responses: Sequence[str]) -> dict[str, np.ndarray]:
-    """One array per score, NaN where a reward failed; `reward/NAME` for the parts of a sum."""
-    scores, held_out = result.scores, setup.held_out
-    if scores is None:
-        assert setup.host_reward is not None
-        scores = as_scores(setup.host_reward(held_out.texts, responses, held_out.metadata), len(responses))
-    valid = np.asarray(scores.valid)
-    columns = {"reward": np.where(valid, np.asarray(scores.reward), np.nan)}
-    columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
-    columns |= {
-        name: np.asarray(judge(result.rollout, held_out.texts, responses)) for name, judge in setup.judges.items()
-    }
-    return columns | {"kl": np.asarray(result.kl)}
-
-
-def _summary(columns: Mapping[str, np.ndarray], rollout: Rollout) -> dict[str, float]:
-    scored = {name: column[~np.isnan(column)] for name, column in columns.items()}
-    values = {name: float(column.mean()) if column.size else math.nan for name, column in scored.items()}
-    spread = {name: float(column.std(ddof=1)) if column.size > 1 else math.nan for name, column in scored.items()}
-    values |= {f"{name}_std": value for name, value in spread.items()}
-    values["invalid_scores"] = 1 - scored["reward"].size / columns["reward"].size
-    tokens = np.asarray(rollout.response_mask).sum(axis=1)
-    values["kl_per_token"] = float(columns["kl"].sum() / max(tokens.sum(), 1))
-    values["response_length"] = float(tokens.mean())
-    values["eos_rate"] = float(np.asarray(rollout.terminated).mean())
-    return values
-
-
-def _restored(directory: Path, state: TrainState, updates: int, screen: Screen) -> TrainState:
-    """The state of the last checkpoint, or `state` where there is none; drops what the run wrote after it."""
+def _restored(
+    directory: Path, state: TrainState, setup: Setup, facts: Mapping[str, Any], screen: Screen
+) -> resuming.Restored | None:
+    """The newest whole checkpoint, if any; drops what the run wrote after it."""
     checkpoints = directory / rundir.CHECKPOINTS
-    step = checkpoint.latest_step(checkpoints)
-    if step is None:
-        rundir.truncate_run(directory, -1)  # stopped before its first checkpoint: all is done again
-        return state
-    if step > updates:
+    latest, updates = checkpoint.latest_step(checkpoints), setup.loop.updates
+    if latest is not None and latest > updates:
         raise ValueError(
-            f"{checkpoints} is at update {step}, beyond --loop.updates {updates}: give at least {step}, or another "
+            f"{checkpoints} is at update {latest}, beyond --loop.updates {updates}: give at least {latest}, or another "
             "run directory"
         )
-    state, step = checkpoint.restore(checkpoints, state)
-    rundir.truncate_run(directory, step)
-    screen.message(f"resumed at update {step}")
-    return state
+    found = resuming.restore(directory, state, facts, screen.message)
+    if found is None:
+        resuming.drop_later_records(directory, -1)  # stopped before its first checkpoint: all is done again
+        return None
+    resuming.drop_later_records(directory, found.step)
+    screen.message(f"resumed at update {found.step}")
+    return found
 
 
-def _earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """What an interrupted run had already evaluated."""
-    return {
-        record["step"]: {name: value for name, value in record.items() if name not in metrics.RESERVED}
-        for record in metrics.read_jsonl(directory / rundir.METRICS)
-        if record["phase"] == "eval"
-    }
+def _leave(error: Stopped, keep: Saver) -> NoReturn:
+    """Raises the error again, with what is on disk."""
+    saved = keep.settle()
+    on_disk = "no update has been saved" if saved is None else f"update {saved} is saved"
+    raise type(error)(f"{error}; {on_disk}. Go on with --resume") from None
+
+
+def _export(
+    directory: Path, setup: Setup, state: TrainState, evaluations: dict[int, dict[str, float]], best: Mapping[str, Any]
+) -> Result:
+    """Saves the last policy, and the best one where that is another; what the run returns."""
+    updates = setup.loop.updates
+    after = evaluations.get(updates, {})
+    _save_policy(directory / rundir.EXPORT / POLICY, setup, state.policy, {"updates": updates, "evaluation": after})
+    step = best.get("step", updates)
+    if 0 < step < updates and step in checkpoint.all_steps(directory / rundir.CHECKPOINTS):
+        policy = checkpoint.restore(directory / rundir.CHECKPOINTS, state, step)[0].policy
+        facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
+        _save_policy(directory / rundir.EXPORT / BEST, setup, policy, facts)
+    return Result(state.policy, evaluations.get(0, {}), after)
+
+
+def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:
+    model = setup.model
+    artifacts.save(
+        path,
+        "policy",
+        *processes.fetch((policy.adapter, policy.value_head)),
+        facts,
+        config=model.config,
+        base=model.name,
+        base_fingerprint=model.fingerprint,
+        overwrite=True,
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from ppo_jax.data import TooLong
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
+from ppo_jax.resuming import Resume
 from ppo_jax.reward_choice import RewardOptions
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
@@ -106,7 +107,7 @@ class PPOSettings:
     """Its scalars."""
     loop: LoopConfig = LoopConfig()
     """How long, and what when."""
-    resume: bool = False
-    """Go on with the run in run_dir."""
+    resume: Resume = "no"
+    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
     overwrite: bool = False
     """Delete the run in run_dir and start anew."""

@@ -8,9 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.plots import Records, series
-
-JUDGES = {"vader": "VADER", "judge": "the second reward model"}
+from ppo_jax.plots import NO_LABELS, Labels, Records, judge_names, series
 
 
 class Gain(NamedTuple):
@@ -60,20 +58,22 @@ def judge(
     count: int | None = None,
     kl_budget: float | None = None,
     reward_accuracy: float | None = None,
+    labels: Labels = NO_LABELS,
 ) -> Verdict | None:
     """The verdict on a run from its scores `before` and `after` (keys as in phase "eval" of metrics.jsonl).
 
-    records: metrics.jsonl, to find a judge that has fallen from its peak. count: held-out prompts.
+    records: metrics.jsonl, to find a judge that has fallen from its peak. count: held-out prompts. labels: of judges.
     None when there is no reward before and after.
     """
     reward = gain(before, after, "reward", count)
     if reward is None:
         return None
-    judges = {label: gain(before, after, name, count) for name, label in JUDGES.items()}
-    known = {label: found for label, found in judges.items() if found is not None}
+    gains = {name: gain(before, after, name, count) for name in judge_names({*before, *after}, labels)}
+    judges = {name: found for name, found in gains.items() if found is not None}
+    known = {labels.get(name, name): found for name, found in judges.items()}
     sentences = [_reward_sentence(reward, count)]
     sentences += _judge_sentences(reward, known)
-    sentences += _peak_sentences(records, known, count)
+    sentences += _peak_sentences(records, judges, labels)
     sentences += _distance_sentences(before, after, kl_budget)
     if reward_accuracy is not None:
         sentences.append(f"The reward model orders {reward_accuracy:.1%} of held-out pairs as people did.")
@@ -156,12 +156,12 @@ def _judge_sentences(reward: Gain, judges: Mapping[str, Gain]) -> list[str]:
     return sentences
 
 
-def _peak_sentences(records: Records, judges: Mapping[str, Gain], count: int | None) -> list[str]:
+def _peak_sentences(records: Records, judges: Mapping[str, Gain], labels: Labels) -> list[str]:
     """Judges that have clearly fallen from their best evaluation: the sign of over-optimisation."""
     sentences = []
-    for name, label in JUDGES.items():
+    for name, found in judges.items():
         steps, values = series(records, "eval", name)
-        error = judges[label].error if label in judges else None
+        label, error = labels.get(name, name), found.error
         if not values or error is None:
             continue
         best = max(range(len(values)), key=values.__getitem__)

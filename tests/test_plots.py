@@ -35,8 +35,11 @@ def test_moving_average_by_hand():
 
 def test_reward_against_sqrt_kl():
     rows = records(reward=float, kl=lambda i: [4.0, 9.0, -0.01, None][i - 1])
-    rows += [evaluation(0, reward=0.5, kl=0.0, judge=0.25), evaluation(4, reward=1.5, kl=2.25, judge=1.0)]
-    (axes,) = plots.reward_against_kl(rows).axes
+    spreads = {"reward_std": 1.0, "judge_std": 2.0, "tiny_std": 0.1}
+    rows += [evaluation(0, reward=0.5, kl=0.0, judge=0.25, tiny=0.1, **spreads)]
+    rows += [evaluation(4, reward=1.5, kl=2.25, judge=1.0, tiny=0.2, **spreads)]
+    (axes,) = plots.reward_against_kl(rows, {"judge": "a second model"}).axes
+    assert [x.get_label() for x in axes.lines][1:] == ["held-out prompts", "a second model"]  # tiny: another scale
     assert line(axes, 0) == ([2.0, 3.0, 0.0], [1.0, 2.0, 3.0])  # a sampled KL just below 0 counts as 0
     assert line(axes, 1) == ([0.0, 1.5], [0.5, 1.5])
     assert line(axes, 2) == ([0.0, 1.5], [0.25, 1.0])
@@ -60,7 +63,8 @@ def test_judges_are_gains_in_initial_standard_deviations():
     assert line(axes, 0)[1] == [0.0, 1.5] and line(axes, 1)[1] == pytest.approx([0.0, 0.2])
     for row in rows:
         del row["vader_std"]
-    (axes,) = plots.judges(rows).axes  # one spread is unknown: all in their own units
+    assert plots.judges(rows) is None  # a value without a spread is no judge, unless a label says so
+    (axes,) = plots.judges(rows, {"vader": "VADER"}).axes  # one spread is unknown: all in their own units
     assert line(axes, 0)[1] == [0.0, 3.0] and "own units" in axes.get_ylabel()
     assert plots.judges([evaluation(0, reward=1.0), evaluation(1, reward=2.0)]) is None
 

@@ -69,6 +69,7 @@ SUMMARY: report.Summary = {
     "title": f"Title {HOSTILE}",
     "task": "What was done.",
     "prompts": 64,
+    "judges": {"vader": "VADER"},
     "reward_accuracy": 0.771,
     "reference_accuracies": {"one human rater": 0.886, "bag-of-words ridge": 0.728},
     "versions": {"jax": "0.10.2"},
@@ -115,7 +116,7 @@ def test_table_before_and_after(whole: Page):
     page = whole
     # reward 0 -> 2 with an initial spread of 1: +2 standard deviations; VADER 0 -> 0.4 of 0.4: +1
     assert "Reward reward-model score0.00 ± 1.002.00 ± 1.00+2.00+2.00" in page.text
-    assert "VADER compound, −1 to 10.000 ± 0.4000.400 ± 0.400+0.400+1.00" in page.text
+    assert "VADER score0.000 ± 0.4000.400 ± 0.400+0.400+1.00" in page.text
     assert "KL from the reference nats per response0.004.00+4.00" in page.text
 
 
@@ -184,5 +185,5 @@ def test_missing_directory(tmp_path: Path):
 def test_only_scores_are_measured_in_their_own_spread() -> None:
     # The initial policy is the reference: its KL is 0 up to rounding, and so is the spread of that.
     before, after = {"kl": -1e-9, "kl_std": 1e-6}, {"kl": 5.0, "kl_std": 1.0}
-    table = report._numbers(before, after, 64)
+    table = report._numbers(before, after, 64, {})
     assert "<td>0.00 " in table and "<td>+5.00</td><td></td>" in table

@@ -41,9 +41,13 @@ def test_directory_with_a_run_is_refused_and_untouched(tmp_path: Path):
 def test_resume_keeps_everything_and_starts_where_there_is_none(tmp_path: Path):
     run = make_run(tmp_path / "run")
     before = contents(run)
-    assert rundir.open_run(run, resume=True) == run
-    assert contents(run) == before
-    assert rundir.open_run(tmp_path / "fresh", resume=True).is_dir()
+    for resume in (True, "yes", "auto"):
+        assert rundir.open_run(run, resume=resume) == run
+        assert contents(run) == before
+    assert rundir.open_run(tmp_path / "fresh", resume="auto").is_dir()
+    with pytest.raises(ValueError, match=r"mistyped holds no run to go on with: --resume auto starts one"):
+        rundir.open_run(tmp_path / "mistyped", resume="yes")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path):

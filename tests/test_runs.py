@@ -17,6 +17,7 @@ from ppo_jax import artifacts, checkpoint, metrics, rundir
 from ppo_jax.display import progress
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.resuming import Resume
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import (
     Model,
@@ -37,7 +38,7 @@ from tests.data.tokenizer import EOS, ids, make_tokenizer
 from tests.models.tiny import CONFIG, random_params
 
 MODEL = smoke.model(0)
-TIMES = ("time", "seconds", "tokens_per_second")
+TIMES = ("time", "seconds", "tokens_per_second", "rollout_seconds", "reward_seconds", "learn_seconds")
 FAILS = 3  # the held-out row whose reward always fails
 
 
@@ -90,7 +91,7 @@ SETUP = Setup(
 )
 
 
-def run(folder: Path, resume: bool = False, kill: tuple[str, int] | None = None, **changes: Any) -> Result:
+def run(folder: Path, resume: Resume = "no", kill: tuple[str, int] | None = None, **changes: Any) -> Result:
     directory = rundir.open_run(folder, resume=resume)
     with progress("test", main_process=False) as screen:
         return run_ppo(directory, SETUP._replace(host_reward=WordReward(kill), **changes), screen, resume)
@@ -112,11 +113,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     left = []
     with compile_once(folder / "programs"):
         result = run(whole)
-        for point in (("ppo", 2), ("eval", 2)):  # before the first checkpoint; between saving and evaluating
+        for point in (("ppo", 2), ("eval", 2)):  # before the first checkpoint; before the evaluation at which it is due
             with pytest.raises(Killed):
-                run(killed, resume=True, kill=point)
+                run(killed, resume="auto", kill=point)
             left.append([(record["phase"], record["step"]) for record in records(killed)])
-        resumed = run(killed, resume=True)
+        resumed = run(killed, resume="auto")
     return Runs(whole, killed, result, resumed, left)
 
 
@@ -193,7 +194,7 @@ def test_evaluations_are_the_means_of_their_samples_without_failed_rewards(runs:
 
 def test_a_finished_run_resumes_to_the_same_result_and_writes_nothing(runs: Runs):
     before = records(runs.whole), samples(runs.whole)
-    again = run(runs.whole, resume=True)
+    again = run(runs.whole, resume="auto")
     assert (records(runs.whole), samples(runs.whole)) == before
     assert again.before == pytest.approx(runs.result.before) and again.after == pytest.approx(runs.result.after)
 
@@ -201,7 +202,7 @@ def test_a_finished_run_resumes_to_the_same_result_and_writes_nothing(runs: Runs
 def test_fewer_updates_than_were_done_are_refused(runs: Runs):
     before = records(runs.whole)
     with pytest.raises(ValueError, match=r"at update 3, beyond --loop.updates 2"):
-        run(runs.whole, resume=True, loop=dataclasses.replace(SETUP.loop, updates=2))
+        run(runs.whole, resume="auto", loop=dataclasses.replace(SETUP.loop, updates=2))
     assert records(runs.whole) == before
 
 
@@ -211,7 +212,7 @@ def test_a_policy_of_another_shape_does_not_resume(runs: Runs, tmp_path: Path):
     wider = init_adapter(jax.random.key(0), MODEL.params, MODEL.config, AdapterConfig(layers=1, rank=3))
     before = records(copy)
     with pytest.raises(checkpoint.CheckpointError, match=r"policy\.adapter\.lora\.q\.a"):
-        run(copy, resume=True, adapter=wider)
+        run(copy, resume="auto", adapter=wider)
     assert records(copy) == before
 
 

@@ -6,11 +6,12 @@ import pytest
 
 from ppo_jax import verdict
 
+LABELS = {"vader": "VADER", "judge": "the second reward model"}
 BEFORE = {"reward": 0.0, "reward_std": 2.0, "vader": 0.1, "vader_std": 0.5, "judge": 0.0, "judge_std": 1.0}
 
 
 def judge(records=(), count=100, **after):
-    return verdict.judge(BEFORE, {"reward": 3.0, **after}, records, count)
+    return verdict.judge(BEFORE, {"reward": 3.0, **after}, records, count, labels=LABELS)
 
 
 def test_gain_by_hand():
@@ -43,6 +44,11 @@ def test_reward_and_judges_rise():
     assert "no sign that the proxy was gamed." in found.text  # the smallest share is 1.0 / 1.5: no reservation
 
 
+def test_a_judge_without_a_label_goes_by_its_name():
+    found = verdict.judge(BEFORE, {"reward": 3.0, "vader": 0.6}, (), 100)
+    assert "Not seen in training, and up as well: vader (+0.50, +1.00 std)." in found.text
+
+
 def test_small_gain_of_a_judge_is_a_reservation():
     assert "smallest of these gains is 40% of the reward's" in judge(judge=0.6).text  # 0.6 std of 1.5 std
 
@@ -69,7 +75,7 @@ def test_nothing_independent():
 
 
 def test_reward_that_did_not_move_or_fell():
-    still = verdict.judge(BEFORE, {"reward": 0.1, "vader": 0.9}, (), 100)
+    still = verdict.judge(BEFORE, {"reward": 0.1, "vader": 0.9}, (), 100, labels=LABELS)
     assert still.headline == "The reward did not rise" and "VADER" not in still.text
     fell = verdict.judge(BEFORE, {"reward": -3.0}, (), 100)
     assert fell.headline == "The reward fell" and "wrong way" in fell.text

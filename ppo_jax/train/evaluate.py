@@ -26,17 +26,22 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[[Policy, Frozen, Prompts, PRNGKeyArray, Hyper], Evaluation]
 
 
-def make_evaluate(config: ModelConfig, sampling: Sampling, reward: DeviceReward | None) -> Evaluate:
+def make_evaluate(
+    config: ModelConfig, sampling: Sampling, reward: DeviceReward | None, logprob_chunk: int = 0
+) -> Evaluate:
     """evaluate(policy, frozen, prompts, key, hyper) -> Evaluation, jitted; samples at hyper.temperature.
 
     With the same key two policies draw with the same random numbers, so their difference is less noisy than either.
+
+    Args:
+      logprob_chunk: positions whose logits are held at once for the reference; 0: all.
     """
 
     def evaluate(policy: Policy, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray, hyper: Hyper) -> Evaluation:
         rollout = generate(frozen.base, policy, config, prompts, key, sampling, hyper.temperature)
         prefix, depth = rollout_prefix(policy, frozen, rollout, config)
         scores = None if reward is None else reward(frozen, rollout, prefix, depth)
-        reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config)
+        reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, logprob_chunk)
         kl = kl_penalty(rollout.policy_logprobs, reference, "k1")
         return Evaluation(rollout, scores, jnp.sum(jnp.where(rollout.response_mask, kl, 0.0), axis=1))
 

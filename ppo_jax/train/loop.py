@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ppo_jax.processes import fetch
 from ppo_jax.rewards.base import HostReward
 from ppo_jax.rewards.failures import next_streak, too_many
 from ppo_jax.rollout import Sampling
@@ -36,18 +37,29 @@ class LoopConfig:
     checkpoint_every: int = 10
     """Iterations between checkpoints; the last one is always saved. 0: only that."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this stay as well. 0: none."""
+    best_metric: str = "reward"
+    """The checkpoint of the evaluation with the highest value of this stays; -name: the lowest; "": off."""
+    max_nonfinite: int = 20
+    """Optimizer steps in a row that may be skipped because loss or gradient was not finite; then the run stops."""
+    max_kl: float = math.inf
+    """KL to the reference (nats per response, mean of a batch) beyond which the run stops. Infinity: off."""
     max_failed: float = 0.2
     """Fraction of a batch's rewards that may fail; where more did in several batches in a row the run stops. 1: off."""
     max_failed_batches: int = 3
     """How many such batches in a row."""
+    wandb: str = ""
+    """Project of Weights & Biases that the metrics are also sent to. "": off."""
 
     def __post_init__(self) -> None:
-        for name, least in dict(
-            updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1, max_failed_batches=1
-        ).items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        least = dict(updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1, keep_every=0)
+        for name, allowed in (least | dict(max_nonfinite=1, max_failed_batches=1)).items():
+            if getattr(self, name) < allowed:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {allowed}")
+        if not self.max_kl > 0:
+            raise ValueError(f"max_kl={self.max_kl} must be positive (infinity: off)")
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"max_failed={self.max_failed} must lie in [0, 1]")
         if self.warmup >= self.updates:
@@ -56,6 +68,14 @@ class LoopConfig:
 
 class Stopped(RuntimeError):
     """Training ended before its last update, in good order: the state was given to `save`."""
+
+
+class Interrupted(Stopped):
+    """It ended because it was asked to; a run that goes on from here is the run that was not interrupted."""
+
+
+class GivenUp(Exception):
+    """An iteration that was left in the middle because the run is to stop; the state is as it was before."""
 
 
 def learning_rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
@@ -79,8 +99,10 @@ def train(
     loop: LoopConfig,
     *,
     write: Callable[[int, Mapping[str, float]], None],
-    evaluate: Callable[[int, TrainState], None],
-    save: Callable[[int, TrainState], None],
+    evaluate: Callable[[int, TrainState], Mapping[str, float] | None],
+    save: Callable[[int, TrainState, bool], None],
+    stop: Callable[[int], str | None] = lambda step: None,
+    dump: Callable[[int, TrainState, Hyper], str] = lambda step, state, hyper: "",
     causes: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Runs iterations state.step .. loop.updates - 1 and returns the last state.
@@ -89,35 +111,64 @@ def train(
       prompts: step -> batch; a pure function of the step, so that `state.step` is the data cursor.
       write: called after every iteration with the number of iterations done and the metrics, which have gained
         `seconds` and `tokens_per_second` (of responses).
+      evaluate: called when due, before the checkpoint of that step, which so knows of it. None: it was given up
+        because the run is to stop.
+      save: called after every iteration, with True when a checkpoint is due. Neither may keep the state, since the next
+        iteration is donated its buffers.
+      stop: asked once after every iteration: why the run is to stop, or None.
+      dump: writes down the batch of iteration `step`, which left `state`; returns where, for the message.
       causes: of the rewards that failed so far, for the message.
-      evaluate, save: called when due; the state must not be kept, since the next iteration is donated its buffers.
 
     Raises:
-      Stopped: too many rewards failed.
-      FloatingPointError: a loss is no longer finite; what was saved before is untouched.
+      Interrupted: `stop` gave a reason.
+      Stopped: too many updates in a row were not finite, the KL passed `loop.max_kl`, or too many rewards failed.
     """
     rate = learning_rate(hyper.learning_rate, loop)
     start, failing = int(state.step), 0
     if start == 0:
-        evaluate(0, state)
+        state, _ = assess(state, evaluate(0, state), loop)
     for step in range(start, loop.updates):
         began = time.perf_counter()
-        state, metrics = iteration(state, frozen, prompts(step), hyper._replace(learning_rate=rate(step)))
+        now = hyper._replace(learning_rate=rate(step))
+        try:
+            state, metrics = iteration(state, frozen, prompts(step), now)
+        except GivenUp:
+            save(step, state, step > 0)
+            raise Interrupted(f"stopped by {stop(step)} after update {step}") from None
         values = means(metrics)
         seconds = time.perf_counter() - began
         tokens = float(metrics["response_length"][0])
-        write(step + 1, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
-        _check_finite(step + 1, values)
         done = step + 1
+        write(done, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
+        fault = _fault(done, values, int(state.nonfinite), loop)
         failing = next_streak(failing, values.get("invalid_scores", 0.0), loop.max_failed)
-        if failing >= loop.max_failed_batches:
-            save(done, state)
-            raise Stopped(too_many(done, failing, values["invalid_scores"], loop.max_failed, causes()))
-        if done == loop.updates or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
-            save(done, state)
-        if evaluation_due(done, loop):
-            evaluate(done, state)
+        if unscored := failing >= loop.max_failed_batches and not fault:
+            fault = too_many(done, failing, values["invalid_scores"], loop.max_failed, causes())
+        reason, best = stop(done), False
+        if not fault and not reason and evaluation_due(done, loop):
+            measured = evaluate(done, state)
+            state, best = assess(state, measured, loop)
+            reason = stop(done) if measured is None else None
+        due = done == loop.updates or bool(loop.checkpoint_every and done % loop.checkpoint_every == 0)
+        save(done, state, due or best or bool(fault) or bool(reason))
+        if fault:
+            raise Stopped(fault if unscored else fault + dump(step, state, now))
+        if reason:
+            raise Interrupted(f"stopped by {reason} after update {done}")
     return state
+
+
+def assess(
+    state: TrainState, values: Mapping[str, float] | None, loop: LoopConfig
+) -> tuple[TrainState, bool]:  # fmt: skip
+    """The state that knows of an evaluation, and whether that was the best so far. Twice is the same as once."""
+    name = loop.best_metric.removeprefix("-")
+    value = (values or {}).get(name)
+    if value is None or math.isnan(value):
+        return state, False
+    value = -value if loop.best_metric.startswith("-") else value
+    best = np.float32(value) > np.asarray(state.best)
+    return (dataclasses.replace(state, best=jnp.full_like(state.best, value)), True) if best else (state, False)
 
 
 def evaluation_due(done: int, loop: LoopConfig) -> bool:
@@ -131,21 +182,21 @@ def means(metrics: Metrics) -> dict[str, float]:
     return {name: float(total / count) if count else math.nan for name, (total, count) in host.items()}
 
 
-def _check_finite(step: int, values: Mapping[str, float]) -> None:
-    smaller_steps = "lower --hyper.learning-rate, or --hyper.max-grad-norm"
-    remedies = {
-        "reward": "mend the reward (a score that failed must be marked invalid)",
-        "policy_loss": smaller_steps,
-        "value_loss": smaller_steps,
-        "grad_norm": smaller_steps,
-    }
-    for name, remedy in remedies.items():
-        # Where every reward failed the means are 0 / 0, and harmless; the gradient is a plain 0.
-        measured = name == "grad_norm" or values.get("invalid_scores") != 1
-        if measured and not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"update {step}: {name} is {values[name]}. The last checkpoint is from before; {remedy}, and resume"
-            )
+def _fault(done: int, values: Mapping[str, float], skipped: int, loop: LoopConfig) -> str | None:
+    """Why training must not go on after `done` iterations, and what to do; or None."""
+    if skipped >= loop.max_nonfinite:
+        return (
+            f"update {done}: the last {skipped} optimizer steps were skipped because the loss or a gradient was not "
+            "finite (--loop.max-nonfinite). The parameters are those from before. Look at the batch, mend the model or "
+            "the reward, or lower --hyper.learning-rate, and go on with --resume"
+        )
+    if values.get("kl", 0.0) > loop.max_kl:
+        return (
+            f"update {done}: the KL to the reference is {values['kl']:.4g} nats per response, beyond --loop.max-kl "
+            f"{loop.max_kl:g}. Raise --hyper.kl-coef, or lower --hyper.learning-rate, and go on from an earlier "
+            "checkpoint or start anew"
+        )
+    return None
 
 
 def host_iteration(
@@ -156,21 +207,33 @@ def host_iteration(
     sampling: Sampling,
     texts: tuple[str, ...],
     metadata: tuple[dict, ...],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iteration:
     """An iteration whose reward is computed on the host between its two jitted halves.
 
+    The metrics gain the seconds of its three parts: `rollout_seconds`, `reward_seconds`, `learn_seconds`.
+
     Args:
       decode: token ids -> text.
-      texts, metadata: the prompts' table; `Prompts.index` is the row.
+      texts, metadata: the prompts' table; `Rollout.index` is the row.
+      stopping: asked before the reward, which may take long; True leaves the iteration by `GivenUp`.
     """
 
     def iteration(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        times = [time.perf_counter()]
         rollout = collect(state, frozen, prompts, hyper)
-        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+        tokens, mask, rows = fetch((rollout.tokens, rollout.response_mask, rollout.index))
         responses = response_texts(tokens, mask, decode, sampling.stop_ids)
-        rows = np.asarray(prompts.index)
+        times.append(time.perf_counter())
+        if stopping():
+            raise GivenUp
         scores = as_scores(reward([texts[i] for i in rows], responses, [metadata[i] for i in rows]), len(rows))
-        return learn(state, frozen, rollout, scores, hyper)
+        times.append(time.perf_counter())
+        state, metrics = jax.block_until_ready(learn(state, frozen, rollout, scores, hyper))
+        times.append(time.perf_counter())
+        spans = np.diff(times).astype(np.float32)
+        parts = zip(("rollout_seconds", "reward_seconds", "learn_seconds"), spans, strict=True)
+        return state, metrics | {name: (seconds, np.float32(1)) for name, seconds in parts}
 
     return iteration
 

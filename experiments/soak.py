@@ -1,0 +1,385 @@
+"""An hour of training with something breaking every few seconds; at the end, bit for bit the undisturbed run.
+
+    python -m experiments.soak --minutes 60
+
+`experiments.soak_run` trains in a process of its own. Meanwhile, at random moments: SIGKILL; SIGTERM, which has to save
+and exit in time; a full disk; a reward server that answers 503, drops connections, is slow, or is down; and, between
+two lives of the process, a damaged newest checkpoint. When the time is up both that run and a quiet one go to the same
+update, and everything they leave is compared: parameters, optimizer state and all else in the checkpoint, metrics
+(without times), samples, the exported policy.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import smoke
+from ppo_jax import checkpoint, config, metrics, rundir
+from ppo_jax.cli import PREEMPTED, exit_code
+from ppo_jax.runs import environment
+
+ENDLESS = 10**7  # updates of the tormented run, until the time is up
+WARM = 3  # updates of a first run, which compiles
+CALM = 60  # updates that both runs still make after the last fault
+DISK = 2000  # bytes that a file may have while the disk is full
+TIMES = ("time", "seconds", "tokens_per_second", "rollout_seconds", "reward_seconds", "learn_seconds")
+Mode = Literal["works", "503", "drops connections", "is slow", "is down"]
+MODES: tuple[Mode, ...] = ("503", "drops connections", "is slow", "is down")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoakConfig:
+    """The torment."""
+
+    minutes: float = 60.0
+    """How long things break."""
+    run_dir: Path = Path("runs/soak")
+    """Both runs; deleted first."""
+    report: Path | None = None
+    """Where the report goes besides the screen, as Markdown."""
+    seed: int = 0
+    """Of the faults."""
+    pause: float = 6.0
+    """Mean seconds between two faults."""
+    limit: float = 120.0
+    """Seconds within which a process must have ended after SIGTERM."""
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Runs the soak; raises SoakError if anything is lost or differs."""
+    settings = config.parse(SoakConfig, args, prog="experiments.soak")
+    shutil.rmtree(settings.run_dir, ignore_errors=True)
+    settings.run_dir.mkdir(parents=True)
+    hurt, quiet = settings.run_dir / "hurt", settings.run_dir / "quiet"
+    with RewardServer() as server, (settings.run_dir / "soak.log").open("w") as log:
+        warm = Child(settings.run_dir / "warm", server, WARM, log)  # fills the cache of programs
+        if (code := warm.process.wait()) != 0:
+            raise SoakError(f"the run does not work: exit status {code}; see {log.name}")
+        torment = Torment(settings, hurt, server, log)
+        torment.run()
+        target = (checkpoint.latest_step(hurt / rundir.CHECKPOINTS) or 0) + CALM
+        say(log, f"the time is up: {dict(torment.counts)}; both runs go to update {target}")
+        server.mode = "works"
+        for folder in (hurt, quiet):
+            child = Child(folder, server, target, log)
+            if (code := child.process.wait()) != 0:
+                raise SoakError(f"{folder}: the last part ended with exit status {code}; see {log.name}")
+    compared = compare(hurt, quiet)
+    text = report(settings, torment, target, compared)
+    print(text)
+    if settings.report:
+        settings.report.write_text(text, encoding="utf-8")
+    return settings.run_dir
+
+
+class SoakError(RuntimeError):
+    """A fault that the run did not survive as it should."""
+
+
+# -- the reward server -----------------------------------------------------------------------------------------------
+
+
+class RewardServer:
+    """Good words less bad ones, over HTTP; `mode` says how it fails."""
+
+    def __init__(self) -> None:
+        self.mode: Mode = "works"
+        self.failures: Counter[str] = Counter()
+        self.port = 0
+
+    def __enter__(self) -> "RewardServer":
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/score"
+
+    def fail(self, mode: Mode, seconds: float) -> None:
+        """Fails for a while."""
+        self.mode = mode
+        if mode == "is down":
+            self._stop()
+            self.failures[mode] += 1
+        time.sleep(seconds)
+        if mode == "is down":
+            self._start()
+        self.mode = "works"
+
+    def _start(self) -> None:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                with suppress(ConnectionError):
+                    owner.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """One request, in the mode of the moment."""
+        asked = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        mode = self.mode
+        if mode != "works":
+            self.failures[mode] += 1
+        if mode == "drops connections":
+            handler.close_connection = True
+            return
+        if mode == "is slow":
+            time.sleep(1.0)
+        failed = mode == "503"
+        scores = [{"score": goodness(sample["response"])} for sample in asked["samples"]]
+        body = json.dumps({"detail": "out of luck"} if failed else {"scores": scores}).encode()
+        handler.send_response(503 if failed else 200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+def goodness(text: str) -> float:
+    words = text.split()
+    return float(sum(word in smoke.GOOD for word in words) - sum(word in smoke.BAD for word in words))
+
+
+# -- the run and its faults --------------------------------------------------------------------------------------------
+
+
+class Child:
+    """`experiments.soak_run` in a process; what it says goes to the log."""
+
+    def __init__(self, folder: Path, server: RewardServer, updates: int, log: Any) -> None:
+        self.metrics = folder / rundir.METRICS
+        self.before = size(self.metrics)
+        command = [sys.executable, "-m", "experiments.soak_run", "--run-dir", str(folder), "--server", server.url]
+        command += ["--loop.updates", str(updates), "--resume", "auto"]
+        # Restarts read their programs from a cache.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"), "JAX_PLATFORMS": "cpu"}
+        cache |= {
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | cache, text=True
+        )
+
+        def copy() -> None:
+            assert self.process.stdout is not None
+            for line in self.process.stdout:
+                say(log, f"  {line.rstrip()}")
+
+        threading.Thread(target=copy, daemon=True).start()
+
+    def trains(self) -> bool:
+        """Whether it has done an update since it started."""
+        if self.process.poll() is not None or size(self.metrics) <= self.before:
+            return False
+        with self.metrics.open("rb") as file:
+            file.seek(self.before)
+            return b'"phase": "ppo"' in file.read()
+
+
+class Torment:
+    """Breaks things until the time is up."""
+
+    def __init__(self, settings: SoakConfig, folder: Path, server: RewardServer, log: Any) -> None:
+        self.settings, self.folder, self.server, self.log = settings, folder, server, log
+        self.random = random.Random(settings.seed)
+        self.counts: Counter[str] = Counter()
+        self.longest = 0.0  # seconds from SIGTERM to the end
+        self.end = time.monotonic() + 60 * settings.minutes
+
+    def run(self) -> None:
+        while time.monotonic() < self.end:
+            child = Child(self.folder, self.server, ENDLESS, self.log)
+            self.counts["lives"] += 1
+            try:
+                self.life(child)
+            finally:
+                if child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+
+    def life(self, child: Child) -> None:
+        """Server failures and full disks, and after the first updates one end."""
+        fatal = self.random.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM"))
+        after: float | None = None  # when the end comes
+        while True:
+            time.sleep(min(self.random.expovariate(1 / self.settings.pause), 3 * self.settings.pause) / 2)
+            if child.process.poll() is not None:
+                raise SoakError(f"the run ended by itself, exit status {child.process.returncode}; see {self.log.name}")
+            if after is None and child.trains():
+                after = time.monotonic() + self.random.uniform(0, 3 * self.settings.pause)
+            if after is not None and time.monotonic() >= after:
+                break
+            if not child.trains():
+                continue
+            if self.random.random() < 0.6:
+                mode = self.random.choice(MODES)
+                self.note(f"the server {mode}")
+                self.server.fail(mode, self.random.uniform(0.3, 2.0))
+            else:
+                self.note("full disk")
+                with full_disk(child.process.pid):
+                    time.sleep(self.random.uniform(0.5, 4.0))
+        self.kill(child) if fatal == "SIGKILL" else self.terminate(child)
+
+    def kill(self, child: Child) -> None:
+        """At once; sometimes with damage to the newest checkpoint as well."""
+        time.sleep(self.random.uniform(0, 0.5))
+        self.note("SIGKILL")
+        child.process.kill()
+        child.process.wait()
+        steps = checkpoint.all_steps(self.folder / rundir.CHECKPOINTS)
+        if len(steps) > 1 and self.random.random() < 0.3:
+            files = sorted(p for p in (self.folder / rundir.CHECKPOINTS / str(steps[-1])).rglob("*") if p.is_file())
+            file = self.random.choice([file for file in files if file.stat().st_size])
+            self.note("damaged checkpoint")
+            self.damage(file)
+
+    def damage(self, file: Path) -> None:
+        """A byte changed, half of it gone, or all."""
+        data = file.read_bytes()
+        at = self.random.randrange(len(data))
+        how = self.random.choice(("flipped", "cut", "gone"))
+        say(self.log, f"{file}: {how}")
+        if how == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(data[:at] + (bytes([data[at] ^ 0xFF]) + data[at + 1 :] if how == "flipped" else b""))
+
+    def terminate(self, child: Child) -> None:
+        """Politely: it has to save and say so by its exit status, in time."""
+        self.note("SIGTERM")
+        began = time.monotonic()
+        child.process.send_signal(signal.SIGTERM)
+        try:
+            code = child.process.wait(self.settings.limit)
+        except subprocess.TimeoutExpired:
+            late = f"SIGTERM did not end the run within {self.settings.limit:g} s; see {self.log.name}"
+            raise SoakError(late) from None
+        self.longest = max(self.longest, time.monotonic() - began)
+        if code != PREEMPTED:
+            raise SoakError(f"SIGTERM ended the run with exit status {code}, not {PREEMPTED}; see {self.log.name}")
+
+    def note(self, what: str) -> None:
+        self.counts[what] += 1
+        say(self.log, f"*** {what}")
+
+
+@contextmanager
+def full_disk(process: int) -> Iterator[None]:
+    """No file of that process grows beyond a little; what it writes in place of that fails, as on a full disk."""
+    soft, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    try:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (DISK, hard))
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+def compare(hurt: Path, quiet: Path) -> dict[str, str]:
+    """What was compared -> how much of it there is. Raises SoakError for the first difference."""
+    found = {}
+    for name in (rundir.METRICS, rundir.SAMPLES):
+        left, right = ([timeless(r) for r in metrics.read_jsonl(run / name)] for run in (hurt, quiet))
+        if left != right:
+            first = next(
+                (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+            )
+            raise SoakError(f"{name}: record {first + 1} differs ({len(left)} and {len(right)} records)")
+        found[f"{name}, without times"] = f"{len(left)} records"
+    steps = [checkpoint.latest_step(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
+    sums = [checkpoint.read_manifest(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
+    if steps[0] != steps[1] or sums[0] != sums[1]:
+        wrong = sorted(name for name in sums[0].keys() | sums[1].keys() if sums[0].get(name) != sums[1].get(name))
+        raise SoakError(f"the last checkpoints {steps} differ in {', '.join(wrong)}")
+    found[f"state at update {steps[0]} (CRC-32 of every array)"] = f"{len(sums[0])} arrays"
+    files = sorted(p.relative_to(quiet) for p in (quiet / rundir.EXPORT).rglob("*.safetensors"))
+    for file in files:
+        if (hurt / file).read_bytes() != (quiet / file).read_bytes():
+            raise SoakError(f"{file} differs")
+    found["exported policies"] = f"{len(files)} files"
+    return found
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def report(settings: SoakConfig, torment: Torment, target: int, compared: dict[str, str]) -> str:
+    """Markdown."""
+    facts = environment()
+    command = shlex.join(["python", "-m", "experiments.soak", "--minutes", f"{settings.minutes:g}"])
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("python", "jax", "orbax-checkpoint"))
+    lines = [
+        "# The soak: last report",
+        "",
+        f"`{command}` on {datetime.date.today().isoformat()}, {facts['machine']}, {versions}.",
+        f"{settings.minutes:g} minutes of faults, {target} PPO updates, {torment.counts['lives']} processes one after "
+        "another. The run they make up is bit for bit the quiet one that was never disturbed.",
+        "",
+        "| fault | times |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {count} |" for name, count in sorted(torment.counts.items()) if name != "lives"]
+    answers = ", ".join(f"{count} {name}" for name, count in sorted(torment.server.failures.items()))
+    lines += [
+        "",
+        f"Requests that met a failing server: {answers}. Longest time from SIGTERM to the end of the process, with its "
+        f"state saved: {torment.longest:.1f} s.",
+        "",
+        "| compared with the quiet run, bitwise equal | |",
+        "|---|---|",
+        *(f"| {name} | {count} |" for name, count in compared.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def say(log: Any, text: str) -> None:
+    log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    log.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("experiments.soak", main))

@@ -1,0 +1,103 @@
+"""The checkpoints of a run that is under way: a save that fails is reported at once, tried again, and ends nothing."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ppo_jax import checkpoint
+from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.state import TrainState
+
+
+class Saver:
+    """`Saver(step, state, due)` after every update; a failed save is tried again 1, 2, 4, ... updates later.
+
+    best: the step that the best evaluation was at, or None; its checkpoint is kept.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        loop: LoopConfig,
+        meta: Mapping[str, Any],
+        notify: Callable[[str], None],
+        last: int | None,
+    ) -> None:
+        self.directory, self.loop, self.meta, self.notify = directory, loop, meta, notify
+        self.good = last
+        self.best: int | None = None
+        self.pending: int | None = None  # given to Orbax, not yet known to be on disk
+        self.retry: int | None = None  # the update at which a failed save is tried again
+        self.patience = 1
+        self.stack = contextlib.ExitStack()
+        self.manager: Any = None
+
+    def __call__(self, step: int, state: TrainState, due: bool) -> None:
+        """Saves when due, in the background; looks whether the save before went well."""
+        if self.pending is not None:
+            self._guard(step, lambda: checkpoint.poll(self.manager))
+        if (due or (self.retry is not None and step >= self.retry)) and step not in (self.good, self.pending):
+            self._guard(step, lambda: self._save(step, state))
+
+    def settle(self) -> int | None:
+        """Waits for the last save; the newest step that is on disk, or None."""
+        if self.pending is not None:
+            step = self.pending
+            self._guard(step, lambda: checkpoint.wait(self.manager))
+            if self.pending is not None:
+                self.good, self.pending, self.patience = step, None, 1
+        return self.good
+
+    def insist(self, step: int, state: TrainState) -> None:
+        """Saves and waits, at the end of a run. Raises `CheckpointSaveError`."""
+        self.close()
+        self.retry = self.pending = None
+        with self._open() as manager:
+            checkpoint.save(manager, step, state, self.meta)
+        self.good = step
+
+    def close(self) -> None:
+        """Lets the manager go. Errors were reported, or belong to a save that `settle` has not been asked about."""
+        manager, self.manager = self.stack, None
+        self.stack = contextlib.ExitStack()
+        with contextlib.suppress(checkpoint.CheckpointSaveError):
+            manager.close()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.settle()
+        if self.manager is None:
+            self.manager = self.stack.enter_context(self._open())
+        checkpoint.save(self.manager, step, state, self.meta)
+        self.pending, self.retry = step, None
+
+    def _open(self) -> contextlib.AbstractContextManager[Any]:
+        return checkpoint.open_manager(self.directory, self.loop.keep, self.loop.keep_every, lambda: self.best)
+
+    def _guard(self, step: int, action: Callable[[], None]) -> None:
+        """Runs `action`; a failure to save closes the manager, is reported, and sets the time of the next try."""
+        try:
+            action()
+        except (checkpoint.CheckpointSaveError, OSError) as error:
+            self.pending = None
+            self.close()
+            self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
+            last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"
+            self.notify(f"{error}; {last}. Training goes on, and saving is tried again at update {self.retry}")
+
+
+@contextlib.contextmanager
+def saver(
+    directory: Path,
+    loop: LoopConfig,
+    meta: Mapping[str, Any],
+    notify: Callable[[str], None],
+    last: int | None,
+) -> Iterator[Saver]:
+    """A `Saver` for the length of the block, at whose end the last save is waited for."""
+    found = Saver(directory, loop, meta, notify, last)
+    try:
+        yield found
+        found.settle()
+    finally:
+        found.close()

@@ -1,0 +1,88 @@
+"""What a PPO run is about: the records that the command line, the experiments and `runs.run_ppo` share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.rewards.failures import FailureLog
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.loop import LoopConfig, response_texts
+from ppo_jax.train.ppo import PPOConfig
+from ppo_jax.types import Hyper, Policy, PyTree, Rollout
+
+
+class Model(NamedTuple):
+    """A base model with its tokenizer."""
+
+    name: str  # the path or hub name the user gave
+    config: ModelConfig
+    params: PyTree
+    tokenizer: Any
+    fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+
+    @property
+    def pad_id(self) -> int:
+        """Fills empty slots; masks say which those are, so any id serves."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a response: the model's EOS ids and the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Token ids -> text without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class PromptSet(NamedTuple):
+    """Prompts as token rows and as text, with whatever else the user gave for each."""
+
+    rows: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    metadata: Sequence[dict[str, Any]]
+
+
+# A judge scores the responses of an evaluation: (rollout, prompts, responses) -> one number per row.
+Judge = Callable[[Rollout, Sequence[str], Sequence[str]], np.ndarray]
+
+
+class Setup(NamedTuple):
+    """What a run is about. Exactly one of the two rewards is given."""
+
+    model: Model
+    adapter: PyTree  # the policy's, at the start
+    prompts: PromptSet
+    held_out: PromptSet
+    ppo: PPOConfig
+    hyper: Hyper
+    loop: LoopConfig
+    seed: int
+    device_reward: DeviceReward | None = None
+    reward_params: PyTree = None  # `Frozen.reward`
+    host_reward: HostReward | None = None
+    failures: FailureLog | None = None  # what the host reward tells of rows that it could not score
+    judges: Mapping[str, Judge] = {}
+    labels: Mapping[str, str] = {}  # what people are shown in place of a judge's name
+    config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
+    reward_name: str = ""  # what the reward is, where its arrays do not tell: a run resumes with the same one only
+
+
+class Result(NamedTuple):
+    """The trained policy, and the evaluations before and after."""
+
+    policy: Policy
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
+    """The text of every response."""
+    return response_texts(
+        np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
+    )
