@@ -148,7 +148,7 @@ def test_missing_keys_take_defaults_or_the_base() -> None:
 
 def test_numbers_as_people_write_them() -> None:
     run = from_yaml(Run, "hyper: {learning_rate: 1e-4, kl_coef: 1, gamma: .5e0, max_grad_norm: .inf}")
-    assert run.hyper[:1] + run.hyper[2:4] == (1e-4, 1.0, 0.5)
+    assert (run.hyper.learning_rate, run.hyper.kl_coef, run.hyper.gamma) == (1e-4, 1.0, 0.5)
     assert type(run.hyper.kl_coef) is float
     assert math.isinf(run.hyper.max_grad_norm)
 
