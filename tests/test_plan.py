@@ -1,0 +1,255 @@
+"""The planner: what it refuses, the search, and PPO of a tiny model planned for eight CPUs (and a TPU with libtpu)."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ppo_jax import cli, config
+from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.config import ModelConfig, ModelOptions
+from ppo_jax.models.families import config_to_hf
+from ppo_jax.plan import PlanError, Report, compile_program, make_plan, show, smaller
+from ppo_jax.plan_chips import CHIPS, GIB, bound, topology
+from ppo_jax.plan_programs import PlanSettings, Program, check, measure, model_config
+from ppo_jax.sharding import MeshConfig
+from ppo_jax.train.ppo import PPOConfig
+
+TINY = ModelConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=64,
+)
+ONE = PPOConfig(epochs=1, num_minibatches=1, logprob_chunk=64)
+HAVE_LIBTPU = bool(importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A directory with a config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(TINY)), encoding="utf-8")
+    return str(tmp_path)
+
+
+def settings(model: str = "llama-3-8b", topology: str = "v5e:2x4", **changes: Any) -> PlanSettings:
+    changes = {"mesh": MeshConfig(fsdp=8), **changes}
+    return PlanSettings(model, topology, **changes)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topology": "v9:2x2"}, "'v9' is unknown; known: v5e, v5p, v6e and cpu, as in v5e:8x8"),
+        ({"topology": "v5e"}, "sizes are missing or malformed; write it as in"),
+        ({"topology": "v5e:2xx4"}, "sizes are missing or malformed"),
+        ({"topology": "v5p:4x4"}, "v5p needs three sides, as in 4x4x4, not 2"),
+        ({"topology": "cpu:2x4"}, "cpu needs one number, not 2"),
+        ({"model": "llama-3-9b"}, r"neither a directory with a config.json nor a known size; did you mean llama-3-"),
+        ({"mesh": MeshConfig(fsdp=4)}, "v5e:2x4 has 8 devices, but --mesh.data 1 x --mesh.fsdp 4 .* makes 4"),
+        (
+            {"mesh": MeshConfig(tensor=16), "topology": "v5e:4x4"},
+            "--mesh.tensor 16 does not divide num_kv_heads=8 of the model; use 8",
+        ),
+        ({"batch": 30}, "batch_size=30 .*does not divide into num_minibatches=4"),
+        ({"batch": 16}, "a micro-batch .* has 4 rows, which mesh.data x mesh.fsdp = 8 does not divide"),
+        ({"response_length": 8192}, "prompt and response take 8704 positions; llama-3-8b has 8192"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_anything_compiles(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"batch": 0}, "batch=0"), ({"programs": ()}, "name at least one"), ({"memory": -1.0}, "memory=-1.0 GiB")],
+)
+def test_settings_outside_their_range_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_the_kernel_is_that_of_the_planned_platform() -> None:
+    assert model_config(settings()).attention == "splash"  # although this process has a CPU
+    assert model_config(settings(topology="cpu:8")).attention == "xla"
+    assert model_config(settings(compute=ModelOptions(attention="xla"))).attention == "xla"
+
+
+def test_settings_go_through_yaml_to_the_compiling_process() -> None:
+    given = settings(policy=AdapterConfig("full"), programs=("iteration",), search=True)
+    assert config.from_yaml(PlanSettings, config.to_yaml(given)) == given
+
+
+# -- chips and bounds ------------------------------------------------------------------------------------------------
+
+
+def test_the_chip_table_is_in_the_right_units() -> None:
+    """A unit off by 8 or 1000 shows in the ratios that make TPUs TPUs."""
+    for chip in CHIPS.values():
+        assert 10 * GIB < chip.memory < 200 * GIB
+        assert 100e12 < chip.flops < 1e15 and 0.5e12 < chip.bandwidth < 4e12
+        assert 150 < chip.flops / chip.bandwidth < 700  # FLOPs per byte at the ridge
+        assert 3 < chip.bandwidth / chip.links < 6  # memory is several times as fast as the links
+    assert topology("v5p:4x4x4").devices == 64 and topology("v5e:16x16").devices == 256
+    assert topology("cpu:3") == ("cpu:3", 3, None)
+
+
+def test_the_bound_is_the_slowest_resource() -> None:
+    chip = CHIPS["v5e"]
+    assert bound(chip, 197e12, 0, {}) == (1.0, "compute")
+    assert bound(chip, 197e12, 2 * 819e9, {"all-gather": 100e9}) == (2.0, "memory bandwidth")
+    assert bound(chip, 197e12, 819e9, {"all-gather": 400e9, "all-reduce": 200e9}) == (3.0, "chip links")
+    assert bound(None, 1e12, 1e9, {}) == (0.0, "unknown")
+
+
+# -- search and advice, on a made-up cost of memory ------------------------------------------------------------------
+
+
+def made_up(name: Program, s: PlanSettings) -> Report:
+    """Activations: 32 GiB at remat none, a half at dots, a quarter at full; divided by the micro-batches."""
+    activations = 32 * GIB / {"none": 1, "dots": 2, "full": 4}[s.compute.remat] / s.ppo.accumulate
+    if name != "update":
+        activations = GIB
+    held = {"base": 2 * GIB, "reward": 0, "policy": 0, "optimizer": 0}
+    work = {"flops": 1e12, "traffic": 1e9, "collectives": {"all-gather": 2**20}}
+    sizes = {"arguments": 2 * GIB, "temporary": int(activations), "peak": int(2 * GIB + activations)}
+    return {"program": name, "compiled": True, "held": held, **work, **sizes}
+
+
+def test_the_search_rematerialises_first_and_then_halves_micro_batches() -> None:
+    start = settings(batch=128, compute=ModelOptions("bfloat16", "none"), search=True, memory=5.0)
+    said: list[str] = []
+    found = make_plan(start, made_up, said.append)
+    tried = [(t["remat"], t["accumulate"], t["peak"] / GIB) for t in found["tried"]]
+    assert tried == [("none", 1, 34), ("dots", 1, 18), ("full", 1, 10), ("full", 2, 6)]
+    assert found["choices"] == {"remat": "full", "accumulate": 4} and found["fits"] is True
+    assert "update does not fit; compiling it with --compute.remat dots --ppo.accumulate 1 ..." in said
+
+
+def test_the_search_ends_where_micro_batches_no_longer_divide_over_the_mesh() -> None:
+    found = make_plan(settings(batch=64, search=True, memory=4.0), made_up, lambda text: None)
+    assert [t["accumulate"] for t in found["tried"]] == [1, 2] and found["fits"] is False
+    assert smaller(settings(batch=32)) is None
+
+
+def test_without_search_a_misfit_brings_advice() -> None:
+    start = settings(batch=128, compute=ModelOptions("float32", "dots"), memory=5.0, ppo=PPOConfig())
+    report = next(r for r in make_plan(start, made_up, lambda text: None)["programs"] if not r["fits"])
+    text = "\n".join(report["advice"])
+    for part in ("--compute.dtype bfloat16", "--compute.remat full --ppo.accumulate 1", "--ppo.logprob-chunk 4096"):
+        assert part in text
+    assert "a smaller --batch than 128" in text and "the base takes 2.00 GiB per device" in text
+
+
+def test_weights_that_never_fit_are_said_so() -> None:
+    full = settings(batch=128, memory=1.0, policy=AdapterConfig("full"))
+
+    def heavy(name: Program, s: PlanSettings) -> Report:
+        return made_up(name, s) | {"held": {"base": 2 * GIB, "reward": 0, "policy": 4 * GIB, "optimizer": 8 * GIB}}
+
+    advice = make_plan(full, heavy, lambda text: None)["programs"][0]["advice"]
+    assert advice[0].startswith("what stays in memory is too large by itself (base 2.00 GiB")
+    assert advice[1].startswith("--policy.kind lora") and len(advice) == 2
+
+
+def test_the_table_says_compiled_and_names_the_misfit() -> None:
+    found = make_plan(settings(batch=128, memory=8.0), made_up, lambda text: None)
+    console = Console(record=True, width=200)
+    show(found, console)
+    text = console.export_text()
+    assert "llama-3-8b on v5e:2x4 (8 devices, 8.00 GiB of memory each; fsdp 8): compiled, not run" in text
+    assert "update does not fit (10.00 GiB of 8.00 GiB). What helps:" in text and "scoring does not" not in text
+    assert "0.00508 s (compute)" in text and "update: collectives: all-gather 1.00 MiB" in text
+
+
+# -- the real compilers ----------------------------------------------------------------------------------------------
+
+SMALL = ["--batch", "16", "--prompt-length", "8", "--response-length", "8", "--ppo.num-minibatches", "2"]
+PROGRAM_KEYS = {
+    "program", "held", "attention", "compiled", "arguments", "temporary", "peak", "flops", "traffic", "collectives",
+    "unknown_loops", "fits", "seconds", "binds", "advice",
+}  # fmt: skip
+
+
+def test_ppo_of_a_tiny_model_is_planned_for_eight_cpus(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    assert cli.main(["plan", "--model", tiny, "--topology", "cpu:8", *mesh, *SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["how"] == "compiled, not run" and found["devices"] == 8 and found["memory"] is None
+    assert found["fits"] is None and found["choices"] == {"remat": "full", "accumulate": 1}
+    programs = {report["program"]: report for report in found["programs"]}
+    assert list(programs) == ["rollout", "scoring", "update"]
+    for report in programs.values():
+        assert set(report) == PROGRAM_KEYS and report["compiled"] and report["fits"] is None
+        assert 0 < report["arguments"] < report["peak"] and report["unknown_loops"] == 0
+    # 2 layers of 2 * (4 * 128^2 + 3 * 128 * 256) FLOPs per token without attention and vocabulary, over 8 devices.
+    token = 2 * 2 * (4 * 128**2 + 3 * 128 * 256)
+    sequences = 16 * (8 + 8) * token / 8
+    assert programs["scoring"]["flops"] == pytest.approx(sequences, rel=0.35)
+    assert sequences < programs["rollout"]["flops"] < 3 * sequences
+    # Four epochs, each forward, again and backward: at least 4 * 3 times the forward pass.
+    assert 4 * 3 * sequences < programs["update"]["flops"] < 4 * 8 * sequences
+    assert programs["update"]["collectives"]["all-reduce"] > 0
+
+
+def test_a_platform_that_is_not_there_is_named_and_another_compiled(tiny: str) -> None:
+    """For a TPU where libtpu is installed; elsewhere the command says what to install."""
+    tpu = settings(
+        tiny, "v5e:2x4", batch=8, prompt_length=64, response_length=64, ppo=ONE, mesh=MeshConfig(fsdp=4, tensor=2)
+    )
+    if not HAVE_LIBTPU:
+        with pytest.raises(ValueError, match=r"needs libtpu: pip install 'ppo_jax\[tpu\]'.*--topology cpu:8"):
+            compile_program("scoring", tpu)
+        tpu = dataclasses.replace(tpu, topology="cpu:8")
+    report = make_plan(dataclasses.replace(tpu, programs=("scoring",)), compile_program, lambda text: None)
+    (scoring,) = report["programs"]
+    assert scoring["attention"] == ("splash" if HAVE_LIBTPU else "xla")
+    assert scoring["flops"] > 8 * 128 * 4 * (4 * 128**2 + 3 * 128 * 256) / 8 and scoring["unknown_loops"] == 0
+    if HAVE_LIBTPU:
+        assert scoring["fits"] and scoring["seconds"] > 0 and scoring["binds"] in ("compute", "memory bandwidth")
+
+
+def test_a_compiler_that_fails_is_reported_with_its_last_words(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    with pytest.raises(PlanError, match="compiling scoring for cpu:8 ended with -?[0-9]+\n(?s:.*)no_such_flag"):
+        compile_program("scoring", settings(tiny, "cpu:8", batch=8, ppo=ONE))
+
+
+def temporary(vocabulary: int, rows: int, length: int, chunk: int, directory: Path) -> int:
+    """Temporary bytes of the update on one CPU: two layers of width 128, `length` slots each of prompt and response."""
+    described = config_to_hf(dataclasses.replace(TINY, vocab_size=vocabulary))
+    (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    given = PlanSettings(
+        str(directory),
+        "cpu:1",
+        batch=rows,
+        prompt_length=length,
+        response_length=length,
+        policy=AdapterConfig(rank=1, targets=("q",)),
+        compute=ModelOptions("float32", "full"),
+        ppo=dataclasses.replace(ONE, logprob_chunk=chunk),
+    )
+    return measure("update", given)["temporary"]
+
+
+def test_memory_is_linear_in_the_batch(tmp_path: Path) -> None:
+    once, twice, thrice = (temporary(512, rows, 64, 64, tmp_path) for rows in (8, 16, 24))
+    assert thrice - twice == pytest.approx(twice - once, rel=0.1) and twice > 1.8 * once
+
+
+def test_the_chunk_takes_the_vocabulary_out_of_the_peak(tmp_path: Path) -> None:
+    """[b, T, V] logits in float32 are 67 MB; without the chunk there are several such arrays."""
+    logits = 4 * 8 * 64 * 32768
+    assert temporary(32768, 8, 64, 0, tmp_path) > 2 * logits > 3 * temporary(32768, 8, 64, 64, tmp_path)
