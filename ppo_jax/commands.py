@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from ppo_jax.display import Screen, progress
 from ppo_jax.generate import check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
 from ppo_jax.processes import is_first
-from ppo_jax.reward_choice import choose_reward, kind_of
+from ppo_jax.reward_choice import choose_reward
 from ppo_jax.runs import Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, SFTSettings
 from ppo_jax.stages import MODEL, export_model, run_sft
@@ -86,7 +85,7 @@ def _ppo(settings: PPOSettings) -> None:
         host_reward=chosen.host,
         failures=chosen.failures,
         config=_repeatable(settings),
-        reward_name=reward_name(settings.reward) if chosen.host else "",
+        reward_name=chosen.name,
     )
     directory = distributed.run_directory(settings.run_dir, lambda: _open(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
@@ -136,14 +135,11 @@ def _open(settings: Any) -> Path:
     return directory
 
 
-def reward_name(sources: Sequence[str]) -> str:
-    """What has to stay the same about rewards on the host. A service may move: of its address only the path counts."""
-    return ", ".join(urlsplit(source).path if kind_of(source) == "url" else source for source in sources)
-
-
 def _repeatable(settings: Any) -> str:
     """As YAML. Passed back with --config it must neither delete nor continue anything by itself."""
-    off = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
+    off: dict[str, Any] = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
+    if hasattr(settings, "distributed"):  # where a process ran is not part of what it did
+        off["distributed"] = distributed.DistributedConfig()
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 

@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from ppo_jax.data import TooLong
+from ppo_jax.distributed import DistributedConfig
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.resuming import Resume
 from ppo_jax.reward_choice import RewardOptions
+from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.ppo import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
@@ -101,6 +103,10 @@ class PPOSettings:
     """How the reward is called, and the weights of a sum."""
     policy: AdapterConfig = AdapterConfig()
     """What of the policy is trained."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices work on what; by default one."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How this process finds the others, where there are several."""
     ppo: PPOConfig = PPOConfig()
     """The algorithm's static choices. Empty sampling.stop_ids: those of model and tokenizer."""
     hyper: Hyper = Hyper()

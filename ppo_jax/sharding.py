@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -259,10 +258,10 @@ def build(shape: Sequence[int], to: NamedSharding, read: Callable[[tuple[slice, 
     for bounds, devices in holders.items():
         host = np.ascontiguousarray(read(tuple(slice(*bound) for bound in bounds)))
         for device in devices:
-            with jax.default_device(device):  # a copy: on the CPU backend device_put may share the numpy buffer
-                copy = jnp.array(host, copy=True)
-            # Committed to its device without another copy; waited for, so that the host's part goes before the next.
-            shards.append(jax.block_until_ready(jax.device_put(copy, device)))
+            there = jax.device_put(host, device)
+            if device.platform == "cpu":  # there it may share the numpy buffer; once more from a jax array does not
+                there = jax.device_put(there, device, may_alias=False)
+            shards.append(jax.block_until_ready(there))  # waited for, so that the host's part goes before the next
         del host
     return jax.make_array_from_single_device_arrays(tuple(shape), to, shards)
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module may import from its own layer and from those below; what is not named here is an edge.
 LAYERS = ["types", "ops", "models", "rollout", "rewards", "train"]
-SAME_LAYER = {"sharding": "models"}  # the mesh and the table of logical axes belong to the model
+# The mesh and the table of logical axes belong to the model, and so does what several processes share.
+SAME_LAYER = {"sharding": "models", "processes": "models"}
 OPS_MAY_IMPORT = {"jax", "chex", "jaxtyping"}
 # HTTP, files of models, tokenizers, checkpoints and screens stay at the edges.
 EDGE_ONLY = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "yaml"}

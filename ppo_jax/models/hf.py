@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from ppo_jax.models import families, gguf, weights
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import Dtype
+from ppo_jax.processes import fetch
 from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -292,7 +293,7 @@ def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: 
         arrays = {}
         for name, entry, layer in shard:
             value = weights.leaf(params, entry.key)
-            value = np.asarray(value[layer] if entry.stacked else value)
+            value = fetch(value[layer] if entry.stacked else value)
             arrays[name] = np.ascontiguousarray(value.T if entry.transpose else value)
             weight_map[name] = file
         # Under another name first, so that an interrupted write leaves nothing that looks like a model.

@@ -90,6 +90,8 @@ def gather(
     Raises:
       ValueError: a tensor is missing, surplus or of the wrong shape; it is named.
     """
+    if mesh is not None:
+        sharding.check_model(config, sharding.MeshConfig(*(mesh.shape.get(axis, 1) for axis in sharding.AXES)))
     surplus = set(shapes)
     for entry in tensors(config):
         for layer in range(config.num_layers if entry.stacked else 1):

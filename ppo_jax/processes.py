@@ -1,0 +1,109 @@
+"""Several processes, one program (JAX's multi-controller runtime): who feeds, scores and reads what.
+
+Every process runs the same code on the same data and keys; arrays are global. These functions are what the host side
+needs beyond that, and with one process they do nothing. All of them but `is_first` and `own_rows` are collective:
+every process has to call them, in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from ppo_jax.sharding import place, row_shardings, shardings
+from ppo_jax.types import Scores
+
+Tree = TypeVar("Tree")
+
+
+def is_first() -> bool:
+    """Whether this process writes metrics, logs, samples and reports. Checkpoints are written by all."""
+    return jax.process_index() == 0
+
+
+def own_rows(rows: int, index: int | None = None) -> slice:
+    """This process's share of `rows` rows (or that of process `index`); every row has one owner."""
+    count, index = jax.process_count(), jax.process_index() if index is None else index
+    return slice(rows * index // count, rows * (index + 1) // count)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of `jax.set_mesh`, if any."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def laid_out(tree: Tree) -> Tree:
+    """Parameters or a whole state laid out on the current mesh by the table; as it is where there is no mesh."""
+    mesh = current_mesh()
+    return tree if mesh is None else place(tree, shardings(tree, mesh))
+
+
+def feed(batch: Tree, mesh: Mesh | None = None) -> Tree:
+    """A batch on the host -> global arrays, rows over ("data", "fsdp"); a process hands over its devices' rows only.
+
+    Args:
+      batch: numpy arrays [rows, ...], the same function of the step in every process. Where `mesh.data * mesh.fsdp`
+        does not divide the rows, every device holds them all.
+      mesh: by default that of `jax.set_mesh`; without one the arrays go to the default device.
+    """
+    mesh = mesh or current_mesh()
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+
+    def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        parts = sharding.addressable_devices_indices_map(x.shape).values()
+        spans = {index[0].indices(len(x))[:2] for index in parts if index is not None}
+        local = np.concatenate([x[start:stop] for start, stop in sorted(spans)])
+        return jax.make_array_from_process_local_data(sharding, local, x.shape)
+
+    return jax.tree.map(put, batch, row_shardings(batch, mesh))
+
+
+def fetch(tree: Tree) -> Tree:
+    """Numpy arrays of whole global arrays, in every process."""
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+class SplitReward:
+    """A host reward of which each process scores its own rows, whose scores all processes then exchange.
+
+    So each response is scored once, and a reward that is not a function (a server, a sampler) cannot let the processes
+    disagree. The reward must name the same parts in every process.
+    """
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """Scores of every row, see `rewards.base.HostReward`."""
+        total, count = len(responses), jax.process_count()
+        if count == 1 or total == 0:
+            return self.reward(prompts, responses, metadata)
+        own = own_rows(total)
+        if own.start == own.stop:  # fewer rows than processes: a row whose result is not used names the parts
+            own = slice(0, 1)
+        scores = self.reward(prompts[own], responses[own], metadata[own])
+        names = sorted(scores.parts)
+        columns = [scores.reward, scores.valid, *(scores.parts[name] for name in names)]
+        packed = np.zeros((len(columns), -(-total // count)), np.float64)
+        for row, column in zip(packed, columns, strict=True):
+            row[: len(column)] = np.asarray(column)
+        # As words of 32 bits: jax would round float64.
+        words = np.asarray(multihost_utils.process_allgather(packed.view(np.uint32)))
+        every = words.view(np.float64).reshape(count, *packed.shape)
+        shares = [own_rows(total, index) for index in range(count)]
+        joined = np.concatenate([every[i, :, : s.stop - s.start] for i, s in enumerate(shares)], axis=1)
+        reward, valid, *parts = joined
+        return Scores(reward, valid.astype(bool), dict(zip(names, parts, strict=True)))

@@ -1,0 +1,105 @@
+"""One process of a run of several: `python -m tests.distributed_worker JSON`. Also the same run in one process."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax import checkpoint, sharding
+from ppo_jax.distributed import DistributedConfig, start
+from ppo_jax.models import hf
+from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.processes import SplitReward, feed, fetch, is_first
+from ppo_jax.rollout import Sampling
+from ppo_jax.sharding import MeshConfig, make_mesh
+from ppo_jax.train.loop import host_iteration, means
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.ppo import PPOConfig, make_host_iteration
+from ppo_jax.train.state import TrainState, init_state
+from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Scores
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=False,
+)
+ROWS, P, T = 8, 3, 4
+SAMPLING = Sampling(response_length=T, stop_ids=(2,))
+HYPER = Hyper(learning_rate=1e-2, temperature=0.9, vf_coef=0.5)
+SCORED: list[int] = []  # rows that the reward of this process was asked for, per call
+
+
+def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
+    """Points of the response's tokens; odd rows of the table have an invalid score when the response is empty."""
+    SCORED.append(len(responses))
+    points = np.array([sum(int(word) % 7 for word in text.split()) / 10 for text in responses])
+    valid = np.array([bool(text) or entry["number"] % 2 == 0 for text, entry in zip(responses, metadata, strict=True)])
+    assert all(prompt == str(entry["number"]) for prompt, entry in zip(prompts, metadata, strict=True))
+    return Scores(points, valid, {"half": points / 2})
+
+
+def batch(step: int) -> Prompts:
+    rng = np.random.default_rng(step)
+    mask = np.arange(P) >= P - rng.integers(1, P + 1, (ROWS, 1))
+    index = rng.permutation(ROWS).astype(np.int32)
+    return Prompts(rng.integers(0, CONFIG.vocab_size, (ROWS, P)).astype(np.int32), mask, index)
+
+
+def run(model: Path, config: MeshConfig, updates: int) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """State and metrics after each iteration; full tuning, from a model on disk."""
+    mesh = make_mesh(config, None if config.size == jax.device_count() else jax.devices()[: config.size])
+    with jax.set_mesh(mesh):
+        model_config, base = hf.load(model, mesh=mesh)
+        ppo = PPOConfig(sampling=SAMPLING, epochs=1, num_minibatches=2)
+        optimizer = make_optimizer()
+
+        def fresh(key: jax.Array, base: PyTree) -> TrainState:
+            adapter = init_adapter(key, base, model_config, AdapterConfig("full"))
+            return init_state(jax.random.key(1), adapter, model_config, optimizer, 0.05)
+
+        state = sharding.create(fresh, mesh, jax.random.key(0), base)
+        collect, learn = make_host_iteration(model_config, ppo, optimizer)
+        texts = tuple(str(i) for i in range(ROWS))
+        table = tuple({"number": i} for i in range(ROWS))
+        iteration = host_iteration(
+            collect, learn, SplitReward(reward), lambda ids: " ".join(map(str, ids)), SAMPLING, texts, table
+        )
+        for step in range(updates):
+            state, metrics = iteration(state, Frozen(base), feed(batch(step)), HYPER)
+            yield state, means(metrics)
+
+
+def main(spec: dict[str, Any]) -> None:
+    start(DistributedConfig(**spec["distributed"]))
+    record: dict[str, Any] = {"process": jax.process_index(), "metrics": []}
+    state = None
+    for latest, values in run(Path(spec["model"]), MeshConfig(**spec["mesh"]), spec["updates"]):
+        state = latest
+        record["metrics"].append(values)
+        print("update", len(record["metrics"]), flush=True)
+    assert state is not None
+    with checkpoint.open_manager(spec["checkpoints"]) as manager:
+        checkpoint.save(manager, spec["updates"], state)
+    restored, _ = checkpoint.restore(spec["checkpoints"], state)
+    same = jax.tree.map(np.array_equal, fetch(state.policy), fetch(restored.policy))
+    record["restored"] = all(jax.tree.leaves(same)) and all(
+        a.sharding == b.sharding for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)
+    )
+    held = [sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in jax.tree.leaves(state.policy)]
+    record |= {"scored": SCORED, "held": sum(held), "first": is_first()}
+    record["total"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy))
+    Path(spec["out"]).write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
