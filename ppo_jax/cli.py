@@ -11,8 +11,6 @@ from ppo_jax import commands, config, dpo_stage, export, reward_command, serve_c
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.plan import plan
 from ppo_jax.plan_programs import PlanSettings
-from ppo_jax.plan import plan
-from ppo_jax.plan_programs import PlanSettings
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.train.loop import Interrupted
 
@@ -34,7 +32,6 @@ COMMANDS = {
     "generate": Command(GenerateSettings, generate_responses),
     "export": Command(export.ExportSettings, export.export),
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),
-    "plan": Command(PlanSettings, plan),
     "plan": Command(PlanSettings, plan),
     "export-reward": Command(reward_command.ExportRewardSettings, reward_command.export_reward),
     "serve-reward": Command(serve_command.ServeSettings, serve_command.serve_reward),
