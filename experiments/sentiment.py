@@ -29,6 +29,7 @@ from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.resuming import Resume
+from ppo_jax.reward_choice import RewardOptions, choose_reward, with_reward
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
@@ -71,6 +72,10 @@ class SentimentConfig:
     """Longest prompt, in tokens; longer openings are left out."""
     reward: RewardConfig = RewardConfig(depth=18, lora_layers=4)
     """The reward model."""
+    scorer: tuple[str, ...] = ()
+    """Another reward in its place, as `--reward` of `ppo-jax ppo`: directory, URL or function; several are summed."""
+    scoring: RewardOptions = RewardOptions()
+    """How that is called, and the weights of a sum."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
     """The second reward model."""
     compute: ModelOptions = ModelOptions()
@@ -142,6 +147,8 @@ def main(args: list[str] | None = None) -> Path:
     held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
     if len(prompts.rows) < settings.loop.batch_size:
         raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
+    stop_ids = sentence_ends(model)
+    chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     # Passed back with --config it must neither delete nor continue anything by itself.
     repeatable = config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
@@ -160,13 +167,14 @@ def main(args: list[str] | None = None) -> Path:
             Wanted("reward", splits.reward_train[: settings.reward_texts or None], settings.reward),
             Wanted("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
         ]
-        reward, judge = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
-        for one, found in zip(wanted, (reward, judge), strict=True):
+        wanted = wanted if chosen is None else wanted[1:]
+        models = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
+        reward, judge = models[0], models[-1]
+        for one, found in zip(wanted, models, strict=True):
             shutil.copytree(found.path, directory / rundir.EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
-        stop_ids = sentence_ends(model)
         sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
         setup = Setup(
             model=model,
@@ -183,6 +191,10 @@ def main(args: list[str] | None = None) -> Path:
             labels=LABELS,
             config=repeatable,
         )
+        if chosen is not None:
+            setup = with_reward(setup, chosen)
+            for notice in chosen.notices:
+                screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
@@ -191,12 +203,12 @@ def main(args: list[str] | None = None) -> Path:
         vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
         summary = {
             "title": "PPO on film-review sentiment",
-            "task": TASK,
+            "task": TASK if chosen is None else f"{TASK} Here the reward was {', '.join(settings.scorer)} instead.",
             "before": result.before,
             "after": result.after,
             "prompts": len(held_out.rows),
             "kl_budget": 15.0,
-            "reward_accuracy": reward.accuracy,
+            "reward_accuracy": reward.accuracy if chosen is None else chosen.meta.get("accuracy"),
             "judge_accuracy": judge.accuracy,
             "judges": LABELS,
             "reference_accuracies": {**REFERENCES, "VADER": vader},

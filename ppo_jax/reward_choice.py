@@ -34,7 +34,7 @@ from ppo_jax.rewards.combine import scaled, weighted_sum
 from ppo_jax.rewards.failures import FailureLog, Report
 from ppo_jax.rewards.function import FunctionConfig, function_reward
 from ppo_jax.rewards.model import row_scorer, text_reward
-from ppo_jax.runs import Model
+from ppo_jax.runs import Model, Setup
 from ppo_jax.types import PyTree, Scores
 
 FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
@@ -108,6 +108,17 @@ def choose_reward(
         return ChosenReward(None, None, next(iter(parts.values())), failures, notices, meta, name)
     summed = weighted_sum({name: (part, w) for (name, part), w in zip(parts.items(), weights, strict=True)})
     return ChosenReward(None, None, summed, failures, notices, meta, name)
+
+
+def with_reward(setup: Setup, chosen: ChosenReward) -> Setup:
+    """`setup` with this reward in place of what it had."""
+    return setup._replace(
+        device_reward=chosen.device,
+        reward_params=chosen.params,
+        host_reward=chosen.host,
+        failures=chosen.failures,
+        reward_name=chosen.name,
+    )
 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:
