@@ -123,3 +123,14 @@ def test_adaptive_and_fixed_coefficients() -> None:
         found.append(float(coefficient))
     np.testing.assert_allclose(found, run["adaptive"], rtol=2e-6)
     assert run["fixed"] == run["start"]
+
+
+def test_a_batch_whose_mean_ratio_is_too_large_is_skipped_by_the_same_number() -> None:
+    """On purpose: TRL multiplies the losses by 0 and steps all the same, so Adam moves on by its old momentum; here the
+    step is left out (train.ppo.update, hyper.ratio_threshold)."""
+    mask, skipped = MASKS["whole"], TRL["skipped"]
+    _, metrics = clipped_policy_loss(INPUTS["logprobs"], INPUTS["old_logprobs"], INPUTS["values"], mask, 0.2, 0.2)
+    assert mean_of(metrics, "ratio") > skipped["threshold"] and skipped["policy"] == skipped["value_times_coef"] == 0
+    close(
+        mean_of(metrics, "ratio"), np.exp(np.subtract(TRL["inputs"]["logprobs"], TRL["inputs"]["old_logprobs"])).mean()
+    )

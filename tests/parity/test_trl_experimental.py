@@ -16,7 +16,7 @@ from ppo_jax.ops.advantages import gae
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss
 from ppo_jax.ops.masked import masked_mean, masked_var, masked_whiten
-from ppo_jax.ops.rewards import last_token, shape_rewards
+from ppo_jax.ops.rewards import last_token, shape_rewards, truncation_mask
 
 B, T = 5, 6
 EOS, PAD = 2, 0
@@ -131,6 +131,9 @@ def test_a_response_ends_where_trl_truncates_it() -> None:
     np.testing.assert_array_equal(truncated, data["responses"])
     last = first_true_indices(truncated == PAD) - 1
     np.testing.assert_array_equal(np.argwhere(last_token(jnp.asarray(data["mask"])))[:, 1], last)
+    mask, ended = truncation_mask(jnp.asarray(tail), jnp.ones(tail.shape, bool), (EOS,))  # our own truncation
+    np.testing.assert_array_equal(mask, data["mask"])
+    np.testing.assert_array_equal(ended, [length < T for length in RAGGED])
     # On purpose (defect 8): with a pad id sampled inside, TRL takes the response to end there. We do not look at ids.
     inside = truncated.clone()
     inside[0, 2] = PAD

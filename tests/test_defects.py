@@ -1,0 +1,313 @@
+"""The 21 defects of other PPO libraries that this one must never have, a test each (DESIGN, section 10).
+
+Each looks where the defect would act, mostly at a whole step: rollout -> experience -> update. More about the parts
+is in the tests of their own modules.
+"""
+
+import ast
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ppo_jax
+from ppo_jax import checkpoint
+from ppo_jax.models.families import config_from_hf, config_to_hf
+from ppo_jax.models.transformer import apply
+from ppo_jax.ops.rewards import RunningMoments
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.experience import adjusted
+from ppo_jax.train.measure import experience_metrics
+from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
+from ppo_jax.train.ppo import collect, make_experience, update
+from ppo_jax.types import Experience, Rollout, Scores
+from tests.models.tiny import CONFIG as TINY
+from tests.models.tiny import LLAMA3, random_params
+from tests.train import test_ppo, test_ppo_experience, test_ppo_update, toy
+from tests.train.test_ppo_experience import SCORES, learner, rollout, scores, start
+from tests.train.toy import CONFIG, FROZEN, HYPER, PAD, STOP, T, numbers
+
+ONE_STEP = PPOConfig(sampling=toy.SAMPLING, epochs=1, num_minibatches=1)
+
+
+def experience(given: Rollout, reward: Scores | None = None, kl_coef: float = 0.3, **options: object) -> Experience:
+    """`make_experience` beside a reference whose log-probs are those of the rollout less 0.1."""
+    ppo = PPOConfig(sampling=toy.SAMPLING, **options)
+    reward = scores() if reward is None else reward
+    reference = given.policy_logprobs - 0.1
+    return make_experience(given, reward, reference, None, jnp.float32(kl_coef), HYPER, ppo)
+
+
+def padded(given: Rollout, garbage: float, extra: int = 3) -> Rollout:
+    """More response slots, and `garbage` in every number that no mask covers."""
+    wide = lambda x: jnp.pad(x, ((0, 0), (0, extra)))
+    mask = wide(given.response_mask)
+    floats = {
+        name: jnp.where(mask, wide(getattr(given, name)), garbage) for name in ("logprobs", "policy_logprobs", "values")
+    }
+    return given._replace(tokens=wide(given.tokens), response_mask=mask, **floats)
+
+
+@functools.cache
+def descended():
+    """One step of plain gradient descent on a minibatch."""
+    return jax.jit(lambda state, rows, hyper: update(state, FROZEN, rows, hyper, CONFIG, ONE_STEP, optax.identity()))
+
+
+@functools.cache
+def sampler(sampling: Sampling):
+    ppo = PPOConfig(sampling=sampling)
+    return jax.jit(lambda state, prompts, hyper: collect(state, FROZEN, prompts, hyper, CONFIG, ppo))
+
+
+def draw(state=None, sampling: Sampling = toy.SAMPLING, hyper=HYPER) -> Rollout:
+    return sampler(sampling)(toy.moved(toy.start()) if state is None else state, toy.prompts(), hyper)
+
+
+def test_defect_01_whitened_rewards_leak_through_padding_into_gae():
+    """Whitened rewards leak through padding into GAE."""
+    whitened = {"score": ScoreConfig(whiten_rewards="shift")}
+    short = experience(rollout(), **whitened)
+    for garbage in (0.0, np.nan):
+        long = experience(padded(rollout(), garbage), **whitened)
+        for name in ("advantages", "returns"):
+            left, right = (np.asarray(getattr(x.batch, name)) for x in (short, long))
+            np.testing.assert_allclose(right[:, :T], left, rtol=1e-5, atol=1e-6)
+            assert not right[:, T:].any()
+    # The shortest row is one token, whose advantage is its own whitened reward less its value, and nothing behind it.
+    plain = np.asarray(short.rewards)[np.asarray(short.batch.loss_mask)].astype(np.float64)
+    alone = experience(rollout(), whiten_advantages=False, **whitened)
+    expected = (float(short.rewards[1, 0]) - plain.mean()) / plain.std(ddof=1) - float(rollout().values[1, 0])
+    assert float(alone.batch.advantages[1, 0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_defect_02_scores_cast_to_integers():
+    """Scores cast to integers."""
+    found = experience(rollout(), kl_coef=0.0)
+    np.testing.assert_allclose(found.rewards.sum(axis=1), SCORES, rtol=1e-6)
+    whole = scores()._replace(reward=jnp.asarray([2, -1, 0, 3, 1, 5]))  # nor do integers make the penalty one
+    found = experience(rollout(), whole)
+    lengths = np.asarray(rollout().response_mask).sum(axis=1)
+    np.testing.assert_allclose(found.rewards.sum(axis=1), whole.reward - 0.03 * lengths, rtol=1e-4)
+
+
+def test_defect_03_the_same_sampling_key_in_every_step_row_or_device():
+    """The same sampling key in every step, micro-batch or device."""
+    state = toy.moved(toy.start())
+    alike = jax.tree.map(lambda x: jnp.repeat(x[:1], toy.B, axis=0), toy.prompts())
+    responses = np.asarray(sampler(toy.SAMPLING)(state, alike, HYPER).tokens[:, -T:])
+    assert len({tuple(row) for row in responses}) > toy.B // 2  # rows: micro-batches and devices are rows
+    first, later = draw(state).tokens, draw(state.replace(step=state.step + 1)).tokens
+    assert np.mean(np.asarray(first != later)[:, -T:]) > 0.3
+    first_columns = np.asarray(draw(state).tokens[:, -T:])
+    assert not (first_columns == first_columns[:, :1]).all()  # and every token has its own
+
+
+def test_defect_04_the_same_permutation_every_epoch_or_update():
+    """The same permutation every epoch or update."""
+    test_ppo_update.test_every_epoch_and_update_visits_all_rows_once_in_an_order_of_its_own()
+    test_ppo_experience.test_each_iteration_shuffles_with_a_key_of_its_own()
+
+
+def test_defect_05_old_and_reference_log_probs_at_different_temperatures():
+    """Old and reference log-probs at different temperatures."""
+    for temperature in (0.3, 2.0):
+        _, worst_kl, _ = test_ppo.fresh(toy.start(), FROZEN, toy.prompts(), HYPER._replace(temperature=temperature))
+        assert worst_kl < 2e-5  # an untrained policy is its reference
+
+
+def test_defect_06_eos_stripped_or_masked_so_stopping_is_never_learned():
+    """EOS stripped or masked, so stopping is never learned."""
+    found = draw()
+    mask, actions = np.asarray(found.response_mask), np.asarray(found.tokens[:, -T:])
+    ended = np.asarray(found.terminated)
+    last = mask.sum(axis=1) - 1
+    rows = np.arange(len(mask))
+    assert ended.any() and (actions[rows, last] == STOP)[ended].all()
+    made = experience(found, scores(np.ones(toy.B)))
+    assert np.asarray(made.batch.loss_mask)[rows, last].all()  # what the loss does with it: test_ppo_update
+
+
+def score_positions(given: Rollout) -> list[tuple[int, ...]]:
+    """Where each row of rewards is not 0 when there is no penalty."""
+    rewards = np.asarray(experience(given, scores(np.ones(len(given.tokens))), kl_coef=0.0).rewards)
+    return [tuple(np.flatnonzero(row)) for row in rewards]
+
+
+def test_defect_07_score_placed_on_a_pad():
+    """Score placed on a pad."""
+    lengths = np.asarray(rollout().response_mask).sum(axis=1)
+    assert lengths.min() == 1 and score_positions(rollout()) == [(n - 1,) for n in lengths]
+    assert score_positions(padded(rollout(), 0.0)) == [(n - 1,) for n in lengths]
+
+
+def test_defect_08_score_shifted_by_a_sampled_pad_id_inside_the_response():
+    """Score shifted by a sampled pad id inside the response."""
+    expected = score_positions(rollout())
+    everywhere = rollout()._replace(tokens=jnp.full_like(rollout().tokens, PAD))
+    assert (rollout().tokens[:, -T:] == PAD)[np.asarray(rollout().response_mask)].any()
+    assert score_positions(everywhere) == expected
+    # The sampler, too, goes on after a pad id: it pads with an id that it may sample, here the likeliest.
+    busy = int(np.bincount(np.asarray(draw().tokens[:, -T:])[np.asarray(draw().response_mask)]).argmax())
+    other = draw(sampling=Sampling(response_length=T, stop_ids=(STOP,), pad_id=busy))
+    np.testing.assert_array_equal(other.response_mask, draw().response_mask)
+
+
+def test_defect_09_ratio_identically_1_because_old_log_probs_are_recomputed():
+    """Ratio identically 1 because old log-probs are recomputed."""
+    test_ppo.test_old_logprobs_are_the_rollouts_so_later_ratios_differ_from_1()
+
+
+def test_defect_10_dropout_active_while_collecting():
+    """Dropout active while collecting: the only randomness is the choice of the token."""
+    greedy = HYPER._replace(temperature=0.0)
+    state = toy.moved(toy.start())
+    first, second = (draw(state.replace(key=jax.random.key(seed)), hyper=greedy) for seed in (1, 2))
+    for name in ("tokens", "logprobs", "values"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    metrics, _, _ = test_ppo.fresh(state, FROZEN, toy.prompts(), HYPER)
+    assert numbers(metrics)["approx_kl"] == pytest.approx(0, abs=1e-8)
+
+
+def test_defect_11_metrics_averaged_over_pads_or_sentinel_values():
+    """Metrics averaged over pads or sentinel values."""
+    run = lambda given: numbers(learner(ONE_STEP)(start(), FROZEN, given, scores(), HYPER)[1])
+    expected = run(rollout())
+    for garbage in (1.0, 1e6):
+        toy.assert_close(run(padded(rollout(), garbage, extra=0)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_defect_12_num_minibatches_that_adds_no_optimizer_steps():
+    """num_minibatches that adds no optimizer steps."""
+    state, _ = toy.iteration(toy.TWICE)(toy.start(), FROZEN, toy.prompts(), HYPER)
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    counts = [int(leaf) for path, leaf in leaves if getattr(path[-1], "name", "") == "count"]
+    assert counts and set(counts) == {toy.TWICE.epochs * toy.TWICE.num_minibatches}  # Adam counts its own steps
+
+
+def test_defect_13_score_normalisation_with_one_sample_turning_it_into_0():
+    """Score normalisation with one sample turning it into 0."""
+    for how in ("scale", "shift"):
+        ppo = PPOConfig(score=ScoreConfig(normalise=how))
+        made, moments = adjusted(scores([0.7]), rollout(1), RunningMoments.init(), HYPER, ppo)
+        assert float(made.reward[0]) == pytest.approx(0.7)
+        made, _ = adjusted(scores([0.7]), rollout(1), moments, HYPER, ppo)  # a second one, equal to the first
+        assert np.isfinite(made.reward).all()
+
+
+@pytest.mark.parametrize("how", ["off", "scale", "shift"])
+def test_defect_14_whitening_with_one_valid_token_or_no_variance_gives_nan(how):
+    """Whitening with n <= 1 valid tokens or zero variance giving NaN."""
+    one = rollout(2)._replace(response_mask=jnp.zeros((2, T), bool).at[0, 0].set(True))
+    flat = rollout()._replace(values=jnp.zeros((6, T)), response_mask=jnp.ones((6, T), bool))
+    for given, reward in ((one, scores([0.5, 0.5])), (flat, scores(np.zeros(6)))):
+        made = experience(given, reward, kl_coef=0.0, score=ScoreConfig(whiten_rewards=how))
+        for array in (made.batch.advantages, made.batch.returns):
+            assert np.isfinite(array).all()
+        assert not np.asarray(made.batch.advantages).any()  # 0, and not noise of size 1
+
+
+def test_defect_15_loss_dependent_on_micro_batching():
+    """Loss dependent on micro-batching."""
+    rows = test_ppo_update.minibatch()  # ragged, so that a mean of means would differ
+    (whole, _), (parts, _) = (test_ppo_update.gradient(rows, accumulate=pieces) for pieces in (1, 4))
+    toy.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_defect_16_gradient_clipping_silently_absent():
+    """Gradient clipping silently absent."""
+    state = toy.moved(toy.start(optimizer=optax.identity()))
+    hyper = HYPER._replace(learning_rate=1.0, max_grad_norm=1e-3)
+    after, metrics = descended()(state, test_ppo_update.minibatch(), hyper)
+    moved = jax.tree.map(jnp.subtract, after.policy, state.policy)
+    assert numbers(metrics)["grad_norm"] > 1e-2
+    assert float(optax.tree.norm(moved)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_defect_17_rope_theta_or_rope_scaling_ignored():
+    """rope_theta or RoPE scaling ignored."""
+    raw = config_to_hf(TINY) | {"rope_theta": 500.0}
+    params, tokens = random_params(TINY), jnp.arange(3, 33)[None]
+    run = lambda config: np.asarray(apply(params, {}, config, tokens, jnp.arange(30)[None]))
+    scaled = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled["original_max_position_embeddings"] = LLAMA3.original_max_positions
+    linear = {"rope_type": "linear", "factor": 4.0}
+    configs = [config_from_hf(raw | change) for change in ({}, {"rope_theta": 1e4}, {"rope_scaling": scaled})]
+    configs.append(config_from_hf(raw | {"rope_scaling": linear}))
+    outputs = [run(config) for config in configs]
+    for i, left in enumerate(outputs):
+        for right in outputs[:i]:
+            assert np.abs(left - right).max() > 1e-2
+
+
+def test_defect_18_part_of_the_state_missing_from_the_checkpoint(tmp_path: Path):
+    """Value head, KL coefficient, running moments, PRNG key or data cursor missing from the checkpoint."""
+    ppo = PPOConfig(
+        sampling=toy.SAMPLING, epochs=1, num_minibatches=1,
+        kl=KLConfig(control="adaptive"), score=ScoreConfig(normalise="shift"),
+    )  # fmt: skip
+    fresh = start()
+    state, _ = learner(ppo)(fresh, FROZEN, rollout(), scores(), HYPER)
+    for name in ("policy.value_head", "kl_coef", "moments", "step", "opt_state", "baseline"):
+        old, new = (functools.reduce(getattr, name.split("."), x) for x in (fresh, state))
+        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), old, new)
+        assert not all(jax.tree.leaves(same)), f"{name} has not changed, so this test says nothing of it"
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, 1, state)
+    other = state.replace(**jax.tree.map(jnp.zeros_like, {"step": state.step, "kl_coef": state.kl_coef}))
+    other = other.replace(key=jax.random.key(99), policy=fresh.policy, moments=fresh.moments)
+    restored, _ = checkpoint.restore(tmp_path, other)
+    toy.assert_close(restored, state, rtol=0, atol=0)
+    follow = [learner(ppo)(x, FROZEN, rollout(), scores(SCORES[::-1]), HYPER)[0] for x in (restored, state)]
+    toy.assert_close(*follow, rtol=0, atol=0)  # and the next step is the step that would have come
+
+
+def test_defect_19_a_failed_reward_counted_as_0():
+    """A failed reward counted as 0."""
+    options = {"score": ScoreConfig(whiten_rewards="shift")}
+    failed = scores([*SCORES[:-1], np.nan], [True] * 5 + [False])
+    made, without = experience(rollout(), failed, **options), experience(rollout(5), scores(SCORES[:-1]), **options)
+    for name in ("advantages", "returns", "loss_mask"):
+        left, right = (np.asarray(getattr(x.batch, name)) for x in (made, without))
+        np.testing.assert_allclose(left[:5], right, rtol=1e-5, atol=1e-6)
+        assert not left[5].any()  # no row of the loss, and in no mean of the others
+    zero = experience(rollout(), scores([*SCORES[:-1], 0.0]), **options)
+    assert np.abs(np.asarray(zero.batch.advantages - made.batch.advantages)[:5]).max() > 1e-3
+    moments = RunningMoments.init().update(failed.reward, failed.valid)
+    assert float(moments.mean) == pytest.approx(SCORES[:-1].mean(), rel=1e-5)
+
+
+def test_defect_20_log_probs_of_the_unfiltered_distribution_under_top_k():
+    """Top-k/top-p sampling with log-probs of the unfiltered distribution makes the KL estimate negative: both are
+    kept, the ratio and the KL are of one policy, and the mismatch is reported."""
+    sampling = Sampling(response_length=T, stop_ids=(STOP,), pad_id=PAD, top_k=2)
+    found = draw(sampling=sampling)
+    mask = np.asarray(found.response_mask)
+    gap = np.asarray(found.logprobs - found.policy_logprobs)[mask]
+    assert gap.min() >= -1e-5 and gap.mean() > 0.1  # at least as likely to be drawn as the policy says
+    ppo, coefficient, reference = PPOConfig(sampling=sampling), jnp.float32(0.1), found.policy_logprobs
+    made = make_experience(found, scores(np.ones(toy.B)), reference, None, coefficient, HYPER, ppo)
+    np.testing.assert_allclose(np.asarray(made.kl)[mask], 0, atol=1e-6)  # the reference is the policy itself
+    np.testing.assert_array_equal(made.batch.logprobs, found.policy_logprobs)
+    metrics = experience_metrics(made, found, made.scores, reference, coefficient, HYPER, ppo)
+    assert numbers(metrics)["behaviour_mismatch"] == pytest.approx(gap.mean(), rel=1e-3)
+
+
+def test_defect_21_fmin_or_nan_to_num_hiding_a_nan():
+    """`fmin`/`nan_to_num` hiding a NaN."""
+    hiding = {"nan_to_num", "fmin", "fmax", "nanmean", "nansum", "nanmax", "nanmin", "nanstd", "nanvar"}
+    for path in (Path(ppo_jax.__file__).parent / folder for folder in ("ops", "models", "train")):
+        for file in path.glob("*.py"):
+            used = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+            assert not used & hiding, f"{file.name} uses {used & hiding}"
+    rows = test_ppo_update.minibatch()
+    for field in ("logprobs", "advantages", "values", "returns"):
+        broken = rows._replace(**{field: getattr(rows, field).at[0, 0].set(np.nan)})
+        state = toy.moved(toy.start(optimizer=optax.identity()))
+        after, metrics = descended()(state, broken, HYPER)
+        assert float(metrics["nonfinite_updates"][0]) == 1  # it is counted, and no step is taken
+        toy.assert_close(after.policy, state.policy, rtol=0, atol=0)
