@@ -23,7 +23,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import movie_reviews, rating_model, smoke
 from experiments.rating_model import Wanted
-from ppo_jax import assets, config, report, rundir
+from ppo_jax import assets, config, distributed, report, rundir
 from ppo_jax.cli import exit_code
 from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -33,6 +33,7 @@ from ppo_jax.reward_choice import RewardOptions, choose_reward, with_reward
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
+from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper
 from ppo_jax.train.reward_model import RewardConfig
@@ -82,6 +83,8 @@ class SentimentConfig:
     """How the model is run: memory against speed."""
     policy: AdapterConfig = AdapterConfig(layers=8)
     """What of the policy is trained."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices work on what; by default one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
     """The algorithm's static choices."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
@@ -101,6 +104,7 @@ class SentimentConfig:
             if getattr(self, name) < allowed:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {allowed}")
         self.ppo.check_batch(self.loop.batch_size)
+        distributed.check_rows(self.mesh, self.loop.batch_size, self.ppo)
         check_hyper(self.hyper)
 
 
@@ -138,7 +142,12 @@ PRESETS = {"demo": DEMO, "full": FULL, "smoke": SMOKE}
 def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
     settings = config.parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
+    with distributed.use_mesh(settings.mesh):
+        return run(settings)
 
+
+def run(settings: SentimentConfig) -> Path:
+    """One run; returns the path of the report."""
     # -- data and base model: what can be wrong is found before the run directory is touched ---------------------
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
