@@ -119,7 +119,6 @@ def test_the_others_end_when_one_is_killed(tmp_path: Path, model: Path) -> None:
     [
         ({"coordinator": "host:1"}, "belong together"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "process=2 must be below"),
-        ({"start": "maybe"}, "start='maybe' must be one of auto, on, off"),
         ({"heartbeat": 0}, "heartbeat=0 must be at least 1 second"),
     ],
 )
