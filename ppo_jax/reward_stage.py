@@ -151,7 +151,7 @@ def compared(data: Data, seed: int) -> Compared:
         rows = [*data.chosen, *data.rejected]
         return Compared(rows, first, len(first) + first, np.asarray(data.margins, np.float32), loss)
     if isinstance(data, EncodedRatings):
-        rows, ratings = data.rows, np.asarray(data.ratings)
+        rows, ratings = data.rows, np.asarray(data.ratings, np.float64)
         if len(rows) ** 2 <= RATED_PAIRS:
             better, worse = np.nonzero(ratings[:, None] > ratings[None, :])
         else:
@@ -179,7 +179,7 @@ def training_batches(
         return lambda step: comparisons(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
     rng = np.random.default_rng(seed)
     if isinstance(data, EncodedRatings):
-        buckets, ratings = bucket_texts(data.rows, _lengths(data.rows), pad_id), np.asarray(data.ratings)
+        buckets, ratings = bucket_texts(data.rows, _lengths(data.rows), pad_id), np.asarray(data.ratings, np.float64)
         rated = [batch for _ in range(epochs) for batch in rated_batches(buckets, ratings, reward.batch_size, rng)]
         return rated.__getitem__, len(rated)
     per_batch = reward.batch_size // max(map(len, data.groups))

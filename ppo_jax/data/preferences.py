@@ -48,7 +48,9 @@ def read_ratings(path: str | Path) -> list[RatingRecord]:
         rating = line["rating"]
         if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
             raise ValueError(f'{where}: "rating" must be a finite number, got {_shown(rating)}')
-        records.append(RatingRecord(_prompt(line, where), _text(line["response"], where, "response"), rating, where))
+        records.append(
+            RatingRecord(_prompt(line, where), _text(line["response"], where, "response"), float(rating), where)
+        )
     return records
 
 
