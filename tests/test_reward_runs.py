@@ -20,7 +20,7 @@ from ppo_jax.models.transformer import init_params
 from tests.compilation import compile_once
 from tests.data.tokenizer import EOS, make_tokenizer
 from tests.rewards import faulty_server as faulty
-from tests.rewards.faulty_server import Handler, Server, serving
+from tests.rewards.faulty_server import Handler, serving
 
 MODEL = ModelConfig(
     vocab_size=40,

@@ -49,8 +49,9 @@ def too_many(step: int, streak: int, failed: float, ceiling: float, causes: str)
     """Why a run is stopped after update `step`, whose state is saved, and how it goes on."""
     why = f" Causes so far: {causes}." if causes else ""
     return (
-        f"update {step}: {100 * failed:.0f} % of the rewards failed, and more than --loop.max-failed {ceiling:g} did in "
-        f"{streak} batches in a row.{why} Nothing was learned from failed rows. Mend the reward, and go on with --resume"
+        f"update {step}: {100 * failed:.0f} % of the rewards failed, and more than --loop.max-failed {ceiling:g} did "
+        f"in {streak} batches in a row.{why} Nothing was learned from failed rows. Mend the reward, and go on with "
+        "--resume"
     )
 
 

@@ -55,7 +55,10 @@ def test_the_streak(failed: list[float], streaks: list[int]):
 
 def test_the_error_says_why_and_how_to_go_on():
     text = too_many(7, 3, 0.5, 0.2, "HTTP 500 (96 rows)")
-    assert "update 7: 50 % of the rewards failed" in text and "more than --loop.max-failed 0.2 did in 3 batches in a row" in text
+    assert (
+        "update 7: 50 % of the rewards failed" in text
+        and "more than --loop.max-failed 0.2 did in 3 batches in a row" in text
+    )
     assert "HTTP 500 (96 rows)" in text and "--resume" in text
 
 
