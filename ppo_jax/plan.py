@@ -179,26 +179,30 @@ def compile_program(name: Program, settings: PlanSettings) -> Report:
 
 
 def show(found: Report, console: Console) -> None:
-    """The plan as a table, and what to change."""
-    memory = found["memory"]
+    """The plan as a table, a column per program, and what to change."""
+    memory, programs = found["memory"], found["programs"]
     of = f", {_gib(memory)} of memory each" if memory else ""
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"
-    title = f"{found['model']} on {found['topology']} ({found['devices']} devices{of}; {mesh}): {found['how']}"
-    table = Table(title=title, caption="per device; times are lower bounds", title_justify="left")
-    heads = ("program", "arguments", "temporary", "peak", "fits", "FLOPs", "HBM traffic", "collectives", "at least")
-    for head in heads:
-        table.add_column(head, justify="left" if head == "program" else "right")
-    for report in found["programs"]:
-        fits = {True: "yes", False: "NO", None: "?"}[report["fits"]]
-        at_least = "" if report["seconds"] is None else f"{report['seconds']:.3g} s ({report['binds']})"
-        received = sum((report["collectives"] or {}).values()) if report["compiled"] else None
-        sizes = (_gib(report[name]) for name in ("arguments", "temporary", "peak"))
-        work = (_si(report["flops"]), _gib(report["traffic"]), _gib(received))
-        table.add_row(report["program"], *sizes, fits, *work, at_least)
+    console.print(f"{found['model']} on {found['topology']} ({found['devices']} devices{of}; {mesh})", highlight=False)
+    table = Table(title=f"per device, {found['how']}", title_justify="left")
+    table.add_column("")
+    for report in programs:
+        table.add_column(report["program"], justify="right")
+    for name in ("arguments", "temporary", "peak"):
+        table.add_row(name, *(_gib(report[name]) for report in programs))
+    table.add_row("fits", *({True: "yes", False: "NO", None: "?"}[report["fits"]] for report in programs))
+    table.add_section()
+    table.add_row("FLOPs", *(_si(report["flops"]) for report in programs))
+    table.add_row("HBM traffic", *(_gib(report["traffic"]) for report in programs))
+    for kind in sorted({kind for report in programs for kind in report["collectives"] or {}}):
+        received = ((report["collectives"] or {}).get(kind, 0.0 if report["compiled"] else None) for report in programs)
+        table.add_row(kind, *map(_gib, received))
+    if any(report["seconds"] for report in programs):
+        table.add_section()
+        table.add_row("takes at least", *(_seconds(report["seconds"]) for report in programs))
+        table.add_row("bound by", *(report["binds"] or "?" for report in programs))
     console.print(table)
-    for report in found["programs"]:
-        kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in (report["collectives"] or {}).items())
-        console.print(f"{report['program']}: collectives: {kinds or 'none'}", highlight=False)
+    for report in programs:
         if report["fits"] is False:
             over = f"{_gib(report['peak'])} of {_gib(memory)}"
             console.print(f"[bold]{report['program']} does not fit[/bold] ({over}). What helps:", highlight=False)
@@ -207,6 +211,10 @@ def show(found: Report, console: Console) -> None:
     if found["tried"]:
         end = "fits" if found["fits"] else "does not fit either"
         console.print(f"search: {len(found['tried'])} did not fit; {describe(found['choices'])} {end}", highlight=False)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds:.3g} s"
 
 
 def _gib(size: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.extend.backend import get_backend
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -133,6 +134,8 @@ def flash(
 
 
 def _cudnn_problem(q: Array, k: Array) -> str | None:
+    if jax.default_backend() == "gpu" and "rocm" in get_backend().platform_version:
+        return "this GPU runs on ROCm, which has no cuDNN"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention computes in bfloat16, the activations are {q.dtype} (set dtype=bfloat16)"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
