@@ -48,7 +48,8 @@ def make_world(folder: Path) -> None:
 def options(name: str) -> list[str]:
     text = (
         f"--model model --prompts prompts.jsonl --reward reward.py:length --run-dir {name} --loop.updates 2 "
-        "--held-out 4 --loop.batch-size 8 --ppo.sampling.response-length 4 --ppo.epochs 1 --ppo.num-minibatches 2 --policy.kind full"
+        "--held-out 4 --loop.batch-size 8 --ppo.sampling.response-length 4 --ppo.epochs 1 --ppo.num-minibatches 2 "
+        "--policy.kind full"
     )
     return text.split()
 
