@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import metrics, rundir
+from ppo_jax import metrics, processes, rundir
 from ppo_jax.setup import Setup, decode_responses
 from ppo_jax.train.loop import as_scores
 from ppo_jax.train.ppo import collect, reference_logprobs, rollout_prefix
@@ -28,7 +28,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
 
     def dump(step: int, state: TrainState, hyper: Hyper) -> str:
         before = dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype))
-        rollout, reference, scores = _again(setup)(before, frozen, prompts(step), hyper)
+        rollout, reference, scores = processes.fetch(_again(setup)(before, frozen, prompts(step), hyper))
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
