@@ -95,6 +95,13 @@ class SoakError(RuntimeError):
 # -- the reward server -----------------------------------------------------------------------------------------------
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is nothing to print."""
+
+
 class RewardServer:
     """Good words less bad ones, over HTTP; `mode` says how it fails."""
 
@@ -138,8 +145,7 @@ class RewardServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 

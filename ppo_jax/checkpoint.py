@@ -15,6 +15,7 @@ for a sum would cost what saving in parts saves. Of such a checkpoint only missi
 
 import contextlib
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ class _Keep(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs the failures of its threads with tracebacks; they are raised here as `CheckpointSaveError`."""
+    return "orbax" not in record.pathname
+
+
 @contextlib.contextmanager
 def open_manager(
     directory: str | Path, keep: int | None = 3, every: int = 0, best: Callable[[], int | None] = lambda: None
@@ -74,6 +80,7 @@ def open_manager(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     path = Path(directory).resolve()
+    logging.getLogger("absl").addFilter(_not_orbax)  # a filter that is there is not added again
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
@@ -122,10 +129,12 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
         manager.save(step, args=args, force=True)
 
 
-def poll(manager: ocp.CheckpointManager) -> None:
-    """Raises `CheckpointSaveError` if a save has failed in the background since the last call. Does not wait."""
-    with _save_errors(manager):
-        manager.check_for_errors()
+def poll(manager: ocp.CheckpointManager) -> bool:
+    """Whether the last save is on disk; raises `CheckpointSaveError` if it failed in the background. Does not wait."""
+    if manager.is_saving_in_progress():
+        return False
+    wait(manager)
+    return True
 
 
 def wait(manager: ocp.CheckpointManager) -> None:

@@ -129,6 +129,7 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
                 events.flush()
                 flushed[phase] = time.monotonic()
         except OSError:
+            flushed.pop(phase, None)
             del open_phases[phase]  # its file may end in half a record; the next write opens another
             raise
 

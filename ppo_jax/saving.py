@@ -7,7 +7,7 @@ from typing import Any
 
 from ppo_jax import checkpoint
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.state import TrainState
+from ppo_jax.types import PyTree
 
 
 class Saver:
@@ -33,12 +33,16 @@ class Saver:
         self.stack = contextlib.ExitStack()
         self.manager: Any = None
 
-    def __call__(self, step: int, state: TrainState, due: bool) -> None:
+    def __call__(self, step: int, state: PyTree, due: bool) -> None:
         """Saves when due, in the background; looks whether the save before went well."""
         if self.pending is not None:
-            self._guard(step, lambda: checkpoint.poll(self.manager))
+            self._guard(step, self._poll)
         if (due or (self.retry is not None and step >= self.retry)) and step not in (self.good, self.pending):
             self._guard(step, lambda: self._save(step, state))
+
+    def _poll(self) -> None:
+        if checkpoint.poll(self.manager):
+            self.good, self.pending, self.patience = self.pending, None, 1
 
     def settle(self) -> int | None:
         """Waits for the last save; the newest step that is on disk, or None."""
@@ -49,7 +53,7 @@ class Saver:
                 self.good, self.pending, self.patience = step, None, 1
         return self.good
 
-    def insist(self, step: int, state: TrainState) -> None:
+    def insist(self, step: int, state: PyTree) -> None:
         """Saves and waits, at the end of a run. Raises `CheckpointSaveError`."""
         self.close()
         self.retry = self.pending = None
@@ -64,7 +68,7 @@ class Saver:
         with contextlib.suppress(checkpoint.CheckpointSaveError):
             manager.close()
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: PyTree) -> None:
         self.settle()
         if self.manager is None:
             self.manager = self.stack.enter_context(self._open())

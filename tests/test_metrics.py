@@ -1,6 +1,7 @@
 """metrics: files survive a crash, the writers write what they were given."""
 
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -135,3 +136,65 @@ def test_missing_wandb_says_how_to_get_it(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"ppo_jax\[wandb\]"):
         metrics.wandb_writer("project", tmp_path)
+
+
+def test_what_is_done_again_is_recorded_once(tmp_path: Path):
+    """A reward model that is trained anew by the next process; other phases stay."""
+    path = tmp_path / "m.jsonl"
+    first = metrics.jsonl_writer(path)
+    for phase, steps in (("reward", (0, 1, 2)), ("ppo", (1,))):
+        for step in steps:
+            first(step, phase, {"x": 1.0})
+    again = metrics.jsonl_writer(path)
+    again(0, "reward", {"x": 2.0})
+    again(1, "reward", {"x": 2.0})
+    again(1, "reward", {"x": 3.0})  # within one process nothing is dropped
+    assert [(r["phase"], r["step"], r["x"]) for r in metrics.read_jsonl(path)] == [
+        ("ppo", 1, 1.0), ("reward", 0, 2.0), ("reward", 1, 2.0), ("reward", 1, 3.0),
+    ]  # fmt: skip
+
+
+def test_a_writer_that_fails_for_a_while_loses_nothing(tmp_path: Path):
+    folder = tmp_path / "run"
+    said: list[str] = []
+    write = metrics.resilient(metrics.jsonl_writer(folder / "m.jsonl"), said.append, "m.jsonl")
+    for step in (1, 2):
+        write(step, "ppo", {"x": float(step)})  # there is no such directory
+    assert len(said) == 1 and said[0].startswith("m.jsonl cannot be written") and str(folder) in said[0]
+    folder.mkdir()
+    write()
+    assert [r["step"] for r in metrics.read_jsonl(folder / "m.jsonl")] == [1, 2]
+    assert len(said) == 2 and "written again" in said[1]
+    write(3, "ppo", {"x": 3.0})
+    assert [r["step"] for r in metrics.read_jsonl(folder / "m.jsonl")] == [1, 2, 3] and len(said) == 2
+    with pytest.raises(ValueError, match="columns of their own"):  # a mistake is no fault of the disk
+        write(4, "ppo", {"time": 0.0})
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    metrics.append_jsonl(path, [{"step": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            metrics.append_jsonl(path, [{"step": 2, "text": "x" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_tensorboard_on_a_full_disk_raises_here_and_goes_on_later(tmp_path: Path):
+    write = metrics.tensorboard_writer(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(1, "ppo", {"reward": 1.0})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+        with pytest.raises(OSError):
+            for step in range(2, 2000):  # more than a buffer holds
+                write(step, "ppo", {"reward": float(step)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(3, "ppo", {"reward": 3.0})  # in a file of its own
+    newest = max((tmp_path / "ppo").iterdir(), key=lambda file: file.name.rsplit(".", 1)[1])
+    assert newest.stat().st_size and len(list((tmp_path / "ppo").iterdir())) == 2

@@ -81,24 +81,15 @@ def pair_batches(
     batch_size: int,
     seed: int,
     pad_id: int,
-    lengths: Sequence[int] | None = None,
 ) -> "grain.MapDataset[PairBatch]":
-    """Batches of preferences.
-
-    Args:
-      lengths: the padded lengths S to choose from; a batch takes the smallest that holds its rows. One shape is
-        compiled for each. By default only the longest row's.
-
-    Raises: as `prompt_batches`.
-    """
+    """Batches of preferences, padded to the longest row. Raises: as `prompt_batches`."""
     both = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
     margin = np.asarray(margins, np.float32)
     if margin.shape != (len(both),):
         raise ValueError(f"{len(margin)} margins for {len(both)} pairs")
-    size = _sizer(both, lengths)
+    length = max(both, default=0)
 
     def batch(index: Int[np.ndarray, " B"]) -> PairBatch:
-        length = size(index)
         better, worse = (right_pad([side[i] for i in index], length, pad_id) for side in (chosen, rejected))
         return PairBatch(*better, *worse, margin[index], index)
 
@@ -111,15 +102,14 @@ def sft_batches(
     batch_size: int,
     seed: int,
     pad_id: int,
-    lengths: Sequence[int] | None = None,
 ) -> "grain.MapDataset[SFTBatch]":
     """Batches of demonstrations, rows[i][starts[i]:] being the response. Arguments and errors as `pair_batches`."""
     # Nothing stands before the first token, so it cannot be predicted.
     first = np.asarray([max(start, 1) for _, start in zip(rows, starts, strict=True)], np.int32)
-    size = _sizer([len(row) for row in rows], lengths)
+    length = max(map(len, rows), default=0)
 
     def batch(index: Int[np.ndarray, " B"]) -> SFTBatch:
-        tokens, mask = right_pad([rows[i] for i in index], size(index), pad_id)
+        tokens, mask = right_pad([rows[i] for i in index], length, pad_id)
         loss_mask = mask & (np.arange(tokens.shape[1]) >= first[index, None])
         return SFTBatch(tokens, mask, loss_mask, index)
 
@@ -135,18 +125,6 @@ def _pad(rows: Rows, length: int, pad_id: int, left: bool) -> tuple[Int[np.ndarr
         slots = slice(length - len(row), length) if left else slice(0, len(row))
         tokens[i, slots], mask[i, slots] = row, True
     return tokens, mask
-
-
-def _sizer(row_lengths: Sequence[int], lengths: Sequence[int] | None) -> Callable[[np.ndarray], int]:
-    """index -> the smallest allowed length that holds these rows."""
-    longest = max(row_lengths, default=0)
-    allowed = np.sort(np.asarray(lengths or [longest]))
-    if allowed[-1] < longest:
-        raise ValueError(
-            f"the longest row has {longest} tokens, the largest of lengths={list(lengths or [])} is smaller"
-        )
-    needed = np.asarray(row_lengths)
-    return lambda index: int(allowed[np.searchsorted(allowed, needed[index].max())])
 
 
 def _by_step(

@@ -1,0 +1,112 @@
+"""Kills a run again and again: python -m tests.kill_loop FOLDER KILLS. One process that has imported everything forks
+each life of the run, so that a life costs no more than its programs. Prints what happened, a JSON object a line."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import smoke, soak_run
+from ppo_jax import checkpoint, metrics, rundir, runs, saving
+from ppo_jax.cli import PREEMPTED
+from ppo_jax.display import progress
+from ppo_jax.train.loop import Interrupted
+from ppo_jax.types import Scores
+
+ENDLESS = 10**6
+PLACES = ("reward", "update", "save", "anywhere", "evaluation", "SIGTERM")
+
+
+def main(folder: Path, kills: int) -> None:
+    metrics.tensorboard_writer(folder / "unused")  # imports it before the forks
+    rng, killed = random.Random(0), folder / "killed"
+    for seed in range(10 * kills):
+        place = rng.choice(PLACES)
+        before = checkpoint.latest_step(killed / rundir.CHECKPOINTS)
+        status = life(killed, ENDLESS, place, seed)
+        print(json.dumps({"place": place, "before": before, "status": status}), flush=True)
+        if status not in (-signal.SIGKILL, PREEMPTED):
+            raise SystemExit(f"a life ended with {status}")
+        kills -= status == -signal.SIGKILL
+        if not kills:
+            break
+    target = (checkpoint.latest_step(killed / rundir.CHECKPOINTS) or 0) + 3
+    for name in ("killed", "quiet", "again"):
+        if status := life(folder / name, target):
+            raise SystemExit(f"{name} ended with {status}")
+
+
+def life(folder: Path, updates: int, place: str | None = None, seed: int = 0) -> int:
+    """The run until it is killed at `place`, in a fork; its exit status, negative for a signal."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            train(folder, updates, place, random.Random(seed))
+            code = 0
+        except Interrupted:
+            code = PREEMPTED
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> None:
+    settings = soak_run.SoakRun(server="", run_dir=folder)
+    loop = dataclasses.replace(settings.loop, updates=updates, eval_every=7, checkpoint_every=1)
+    setup = soak_run.make_setup(dataclasses.replace(settings, loop=loop))
+    checkpoints = folder / rundir.CHECKPOINTS
+    start = checkpoint.latest_step(checkpoints) or 0
+    hasty = rng.random() < 0.2  # killed before this life has saved anything
+    after = rng.randint(0, 2)  # updates that follow the first checkpoint of this life
+
+    def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        nonlocal after
+        evaluating = len(prompts) != loop.batch_size or prompts[0] in setup.held_out.texts
+        after -= not evaluating and (hasty or (checkpoint.latest_step(checkpoints) or 0) > start)
+        if place == "evaluation" and evaluating and rng.random() < 0.7:
+            die()
+        if (after < 0 and place == "reward") or (after < -7 and place):
+            die()
+        if after < 0 and place == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if after < 0 and place in ("update", "anywhere"):
+            die_later(rng.uniform(0, 0.01 if place == "update" else 0.2))
+        points = [sum((w in smoke.GOOD) - (w in smoke.BAD) for w in text.split()) for text in responses]
+        return Scores(np.array(points, np.float32), np.ones(len(points), bool), {})
+
+    def save(*args: object) -> None:
+        original(*args)  # returns while files are still written
+        if place == "save" and after <= 0:
+            die_later(rng.uniform(0, 0.05))
+
+    original: Callable[..., None] = checkpoint.save
+    saving.checkpoint.save = save
+    directory = rundir.open_run(folder, "auto")
+    with progress("killed", main_process=False) as screen:
+        runs.run_ppo(directory, setup._replace(host_reward=reward), screen, "auto")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_later(seconds: float) -> None:
+    def wait() -> None:
+        time.sleep(seconds)
+        die()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
