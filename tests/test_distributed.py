@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.distributed import DistributedConfig, several
+from ppo_jax.distributed import DistributedConfig, check_rows, several, use_mesh
 from ppo_jax.models import hf
 from ppo_jax.processes import SplitReward, feed, fetch, own_rows
 from ppo_jax.sharding import MeshConfig, make_mesh
+from ppo_jax.train.ppo import PPOConfig
 from tests import distributed_worker as worker
 from tests.models.tiny import random_params
 
@@ -140,6 +141,20 @@ def test_options_that_cannot_be(given: dict, message: str) -> None:
 )
 def test_what_says_that_there_are_others(environment: dict, expected: bool) -> None:
     assert several(environment) == expected
+
+
+def test_a_micro_batch_has_to_spread_over_the_devices() -> None:
+    ppo = PPOConfig(num_minibatches=4)
+    with pytest.raises(ValueError, match=r"loop.batch_size=16 / \(4 x 1\)\) has 4 rows, which .* = 8 does not divide"):
+        check_rows(MeshConfig(data=2, fsdp=4), 16, ppo)
+    check_rows(MeshConfig(data=2, fsdp=2, tensor=2), 16, ppo)
+
+
+def test_one_device_needs_no_mesh() -> None:
+    with use_mesh(MeshConfig()):
+        assert jax.sharding.get_mesh().empty
+    with use_mesh(MeshConfig(fsdp=8)):
+        assert jax.sharding.get_mesh().shape["fsdp"] == 8
 
 
 def test_with_one_process_nothing_changes() -> None:

@@ -58,6 +58,13 @@ def test_a_tied_model_that_repeats_its_embedding_is_compared_by_shard(tmp_path: 
         hf.load(tmp_path / "other", mesh=mesh)
 
 
+def test_a_model_that_the_mesh_does_not_divide_is_refused_before_reading(tmp_path: Path) -> None:
+    hf.save(tmp_path, CONFIG, random_params(CONFIG))
+    message = r"model.safetensors: --mesh.tensor 4 does not divide num_kv_heads=2 of the model; use 2"
+    with pytest.raises(ValueError, match=message):
+        hf.load(tmp_path, mesh=make_mesh(MeshConfig(data=2, tensor=4)))
+
+
 @pytest.mark.parametrize("config", MESHES, ids=str)
 def test_every_number_is_read_once_and_a_shard_at_a_time(config: MeshConfig) -> None:
     shapes = {
