@@ -2,9 +2,9 @@
 
 It needs an environment of its own, since that TRL wants transformers 4:
 
-    python3 -m venv /tmp/trl-classic
-    /tmp/trl-classic/bin/pip install torch==2.13.0 trl==0.11.4 "transformers<4.47" rich
-    /tmp/trl-classic/bin/python tests/parity/make_trl_classic.py
+    python3 -m venv trl-classic
+    trl-classic/bin/pip install torch==2.13.0 trl==0.11.4 "transformers<4.47" rich
+    trl-classic/bin/python tests/parity/make_trl_classic.py
 
 (made with torch 2.13.0, transformers 4.46.3, python 3.11). The trainer's own methods are called, unbound, on a record
 that holds the two fields they read: its config and its KL controller. Everything is float64; inputs are rounded to
