@@ -24,7 +24,7 @@ from ppo_jax.generate import check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
 from ppo_jax.processes import is_first
 from ppo_jax.reward_choice import choose_reward
-from ppo_jax.runs import Setup, environment, load_model, run_ppo
+from ppo_jax.runs import Model, Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, SFTSettings
 from ppo_jax.stages import MODEL, export_model, run_sft
 from ppo_jax.train.state import key_stream
@@ -80,6 +80,7 @@ def _ppo(settings: PPOSettings) -> None:
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
+        pretrain=_pretraining(settings, model),
         device_reward=chosen.device,
         reward_params=chosen.params,
         host_reward=chosen.host,
@@ -110,6 +111,17 @@ def _ppo(settings: PPOSettings) -> None:
             summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported.name}; report: {page}")
+
+
+def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
+    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
+        raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
+    if settings.pretrain is None:
+        return []
+    longest = settings.max_prompt + settings.ppo.sampling.response_length
+    encoded = encode_sft(read_sft(settings.pretrain), model.tokenizer, longest, settings.too_long)
+    return [list(row) for row in encoded.rows]
 
 
 def set_apart(records: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ppo_jax import artifacts, checkpoint, faults, metrics, processes, resuming, rundir
-from ppo_jax.data import prompt_batches
+from ppo_jax.data import prompt_batches, sft_batches
 from ppo_jax.display import Screen
 from ppo_jax.evaluation import earlier_evaluations, make_evaluator
 from ppo_jax.interrupt import stop_requests
@@ -31,14 +31,20 @@ from ppo_jax.train.loop import Interrupted, Stopped, assess, evaluation_due, hos
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import check_hyper, make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
-from ppo_jax.types import Frozen, Policy, PyTree
+from ppo_jax.types import Frozen, Policy, Prompts, PyTree, Texts
 
 __all__ = [
     "Judge", "Model", "PromptSet", "Result", "Setup", "decode_responses", "environment", "load_model", "run_ppo",
     "run_writer",
 ]  # fmt: skip
 
-POLICY, BEST = "policy", "best"  # folders in export/
+POLICY, BEST, CRITIC, EMA = "policy", "best", "critic", "ema"  # folders in export/
+FILTERED = {
+    "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour importance "
+    "corrects for it, --ppo.behaviour filtered makes the filtered distribution the policy.",
+    "importance": "Tokens are weighed by policy / behaviour, at most hyper.importance_cap.",
+    "filtered": "Ratios and KL are those of the filtered distribution.",
+}
 
 
 def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
@@ -68,7 +74,11 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     if (setup.device_reward is None) == (setup.host_reward is None):
         raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     ppo.check_batch(loop.batch_size)
-    check_hyper(setup.hyper)
+    setup = setup._replace(hyper=check_hyper(setup.hyper))
+    if (setup.hyper.ptx_coef > 0) != bool(setup.pretrain):
+        raise ValueError(
+            f"hyper.ptx_coef={setup.hyper.ptx_coef} and {len(setup.pretrain)} pretraining texts: give both"
+        )
     frozen = processes.laid_out(Frozen(setup.model.params, setup.reward_params))
     optimizer = make_optimizer(ppo.optimizer)
     state = processes.laid_out(_fresh_state(setup, optimizer))
@@ -81,8 +91,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
         metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
     if ppo.sampling.filtered:
         screen.message(
-            "top-k or top-p is on: tokens are drawn from a filtered distribution, while ratios and KL are those of the "
-            "whole one. Their mismatch is logged as behaviour_mismatch, and the KL estimate may turn negative."
+            "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
+            "mismatch is logged as behaviour_mismatch. " + FILTERED[ppo.behaviour]
         )
     screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
     failures = setup.failures or FailureLog()
@@ -126,8 +136,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
                     _leave(Interrupted(f"stopped by {asked()} at update {done}"), keep)
             note_best(done, state, values)
             state, _ = assess(state, values, loop)
-        batches = prompt_batches(setup.prompts.rows, loop.batch_size, setup.seed, setup.model.pad_id)
-        prompts = lambda step: processes.feed(batches[step])  # noqa: E731
+        prompts = _batches(setup)
         iteration = _iteration(setup, optimizer, stopping)
         try:
             state = train(
@@ -151,6 +160,19 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     if failures.counts:
         screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
     return _export(directory, setup, state, evaluations, best)
+
+
+def _batches(setup: Setup) -> Callable[[int], Prompts]:
+    """step -> the prompts of that update, with its pretraining texts where there are some: a function of step alone."""
+    rows, size, pad = setup.prompts.rows, setup.loop.batch_size, setup.model.pad_id
+    prompts = prompt_batches(rows, size, setup.seed, pad)
+    if not setup.pretrain:
+        return lambda step: processes.feed(prompts[step])
+    responses, seed = size * setup.ppo.group_size, setup.seed + 1  # an order of their own
+    if len(setup.pretrain) < responses:
+        raise ValueError(f"{len(setup.pretrain)} pretraining texts, but an update has {responses} responses: give more")
+    texts = sft_batches(setup.pretrain, [0] * len(setup.pretrain), responses, seed, pad)
+    return lambda step: processes.feed(prompts[step]._replace(pretrain=Texts(texts[step].tokens, texts[step].mask)))
 
 
 def run_writer(directory: Path, screen: Screen, total: int | None = None) -> metrics.Writer:
@@ -295,6 +317,10 @@ def _export(
     updates = setup.loop.updates
     after = evaluations.get(updates, {})
     _save_policy(directory / rundir.EXPORT / POLICY, setup, state.policy, {"updates": updates, "evaluation": after})
+    if state.policy.critic is not None:
+        _save_policy(directory / rundir.EXPORT / CRITIC, setup, state.policy._replace(adapter=state.policy.critic), {})
+    if state.ema is not None:
+        _save_policy(directory / rundir.EXPORT / EMA, setup, state.ema, {"decay": setup.ppo.ema_decay})
     step = best.get("step", updates)
     if 0 < step < updates and step in checkpoint.all_steps(directory / rundir.CHECKPOINTS):
         policy = checkpoint.restore(directory / rundir.CHECKPOINTS, state, step)[0].policy

@@ -87,6 +87,8 @@ class PPOSettings:
     """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
     reward: tuple[str, ...]
     """A reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are summed."""
+    pretrain: Path | None = None
+    """Texts for PPO-ptx, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
     run_dir: Path = Path("runs/ppo")
     """Where all results go."""
     seed: int = 0

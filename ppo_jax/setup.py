@@ -67,6 +67,7 @@ class Setup(NamedTuple):
     reward_params: PyTree = None  # `Frozen.reward`
     host_reward: HostReward | None = None
     failures: FailureLog | None = None  # what the host reward tells of rows that it could not score
+    pretrain: Sequence[Sequence[int]] = ()  # texts whose next-token loss is mixed in (PPO-ptx), as token rows
     judges: Mapping[str, Judge] = {}
     labels: Mapping[str, str] = {}  # what people are shown in place of a judge's name
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint

@@ -3,7 +3,6 @@
 All arithmetic is float32 whatever the dtype of the input.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,7 +133,7 @@ def unembed(hidden: Float[Array, "*B D"], unembedding: Float[Array, "V D"]) -> F
 def in_pieces(piece: Callable[..., Any], arrays: tuple[Array, Array], chunk: int | None) -> Any:
     """`piece(*arrays)` in equal parts of at most `chunk` positions; the first array is [*B, D], the results [*B]."""
     shape = arrays[0].shape[:-1]
-    positions = math.prod(shape)
+    positions = arrays[0].size // arrays[0].shape[-1]
     if not chunk or positions <= chunk:
         return piece(*arrays)
 

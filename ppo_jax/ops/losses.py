@@ -5,7 +5,6 @@ the whole minibatch to every micro-batch, and the losses and gradients of the mi
 whole. Metrics are (total, count) of this call only, so they add up in the same way.
 """
 
-import math
 from typing import Literal, get_args
 
 import chex
@@ -81,7 +80,7 @@ def clipped_policy_loss(
     clip_low: Scalar,
     clip_high: Scalar,
     *,
-    dual_clip: Scalar = math.inf,
+    dual_clip: Scalar = jnp.inf,
     weights: Float[Array, "*B"] | None = None,
     count: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -134,7 +133,7 @@ def clipped_value_loss(
     mask: Shaped[Array, "*B"],
     clip: Scalar,
     *,
-    huber_delta: Scalar = math.inf,
+    huber_delta: Scalar = jnp.inf,
     weights: Float[Array, "*B"] | None = None,
     count: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:

@@ -222,14 +222,14 @@ def host_iteration(
     def iteration(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> tuple[TrainState, Metrics]:
         times = [time.perf_counter()]
         rollout = collect(state, frozen, prompts, hyper)
-        tokens, mask, rows = fetch((rollout.tokens, rollout.response_mask, rollout.index))
+        tokens, mask, rows = map(np.asarray, fetch((rollout.tokens, rollout.response_mask, rollout.index)))
         responses = response_texts(tokens, mask, decode, sampling.stop_ids)
         times.append(time.perf_counter())
         if stopping():
             raise GivenUp
         scores = as_scores(reward([texts[i] for i in rows], responses, [metadata[i] for i in rows]), len(rows))
         times.append(time.perf_counter())
-        state, metrics = jax.block_until_ready(learn(state, frozen, rollout, scores, hyper))
+        state, metrics = jax.block_until_ready(learn(state, frozen, rollout, scores, hyper, prompts.pretrain))
         times.append(time.perf_counter())
         spans = np.diff(times).astype(np.float32)
         parts = zip(("rollout_seconds", "reward_seconds", "learn_seconds"), spans, strict=True)

@@ -72,7 +72,7 @@ class CriticConfig:
     adapter: AdapterConfig = AdapterConfig()
     """That adapter."""
     init: str = "zero"
-    """Start from "zero", from "reward" (adapter and head of a LoRA reward model), or a policy artifact (path)."""
+    """Start from "zero", from "reward" (adapter and head of a LoRA reward model), or a run's export/critic (path)."""
     bootstrap_truncated: bool = False
     """A response cut by length goes on with the critic's value (one more pass); else it ends there like any other."""
 
