@@ -343,3 +343,29 @@ def test_a_command_of_its_own_process(tmp_path: Path) -> None:
     assert run.returncode == 0 and "lam=0.5" in run.stdout
     run = subprocess.run([sys.executable, "-c", code, "--lamb", "0.5"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and "--lam" in run.stderr + run.stdout and "Traceback" not in run.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumable:
+    resume: Literal["no", "yes", "auto"] = "no"
+    steps: int = 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "no"),
+        (["--resume"], "yes"),
+        (["--resume", "--steps", "2"], "yes"),
+        (["--steps", "2", "--resume", "auto"], "auto"),
+        (["--resume", "no"], "no"),
+    ],
+)
+def test_an_option_whose_choices_have_a_yes_may_stand_alone(args: list[str], expected: str):
+    assert config.parse(Resumable, args).resume == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("no", "no"), ("yes", "yes"), ("true", "yes"), ("'auto'", "auto")])
+def test_yes_and_no_of_yaml_are_words_where_words_are_wanted(text: str, expected: str):
+    assert config.from_yaml(Resumable, f"resume: {text}").resume == expected
+    assert config.from_yaml(Resumable, config.to_yaml(Resumable(expected))).resume == expected  # type: ignore[arg-type]

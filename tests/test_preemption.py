@@ -1,0 +1,58 @@
+"""SIGTERM of one process of two: both stop after the same update, save, and say so; one alone goes on from it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ppo_jax import checkpoint, metrics, rundir
+from ppo_jax.cli import PREEMPTED
+from tests.test_launch import make_world, options
+
+LIMIT = 400.0  # seconds until a wait has failed
+
+
+def start(folder: Path, more: list[str]) -> subprocess.Popen:
+    command = [str(Path(sys.executable).with_name("ppo-jax")), "ppo", *options("run"), "--loop.eval-every", "0", *more]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CALLS": str(folder / "calls-")}
+    with (folder / f"log-{len(list(folder.glob('log-*')))}").open("w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def updates(folder: Path) -> list[int]:
+    path = folder / "run" / rundir.METRICS
+    return [r["step"] for r in metrics.read_jsonl(path) if r["phase"] == "ppo"]
+
+
+def test_one_is_evicted_and_all_stop_together(tmp_path: Path) -> None:
+    make_world(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        joined = ["--distributed.coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--distributed.processes", "2"]
+    joined += ["--mesh.fsdp", "2", "--resume", "auto", "--loop.updates", "100000", "--loop.schedule", "constant"]
+    both = [start(tmp_path, [*joined, "--distributed.process", str(i)]) for i in range(2)]
+    logs = lambda: "\n".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("log-*")))
+    try:
+        end = time.monotonic() + LIMIT
+        while len(updates(tmp_path)) < 2:
+            assert time.monotonic() < end and both[0].poll() is None, logs()
+            time.sleep(0.2)
+        both[1].send_signal(signal.SIGTERM)
+        assert [process.wait(LIMIT) for process in both] == [PREEMPTED] * 2, logs()
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    done = updates(tmp_path)[-1]
+    assert checkpoint.latest_step(tmp_path / "run" / rundir.CHECKPOINTS) == done
+    assert f"after update {done}; update {done} is saved" in logs()
+
+    alone = start(
+        tmp_path, ["--resume", "auto", "--loop.updates", str(done + 1), "--loop.schedule", "constant"]
+    )  # fmt: skip
+    assert alone.wait(LIMIT) == 0, logs()
+    assert updates(tmp_path) == list(range(1, done + 2))
+    assert f"resumed at update {done}" in logs() and "machine.processes: 2 in the checkpoint, 1 now" in logs()
