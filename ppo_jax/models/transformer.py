@@ -5,7 +5,7 @@ are the scanned inputs, so gradients reach the adapter alone.
 """
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +112,9 @@ def apply(
     split = min(max(first, start), stop)
     trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
     step = _layer_step(params["layers"], config, positions, cos_sin, cache)
-    if config.remat != "none":
-        policies = jax.checkpoint_policies
-        kept = policies.nothing_saveable if config.remat == "full" else policies.dots_with_no_batch_dims_saveable
-        step = jax.checkpoint(step, policy=kept)
+    policies = jax.checkpoint_policies
+    kept = {"none": _not_slices, "dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
+    step = jax.checkpoint(step, policy=kept[config.remat], prevent_cse=False)  # within a scan nothing is shared anyway
     stored = None if cache is None else (cache.keys, cache.values)
     for low, high, scanned in ((start, split, {}), (split, stop, trained)):
         if low < high:
@@ -134,6 +133,14 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _not_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep everything for the backward pass but a layer's weights as read from the stack.
+
+    Kept, they would be a second copy of the whole frozen base; read again, they cost nothing.
+    """
+    return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
 
 
 def _layer_step(

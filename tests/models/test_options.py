@@ -10,7 +10,7 @@ import pytest
 
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge, unembedding
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.models.transformer import apply, init_params, positions_from_mask
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.train.optimizer import descend, make_optimizer
 from ppo_jax.types import PyTree
@@ -96,6 +96,21 @@ def test_rematerialisation_gives_the_same_gradients_in_less_memory() -> None:
     for again in (dots, full):
         for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_backward_pass_holds_no_second_copy_of_the_frozen_base(remat: Any) -> None:
+    """Layers are read from the stack by index; what was read must not be kept for the backward pass."""
+    config = ModelOptions(remat=remat).of(dataclasses.replace(CONFIG, num_layers=8, hidden_size=256, head_dim=64))
+    base = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    adapter = jax.eval_shape(lambda b: init_adapter(jax.random.key(0), b, config, AdapterConfig(rank=1)), base)
+
+    def mean(adapter: PyTree, base: PyTree) -> jax.Array:
+        return jnp.mean(jnp.sin(apply(base, adapter, config, TOKENS[:1, :8], jnp.arange(8)[None])))
+
+    held = jax.jit(jax.grad(mean)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(base["layers"]))
+    assert held < 0.5 * weights
 
 
 @pytest.mark.parametrize(("field", "allowed"), [("dtype", "float32, bfloat16"), ("remat", "none, dots, full")])
