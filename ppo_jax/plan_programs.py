@@ -226,10 +226,9 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
         try:
             compiled = function.lower(*args).compile()  # type: ignore[attr-defined]
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-            if used is None:
+            if (claim := claimed(str(error))) is None:
                 raise
-            return report | nothing | {"peak": _bytes(used[1], used[2]), "compiled": False}
+            return report | nothing | {"peak": claim, "compiled": False}
     memory = compiled.memory_analysis()
     cost = plan_count.count(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -245,8 +244,12 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[unit])
+def claimed(message: str) -> int | None:
+    """Bytes that a program wanted, from libtpu's two ways to say that it has not got them; None for another message."""
+    for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]])
+    return None
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.families import config_to_hf
 from ppo_jax.plan import PlanError, Report, compile_program, make_plan, show, smaller
 from ppo_jax.plan_chips import CHIPS, GIB, bound, topology
-from ppo_jax.plan_programs import PlanSettings, Program, check, measure, model_config
+from ppo_jax.plan_programs import PlanSettings, Program, check, claimed, measure, model_config
 from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.ppo import PPOConfig
 
@@ -112,6 +112,13 @@ def test_the_bound_is_the_slowest_resource() -> None:
     assert bound(chip, 197e12, 2 * 819e9, {"all-gather": 100e9}) == (2.0, "memory bandwidth")
     assert bound(chip, 197e12, 819e9, {"all-gather": 400e9, "all-reduce": 200e9}) == (3.0, "chip links")
     assert bound(None, 1e12, 1e9, {}) == (0.0, "unknown")
+
+
+def test_both_ways_in_which_libtpu_runs_out_of_memory_are_read() -> None:
+    total = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm. Exceeded by 13.75G."
+    temporaries = "the total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G)."
+    assert claimed(total) == 29.5 * GIB and claimed(temporaries) == GIB / 2
+    assert claimed("INTERNAL: something else") is None
 
 
 # -- search and advice, on a made-up cost of memory ------------------------------------------------------------------
