@@ -70,17 +70,10 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
       Interrupted, Stopped: as `train.loop.train`; the state has been saved, and the message says of which update.
       CheckpointSaveError: the last state could not be saved.
     """
-    ppo, loop = setup.ppo, setup.loop
-    if (setup.device_reward is None) == (setup.host_reward is None):
-        raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
-    ppo.check_batch(loop.batch_size)
-    setup = setup._replace(hyper=check_hyper(setup.hyper))
-    if (setup.hyper.ptx_coef > 0) != bool(setup.pretrain):
-        raise ValueError(
-            f"hyper.ptx_coef={setup.hyper.ptx_coef} and {len(setup.pretrain)} pretraining texts: give both"
-        )
+    setup = _checked(setup)
+    loop = setup.loop
     frozen = processes.laid_out(Frozen(setup.model.params, setup.reward_params))
-    optimizer = make_optimizer(ppo.optimizer)
+    optimizer = make_optimizer(setup.ppo.optimizer)
     state = processes.laid_out(_fresh_state(setup, optimizer))
     facts = run_facts(setup)
     restored = None
@@ -89,12 +82,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
         state = state if restored is None else restored.state
     if setup.config:
         metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
-    if ppo.sampling.filtered:
-        screen.message(
-            "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
-            "mismatch is logged as behaviour_mismatch. " + FILTERED[ppo.behaviour]
-        )
-    screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
+    _introduce(setup, screen)
     failures = setup.failures or FailureLog()
     failures.notify = screen.message
     evaluations = earlier_evaluations(directory)
@@ -160,6 +148,29 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     if failures.counts:
         screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
     return _export(directory, setup, state, evaluations, best)
+
+
+def _checked(setup: Setup) -> Setup:
+    """Raises ValueError for what cannot be trained, before anything is written."""
+    if (setup.device_reward is None) == (setup.host_reward is None):
+        raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
+    setup.ppo.check_batch(setup.loop.batch_size)
+    setup = setup._replace(hyper=check_hyper(setup.hyper))
+    if (setup.hyper.ptx_coef > 0) != bool(setup.pretrain):
+        raise ValueError(
+            f"hyper.ptx_coef={setup.hyper.ptx_coef} and {len(setup.pretrain)} pretraining texts: give both"
+        )
+    return setup
+
+
+def _introduce(setup: Setup, screen: Screen) -> None:
+    """Says what the user should know from the start, and what the judges are called."""
+    if setup.ppo.sampling.filtered:
+        screen.message(
+            "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
+            "mismatch is logged as behaviour_mismatch. " + FILTERED[setup.ppo.behaviour]
+        )
+    screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
 
 
 def _batches(setup: Setup) -> Callable[[int], Prompts]:

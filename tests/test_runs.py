@@ -17,7 +17,7 @@ from ppo_jax import artifacts, checkpoint, metrics, rundir
 from ppo_jax.display import progress
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
-from ppo_jax.resuming import Resume
+from ppo_jax.resuming import IncompatibleRun, Resume
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import (
     Model,
@@ -214,6 +214,45 @@ def test_a_policy_of_another_shape_does_not_resume(runs: Runs, tmp_path: Path):
     with pytest.raises(checkpoint.CheckpointError, match=r"policy\.adapter\.lora\.q\.a"):
         run(copy, resume="auto", adapter=wider)
     assert records(copy) == before
+
+
+def test_the_best_evaluation_chooses_a_checkpoint_and_an_export(runs: Runs, tmp_path: Path):
+    """Best at update 1, whose checkpoint is neither due nor among the newest; a resume still knows of it."""
+    marks = iter([0.0, 5.0, 1.0])
+
+    def judge(rollout: Rollout, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        return np.full(len(prompts), next(marks)) + np.arange(len(prompts))
+
+    loop = dataclasses.replace(SETUP.loop, updates=2, eval_every=1, checkpoint_every=0, keep=1, best_metric="marks")
+    with compile_once(runs.whole.parent / "programs"):
+        run(tmp_path, loop=loop, judges={"marks": judge})
+        assert checkpoint.all_steps(tmp_path / rundir.CHECKPOINTS) == [1, 2]
+        assert checkpoint.read_meta(tmp_path / rundir.CHECKPOINTS)["best"] == {
+            "step": 1, "metric": "marks", "value": 7.5,
+        }  # fmt: skip
+        best, last = (artifacts.load(tmp_path / rundir.EXPORT / name, "policy") for name in ("best", "policy"))
+        assert best.meta["updates"] == 1 and best.meta["evaluation"]["marks"] == 7.5
+        assert best.meta["chosen_by"] == "marks" and last.meta["updates"] == 2
+        whole = checkpoint.read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
+        np.testing.assert_array_equal(best.adapter["lora"]["q"].b, whole["policy.adapter.lora.q.b"])
+        marks = iter([2.0])
+        run(tmp_path, resume="yes", loop=dataclasses.replace(loop, updates=3), judges={"marks": judge})
+    assert checkpoint.all_steps(tmp_path / rundir.CHECKPOINTS) == [1, 3]
+    assert artifacts.load(tmp_path / rundir.EXPORT / "best", "policy").meta["updates"] == 1
+
+
+def test_the_manifest_says_what_the_run_is(runs: Runs):
+    facts = checkpoint.read_meta(runs.whole / rundir.CHECKPOINTS)["facts"]
+    assert facts["base"] == {"name": MODEL.name, "fingerprint": MODEL.fingerprint}
+    assert (facts["seed"], facts["batch_size"], facts["ppo"]["epochs"]) == (3, 8, 1)
+    assert facts["versions"]["jax"] == jax.__version__ and facts["machine"]["processes"] == 1
+
+
+def test_another_seed_is_another_run(runs: Runs):
+    before = records(runs.whole)
+    with pytest.raises(IncompatibleRun, match="seed: 3 in the checkpoint, 4 now"):
+        run(runs.whole, resume="yes", seed=4, config="seed: 4")
+    assert records(runs.whole) == before and not (runs.whole / rundir.CONFIG).exists()
 
 
 @pytest.mark.parametrize("rewards", ["none", "both"])
