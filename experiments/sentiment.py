@@ -86,7 +86,7 @@ class SentimentConfig:
     mesh: MeshConfig = MeshConfig()
     """How many devices work on what; by default one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """The algorithm's static choices."""
+    """The algorithm's static choices. Empty sampling.stop_ids: special tokens and line breaks end a response."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
     """Its scalars."""
     loop: LoopConfig = LoopConfig(
@@ -117,10 +117,10 @@ FULL = dataclasses.replace(
     eval_prompts=256,
     reward=RewardConfig(depth=24, lora_layers=12, epochs=2),
     judge=RewardConfig(lora_layers=6, epochs=1),
-    policy=AdapterConfig(layers=18, rank=16, alpha=32.0),
+    policy=AdapterConfig(layers=12),
     ppo=dataclasses.replace(DEMO.ppo, kl=KLConfig(control="adaptive")),
-    hyper=Hyper(learning_rate=5e-4, kl_coef=0.05, kl_target=10.0),
-    loop=LoopConfig(updates=100, batch_size=128, warmup=5, eval_every=10),
+    hyper=Hyper(learning_rate=1e-3, kl_coef=0.05, kl_target=10.0, kl_horizon=500.0),
+    loop=LoopConfig(updates=40, batch_size=128, warmup=2, eval_every=10, checkpoint_every=5),
 )
 SMOKE = dataclasses.replace(
     DEMO,
@@ -156,7 +156,7 @@ def run(settings: SentimentConfig) -> Path:
     held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
     if len(prompts.rows) < settings.loop.batch_size:
         raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
-    stop_ids = sentence_ends(model)
+    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     # Passed back with --config it must neither delete nor continue anything by itself.
@@ -168,6 +168,10 @@ def run(settings: SentimentConfig) -> Path:
 
     with progress("ppo_jax · sentiment") as screen:
         write = run_writer(directory, screen, settings.loop.updates)
+        left_out = len(splits.prompts) - len(prompts.rows)
+        screen.message(
+            f"{len(prompts.rows)} prompts; {left_out} openings are over {settings.max_prompt} tokens or empty"
+        )
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]

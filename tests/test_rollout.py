@@ -210,7 +210,7 @@ def test_neighbours_do_not_change_a_row(rollout: Rollout) -> None:
     mixed = Prompts(
         *(
             jnp.where(jnp.arange(B).reshape(-1, *[1] * (x.ndim - 1)) < 4, x, y)
-            for x, y in zip(PROMPTS, strangers, strict=True)
+            for x, y in zip(PROMPTS[:3], strangers[:3], strict=True)
         )
     )
     for prompts in (swapped, mixed):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.ops.advantages import gae, grpo, rloo
+from ppo_jax.ops.advantages import gae, grpo, reinforce, rewards_to_go, rloo
 
 floats = st.floats(-10, 10, width=32)
 batches = hnp.arrays(np.float32, (3, 6), elements=floats)
@@ -146,3 +146,25 @@ def test_bad_groups_are_refused_with_a_reason(function):
         function(jnp.zeros(5), 2)
     with pytest.raises(ValueError, match="group_size=1"):
         function(jnp.zeros(4), 1)
+
+
+# gamma 0.9, lam 0.8; the second row was cut after two tokens, and the critic says 2 of the state after them.
+#   delta_1 = 2 + 0.9 * 2 - 0.6 = 3.2;  delta_0 = 1 + 0.9 * 0.6 - 0.5 = 1.04;  A_0 = 1.04 + 0.72 * 3.2 = 3.344
+# The first row ended itself, so its bootstrap is 0: as without one.
+def test_a_cut_response_is_continued_by_its_value():
+    rewards, values = jnp.tile(REWARDS, (2, 1)), jnp.tile(VALUES, (2, 1))
+    mask = jnp.array([[1, 1, 1], [1, 1, 0]])
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.8, jnp.array([0.0, 2.0]))
+    plain, _ = gae(rewards, values, mask, 0.9, 0.8)
+    np.testing.assert_allclose(advantages[1], [3.344, 3.2, 0], rtol=1e-6)
+    np.testing.assert_allclose(returns[1], [3.844, 3.8, 0], rtol=1e-6)
+    np.testing.assert_array_equal(advantages[0], plain[0])
+
+
+def test_rewards_to_go_by_hand():
+    # gamma 0.5, the middle token is not the policy's: 1 + 0.5 * 3 = 2.5, then 3.
+    np.testing.assert_allclose(rewards_to_go(REWARDS, jnp.array([[1, 0, 1]]), 0.5), [[2.5, 0, 3]], rtol=1e-6)
+
+
+def test_reinforce_subtracts_one_baseline():
+    np.testing.assert_allclose(reinforce(jnp.array([1.0, 4.0]), 1.5), [-0.5, 2.5])

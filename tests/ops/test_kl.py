@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_jax.ops.kl import adaptive_kl, kl_full, kl_penalty
+from ppo_jax.ops.kl import adaptive_kl, kl_full, kl_penalty, linear_kl
 
 KINDS = ["k1", "k2", "k3", "abs"]
 LOGITS, REF = 2 * jax.random.normal(jax.random.key(0), (2, 6, 13))
@@ -91,3 +91,10 @@ def test_adaptive_kl_over_a_sequence():
 def test_adaptive_kl_is_traceable():
     traced = jax.jit(adaptive_kl)(0.2, 9.0, 256, 6.0, 10_000.0)
     assert float(traced) == pytest.approx(0.201024)
+
+
+# 0.2 towards 0.05 in 4 steps: -0.0375 a step, then it stays.
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.2), (1, 0.1625), (2, 0.125), (4, 0.05), (9, 0.05)])
+def test_linear_coefficient_by_hand(step, expected):
+    assert float(linear_kl(0.2, 0.05, step, 4)) == pytest.approx(expected, rel=1e-6)
+    assert float(jax.jit(linear_kl)(0.2, 0.05, step, 4.0)) == pytest.approx(expected, rel=1e-6)

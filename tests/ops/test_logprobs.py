@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_jax.ops.logprobs import entropy, hidden_logprobs, hidden_logprobs_and_entropy, tempered, token_logprobs
+from ppo_jax.ops.kl import kl_full
+from ppo_jax.ops.logprobs import (
+    entropy,
+    hidden_kl,
+    hidden_logprobs,
+    hidden_logprobs_and_entropy,
+    tempered,
+    token_logprobs,
+)
+from ppo_jax.ops.sampling import filter_logits
 
 B, T, D, V = 3, 7, 5, 11
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -182,3 +191,33 @@ def test_log_probs_alone_do_not_pay_for_the_entropy():
         (None, 4), ((hidden_logprobs, 1), (hidden_logprobs_and_entropy, 3))
     ):
         assert exponentials(function, chunk) == count, (chunk, function)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_hidden_kl_is_that_of_the_logits(chunk):
+    """Value and gradient, at a temperature, in pieces that do not divide the 21 positions."""
+    reference, table = HIDDEN[::-1] * 0.5, UNEMBEDDING[::-1]
+
+    def from_logits(hidden):
+        return kl_full(hidden @ UNEMBEDDING.T / 0.7, reference @ table.T / 0.7)
+
+    def from_hidden(hidden):
+        return hidden_kl(hidden, UNEMBEDDING, reference, table, 0.7, chunk)
+
+    np.testing.assert_allclose(from_hidden(HIDDEN), from_logits(HIDDEN), rtol=1e-4, atol=1e-6)
+    left, right = (jax.grad(lambda h, f=f: jnp.sum(jnp.sin(f(h))))(HIDDEN) for f in (from_hidden, from_logits))
+    np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+
+
+def test_a_filter_in_the_loss_is_that_of_the_sampler():
+    """Log-probs and entropy of the filtered distribution; a token outside it has none to speak of."""
+    logits = tempered(HIDDEN @ UNEMBEDDING.T, 0.7)
+    kept = filter_logits(logits, 3)
+    keep = lambda x: filter_logits(x, 3)
+    for chunk in (0, 4):
+        logprobs, entropies = hidden_logprobs_and_entropy(HIDDEN, UNEMBEDDING, TOKENS, 0.7, chunk, keep)
+        inside = np.asarray(jnp.take_along_axis(kept, TOKENS[..., None], -1)[..., 0]) > -1e29
+        assert 0 < inside.sum() < inside.size
+        np.testing.assert_allclose(logprobs[inside], token_logprobs(kept, TOKENS)[inside], rtol=1e-5, atol=1e-6)
+        assert (np.asarray(logprobs)[~inside] < -1e29).all()
+        np.testing.assert_allclose(entropies, entropy(kept), rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ppo_jax.ops.losses import bradley_terry_loss, clipped_policy_loss, clipped_value_loss, dpo_loss
+from ppo_jax.ops.losses import bradley_terry_loss, clipped_policy_loss, clipped_value_loss, dpo_loss, token_weights
 
 NAN, INF = jnp.nan, jnp.inf
 
@@ -199,3 +199,61 @@ def test_dpo_agrees_with_torch():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(Exception, match="(?i)shape|type"):  # the annotation or chex, whichever looks first
         clipped_policy_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.zeros((2, 1)), jnp.ones((2, 3)), 0.2, 0.2)
+
+
+# A = -1: ratio 5 costs 5, which the clip does not bound (max(5, 1.2)); the dual clip at 3 does, without gradient.
+# A = +1: ratio 5 is clipped to -1.2, whatever the dual clip.
+def test_dual_clip_by_hand():
+    new, old = jnp.log(jnp.array([5.0, 5.0])), jnp.zeros(2)
+    advantages, mask = jnp.array([-1.0, 1.0]), jnp.ones(2)
+
+    def loss(x, dual_clip):
+        return clipped_policy_loss(x, old, advantages, mask, 0.2, 0.2, dual_clip=dual_clip)
+
+    assert float(loss(new, np.inf)[0]) == pytest.approx((5 - 1.2) / 2)
+    value, metrics = loss(new, 3.0)
+    assert float(value) == pytest.approx((3 - 1.2) / 2)
+    assert means(metrics)["dual_clip_fraction"] == 0.5
+    np.testing.assert_array_equal(jax.grad(lambda x: loss(x, 3.0)[0])(new), [0, 0])
+    np.testing.assert_allclose(jax.grad(lambda x: loss(x, np.inf)[0])(new), [2.5, 0])
+
+
+# Errors 0.5 and -3 with delta 1: 0.5^2 / 2 = 0.125, and 1 * (3 - 1/2) = 2.5; gradients 0.5 and -1.
+def test_huber_by_hand():
+    values, returns = jnp.array([0.5, -3.0]), jnp.zeros(2)
+
+    def loss(v, delta):
+        return clipped_value_loss(v, v, returns, jnp.ones(2), np.inf, huber_delta=delta)[0]
+
+    assert float(loss(values, 1.0)) == pytest.approx((0.125 + 2.5) / 2)
+    np.testing.assert_allclose(jax.grad(lambda v: loss(v, 1.0))(values), [0.25, -0.5], rtol=1e-6)
+    assert float(loss(values, np.inf)) == pytest.approx((0.125 + 4.5) / 2), "infinity is the squared error"
+    np.testing.assert_allclose(jax.grad(lambda v: loss(v, np.inf))(values), [0.25, -1.5], rtol=1e-6)
+
+
+def test_value_clip_can_be_off():
+    # V moved by 2 from its old value: with the clip at 0.2 the larger error counts, (1.2 - 3)^2; without it (3 - 3)^2.
+    arguments = jnp.array([3.0]), jnp.array([1.0]), jnp.array([3.0]), jnp.ones(1)
+    assert float(clipped_value_loss(*arguments, 0.2)[0]) == pytest.approx(0.5 * 1.8**2)
+    assert float(clipped_value_loss(*arguments, np.inf)[0]) == 0
+
+
+# Terms 1, 2 | 4 in rows of 2 and 1 tokens, T = 3: token-mean 7/3; sequence-mean (1.5 + 4) / 2; constant 7 / 6.
+# The third row has no token and counts nowhere.
+@pytest.mark.parametrize(
+    ("aggregation", "expected"), [("token-mean", 7 / 3), ("sequence-mean", 2.75), ("constant", 7 / 6)]
+)
+def test_aggregations_by_hand(aggregation, expected):
+    terms = jnp.array([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    weights, units = token_weights(mask, aggregation)
+    assert float(jnp.sum(weights * terms) / jnp.sum(units)) == pytest.approx(expected)
+    loss, _ = clipped_policy_loss(
+        jnp.zeros((3, 3)), jnp.zeros((3, 3)), -terms, mask, 0.2, 0.2, weights=weights, count=jnp.sum(units)
+    )
+    assert float(loss) == pytest.approx(expected)
+
+
+def test_an_unknown_aggregation_is_named():
+    with pytest.raises(ValueError, match="unknown aggregation 'mean'; choose one of token-mean, sequence-mean, const"):
+        token_weights(jnp.ones((1, 1)), "mean")

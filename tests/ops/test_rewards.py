@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ppo_jax.ops.advantages import gae
 from ppo_jax.ops.masked import masked_whiten
-from ppo_jax.ops.rewards import RunningMoments, last_token, shape_rewards
+from ppo_jax.ops.rewards import RunningMoments, adjust_scores, last_token, shape_rewards, truncation_mask
 
 floats = st.floats(-10, 10, width=32)
 many = settings(max_examples=50, deadline=None)
@@ -145,3 +145,31 @@ def test_running_moments_live_in_jit_and_scan():
     batches = jax.random.normal(jax.random.key(0), (4, 8))
     state, _ = jax.lax.scan(lambda s, x: (s.update(x), None), RunningMoments.init(), batches)
     assert float(state.std) == pytest.approx(float(np.std(batches, ddof=1)), rel=1e-5)
+
+
+# Scores 5, -3, 1 clipped to +-2: 2, -2, 1. Minus 0.1 a token for 3, 5, 0 tokens: 1.7, -2.5, 1.
+# The second was cut: minus 4 is -6.5, or -4 in its place.
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("off", [1.7, -2.5, 1.0]), ("subtract", [1.7, -6.5, 1.0]), ("replace", [1.7, -4.0, 1.0])]
+)
+def test_adjusted_scores_by_hand(rule, expected):
+    ended = jnp.array([True, False, True])
+    result = adjust_scores(jnp.array([5.0, -3.0, 1.0]), jnp.array([3, 5, 0]), ended, 2.0, 0.1, 4.0, rule)
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_scores_are_left_alone_by_default():
+    scores = jnp.array([1e6, -1e6, 0.125])
+    unclipped = adjust_scores(scores, jnp.array([3, 5, 0]), jnp.array([True, False, True]), np.inf, 0.0, 1.0)
+    np.testing.assert_array_equal(unclipped, scores)
+    with pytest.raises(ValueError, match="unknown missing_eos rule 'drop'"):
+        adjust_scores(scores, jnp.ones(3), jnp.ones(3, bool), 1.0, 0.0, 1.0, "drop")
+
+
+def test_truncation_by_hand():
+    # Stop ids 7 and 9. Row 1 has a 7 at slot 1; row 2 has one only outside its mask; row 3 none.
+    tokens = jnp.array([[3, 7, 9, 4], [5, 3, 7, 7], [1, 2, 3, 4]])
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    kept, ended = truncation_mask(tokens, mask, (7, 9))
+    np.testing.assert_array_equal(kept, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(ended, [True, False, False])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.ops.sampling import _pick, filter_logits, sample
+from ppo_jax.ops.sampling import _pick, filter_logits, penalise_repetition, sample
 
 DRAWS = 10_000
 jit_sample = jax.jit(lambda key, logits, temperature: sample(key, logits, temperature))
@@ -228,3 +228,25 @@ def test_bfloat16_logits():
     tokens, logprobs = sample(jax.random.key(0), jnp.zeros((4, 6), jnp.bfloat16), 1.0)
     assert tokens.dtype == jnp.int32 and logprobs.dtype == jnp.float32
     np.testing.assert_allclose(logprobs, -np.log(6), rtol=1e-6)
+
+
+# Probabilities 0.5, 0.3, 0.15, 0.05: at least 0.4 * 0.5 = 0.2 keeps the first two.
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.1, 4), (0.11, 3), (0.4, 2), (0.61, 1), (1.0, 1)])
+def test_min_p_by_hand(min_p, kept):
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    filtered = filter_logits(logits, 0, 1.0, min_p)
+    np.testing.assert_array_equal(filtered > -1e29, np.arange(4) < kept)
+    np.testing.assert_array_equal(jax.jit(filter_logits)(logits, 0, 1.0, min_p), filtered)
+
+
+def test_repetition_penalty_by_hand():
+    logits, seen = jnp.array([3.0, -3.0, 3.0, -3.0]), jnp.array([True, True, False, False])
+    np.testing.assert_allclose(penalise_repetition(logits, seen, 1.5), [2.0, -4.5, 3.0, -3.0])
+
+
+def test_filters_pass_gradients_through_what_they_keep():
+    """What is kept is not differentiated; the log-prob of a kept token is."""
+    logits = jnp.array([2.0, 1.0, 0.0, -1.0])
+    gradient = jax.grad(lambda x: token_logprobs(filter_logits(x, 2, 0.99, 0.01), jnp.int32(1)))(logits)
+    p = np.exp([2.0, 1.0]) / np.exp([2.0, 1.0]).sum()
+    np.testing.assert_allclose(gradient, [-p[0], 1 - p[1], 0, 0], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,89 @@
+"""Choices that cannot be: found at start-up, with the field's name and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.optimizer import OptimizerConfig
+from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig, ScoreConfig, check_hyper
+from ppo_jax.types import Hyper
+
+
+def built(cls: type, **given: object) -> object:
+    """As the constructor does for callers whose types nobody checks (here, annotations are checked on each call)."""
+    record = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(record, field.name, given.get(field.name, field.default))
+    record.__post_init__()
+    return record
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: built(KLConfig, estimator="k4"), "kl.estimator='k4' must be one of k1, k2, k3, abs, full"),
+        (lambda: built(KLConfig, control="pid"), "control='pid' must be one of fixed, adaptive, linear"),
+        (lambda: built(KLConfig, place="score"), "place='score' must be one of reward, loss"),
+        (lambda: KLConfig(estimator="k1", place="loss"), "kl.estimator=k1 cannot be a term of the loss.*Choose k2"),
+        (lambda: KLConfig(estimator="abs", place="loss"), "kl.estimator=abs cannot be a term of the loss"),
+        (lambda: built(ScoreConfig, normalise="zscore"), "normalise='zscore' must be one of off, scale, shift"),
+        (lambda: built(ScoreConfig, missing_eos="drop"), "missing_eos='drop' must be one of off, subtract, replace"),
+        (lambda: built(PPOConfig, advantage="vtrace"), r"advantage='vtrace' must be one of gae, rloo, .*reinforce\+\+"),
+        (
+            lambda: built(PPOConfig, aggregation="mean"),
+            "aggregation='mean' must be one of token-mean, seq",
+        ),
+        (lambda: PPOConfig(advantage="rloo"), "group_size=1: advantage=rloo compares at least 2 responses"),
+        (lambda: PPOConfig(group_size=0), "group_size=0 must be at least 1"),
+        (
+            lambda: PPOConfig(advantage="grpo", group_size=4, critic=CriticConfig(own=True)),
+            "critic options need advantage=gae; advantage=grpo has no critic",
+        ),
+        (lambda: PPOConfig(ema_decay=1.0), r"ema_decay=1.0 must lie in \[0, 1\)"),
+        (lambda: built(PPOConfig, behaviour="clip"), "behaviour='clip' must be one of ignore, importance, filtered"),
+        (
+            lambda: PPOConfig(behaviour="filtered", sampling=Sampling(repetition_penalty=1.2)),
+            "behaviour=filtered does not know a repetition penalty",
+        ),
+        (lambda: Sampling(min_p=1.0), r"min_p=1.0 must lie in \[0, 1\)"),
+        (lambda: Sampling(repetition_penalty=0.0), "repetition_penalty=0.0 must be positive"),
+        (lambda: built(OptimizerConfig, kind="sgd"), "optimizer.kind='sgd' must be one of adamw, adafactor"),
+        (
+            lambda: built(OptimizerConfig, eps_placement="jax"),
+            "eps_placement='jax' must be one of pytorch, tensorflow1",
+        ),
+        (lambda: OptimizerConfig(b2=1.0), r"optimizer.b2=1.0 must lie in \[0, 1\)"),
+        (lambda: OptimizerConfig(eps=0.0), "optimizer.eps=0.0 must be positive"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay=-1.0 must not be negative"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_named(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_responses_of_a_batch_must_divide() -> None:
+    ppo = PPOConfig(advantage="rloo", group_size=3, num_minibatches=4)
+    ppo.check_batch(8)  # 24 responses
+    with pytest.raises(ValueError, match="batch_size=6 x group_size=3 does not divide into num_minibatches=4"):
+        ppo.check_batch(6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dual_clip", 1.0, "greater than 1"),
+        ("score_clip", 0.0, r"positive \(infinity: off\)"),
+        ("huber_delta", -1.0, r"positive \(infinity: off\)"),
+        ("target_kl", 0.0, r"positive \(infinity: off\)"),
+        ("ptx_coef", -0.5, "at least 0"),
+        ("critic_warmup", float("inf"), "at least 0"),
+        ("kl_steps", 0.0, "positive"),
+        ("length_penalty", float("nan"), "finite"),
+        ("importance_cap", float("nan"), r"positive \(infinity: off\)"),
+    ],
+)
+def test_a_scalar_out_of_range_is_named(name, value, allowed) -> None:
+    with pytest.raises(ValueError, match=f"hyper.{name}=.* must be {allowed}"):
+        check_hyper(Hyper()._replace(**{name: value}))
