@@ -14,8 +14,10 @@ for a sum would cost what saving in parts saves. Of such a checkpoint only missi
 """
 
 import contextlib
+import functools
 import json
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,9 +60,21 @@ class _Keep(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs the failures of its threads with tracebacks; they are raised here as `CheckpointSaveError`."""
-    return "orbax" not in record.pathname
+@functools.cache
+def _quiet() -> None:
+    """Keeps off the screen what a failed save says besides the error that is raised here as `CheckpointSaveError`.
+
+    Orbax logs the failures of its threads with tracebacks, and what TensorStore had not yet written calls back an event
+    loop that has ended, hundreds of times.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    earlier = sys.unraisablehook
+
+    def hook(problem: Any) -> None:
+        if problem.exc_type is not RuntimeError or str(problem.exc_value) != "Event loop is closed":
+            earlier(problem)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -80,7 +94,7 @@ def open_manager(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     path = Path(directory).resolve()
-    logging.getLogger("absl").addFilter(_not_orbax)  # a filter that is there is not added again
+    _quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
