@@ -32,7 +32,7 @@ from ppo_jax.resuming import Resume
 from ppo_jax.reward_choice import RewardOptions, choose_reward, with_reward
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
 from ppo_jax.rollout import Sampling
-from ppo_jax.runs import Judge, Model, PromptSet, Setup, environment, load_model, run_ppo, run_writer
+from ppo_jax.runs import Judge, Model, PromptSet, Result, Setup, environment, load_model, run_ppo, run_writer
 from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper
@@ -212,28 +212,43 @@ def run(settings: SentimentConfig) -> Path:
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        times = list(clock.items())
-        vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
-        summary = {
-            "title": "PPO on film-review sentiment",
-            "task": TASK if chosen is None else f"{TASK} Here the reward was {', '.join(settings.scorer)} instead.",
-            "before": result.before,
-            "after": result.after,
-            "prompts": len(held_out.rows),
-            "kl_budget": 15.0,
-            "reward_accuracy": reward.accuracy if chosen is None else chosen.meta.get("accuracy"),
-            "judge_accuracy": judge.accuracy,
-            "judges": LABELS,
-            "reference_accuracies": {**REFERENCES, "VADER": vader},
-            "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
-            "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
-            "seed": settings.seed,
-            "date": date.today().isoformat(),
-            **environment(),
-        }
-        path = report.write(directory, cast(report.Summary, summary))
+        accuracy = reward.accuracy if chosen is None else chosen.meta.get("accuracy")
+        summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
+        path = report.write(directory, summary)
         screen.message(f"report: {path}")
     return path
+
+
+def summarise(
+    settings: SentimentConfig,
+    result: Result,
+    prompts: int,
+    test: list[movie_reviews.Review],
+    reward_accuracy: float | None,
+    judge_accuracy: float,
+    clock: dict[str, float],
+) -> report.Summary:
+    """The numbers of the report; `clock` has the time at the end of each phase."""
+    times = list(clock.items())
+    vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
+    summary = {
+        "title": "PPO on film-review sentiment",
+        "task": f"{TASK} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else TASK,
+        "before": result.before,
+        "after": result.after,
+        "prompts": prompts,
+        "kl_budget": 15.0,
+        "reward_accuracy": reward_accuracy,
+        "judge_accuracy": judge_accuracy,
+        "judges": LABELS,
+        "reference_accuracies": {**REFERENCES, "VADER": vader},
+        "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
+        "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
+        "seed": settings.seed,
+        "date": date.today().isoformat(),
+        **environment(),
+    }
+    return cast(report.Summary, summary)
 
 
 def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:

@@ -80,20 +80,7 @@ def ppo_loss(
     metrics |= {"policy_loss": (policy_loss * count, units_here), "entropy": (jnp.sum(entropy), tokens)}
 
     if ppo.has_critic:
-        critic_hidden = hidden
-        if policy.critic is not None:
-            trunk = role_hidden(frozen.base, policy.critic, config, batch.tokens, batch.mask, batch.prefix, depth)
-            critic_hidden = before_response(trunk, length)
-        value_loss, value_metrics = clipped_value_loss(
-            value(policy.value_head, critic_hidden),
-            batch.values,
-            batch.returns,
-            batch.loss_mask,
-            hyper.value_clip,
-            huber_delta=hyper.huber_delta,
-            weights=weights,
-            count=count,
-        )
+        value_loss, value_metrics = _value_loss(policy, frozen, batch, hidden, weights, count, hyper, config)
         loss += hyper.vf_coef * value_loss
         metrics |= value_metrics | {"value_loss": (value_loss * count, units_here)}
     if ppo.kl.place == "loss":
@@ -107,6 +94,33 @@ def ppo_loss(
         metrics["ptx_loss"] = (total, number)
     metrics["loss"] = (loss * count, units_here)
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _value_loss(
+    policy: Policy,
+    frozen: Frozen,
+    batch: Minibatch,
+    hidden: Float[Array, "B T D"],
+    weights: Float[Array, "B T"],
+    count: Float[Array, ""],
+    hyper: Hyper,
+    config: ModelConfig,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Of the values read from the policy's hidden states, or from those of the critic's own adapter."""
+    if policy.critic is not None:
+        depth = policy_depth(policy, config)
+        trunk = role_hidden(frozen.base, policy.critic, config, batch.tokens, batch.mask, batch.prefix, depth)
+        hidden = before_response(trunk, batch.loss_mask.shape[1])
+    return clipped_value_loss(
+        value(policy.value_head, hidden),
+        batch.values,
+        batch.returns,
+        batch.loss_mask,
+        hyper.value_clip,
+        huber_delta=hyper.huber_delta,
+        weights=weights,
+        count=count,
+    )
 
 
 def _extremes(log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Metrics:
