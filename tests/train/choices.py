@@ -1,0 +1,79 @@
+"""What the tests of PPO's options share: a state, a rollout, one compiled learn() per choice."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.models.adapters import init_lora
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.experience import consult_reference, make_experience, rollout_prefix
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import collect, learn
+from ppo_jax.train.state import init_state
+from ppo_jax.types import Experience, Scores, Texts
+from tests.train import toy
+from tests.train.toy import CONFIG, FROZEN, HYPER
+
+FOUR = PPOConfig(sampling=toy.SAMPLING, epochs=2, num_minibatches=2)
+OFF = HYPER._replace(entropy_coef=0.0)
+
+
+def critic_adapter(seed: int = 8):
+    return toy.noisy(init_lora(jax.random.key(seed), CONFIG, 2, 4.0), seed)
+
+
+def begin(ppo: PPOConfig = FOUR, **options):
+    adapter = toy.ADAPTERS["lora above a shared prefix"]()
+    state = init_state(jax.random.key(0), adapter, CONFIG, make_optimizer(ppo.optimizer), 0.05, **options)
+    policy = state.policy._replace(adapter=toy.noisy(state.policy.adapter))
+    return dataclasses.replace(state, policy=policy)
+
+
+@functools.cache
+def half(ppo: PPOConfig, pretrain: bool = False):
+    """learn() on a fixed rollout with the toy's scores, jitted once per choice."""
+    optimizer = make_optimizer(ppo.optimizer)
+
+    def run(state, rollout, scores, hyper):
+        prefix, _ = rollout_prefix(state.policy, FROZEN, rollout, CONFIG)
+        more = texts(rollout.tokens.shape[0]) if pretrain else None
+        return learn(state, FROZEN, rollout, scores, prefix, hyper, CONFIG, ppo, optimizer, more)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def drawn(ppo: PPOConfig = FOUR, temperature: float = 0.7):
+    run = jax.jit(lambda state, prompts, hyper: collect(state, FROZEN, prompts, hyper, CONFIG, ppo))
+    return run(begin(), toy.prompts(), HYPER._replace(temperature=temperature))
+
+
+def scored(rollout) -> Scores:
+    return toy.worth(FROZEN, rollout, None, 0)
+
+
+def texts(rows: int) -> Texts:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 7, rows)
+    return Texts(
+        jnp.asarray(rng.integers(0, CONFIG.vocab_size, (rows, 6)), jnp.int32),
+        jnp.asarray(np.arange(6) < lengths[:, None]),
+    )
+
+
+def experience(ppo: PPOConfig, rollout=None, scores=None, hyper=OFF, kl_coef=0.1, **more) -> Experience:
+    rollout = drawn() if rollout is None else rollout
+    state = begin()
+    prefix, depth = rollout_prefix(state.policy, FROZEN, rollout, CONFIG)
+    reference = consult_reference(state.policy, FROZEN, rollout, prefix, depth, hyper, CONFIG, ppo)
+    scores = scored(rollout) if scores is None else scores
+    return make_experience(
+        rollout, scores, reference.logprobs, prefix, jnp.float32(kl_coef), hyper, ppo, reference=reference, **more
+    )
+
+
+TOP_3 = Sampling(response_length=toy.T, stop_ids=(toy.STOP,), top_k=3, min_p=0.05)
