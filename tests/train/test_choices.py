@@ -1,4 +1,4 @@
-"""Every option of PPO at work: what it changes in an iteration, and what it leaves alone. KL, filters, scores, advantages."""
+"""Every option of PPO at work, what it changes and what it leaves alone: KL, filters, scores, advantages."""
 
 import dataclasses
 import math
