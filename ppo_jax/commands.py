@@ -39,10 +39,10 @@ def sft(settings: SFTSettings) -> None:
     train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
-        raise ValueError(_too_few("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
-    directory = _open(settings)
+        raise ValueError(too_few("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
+    directory = open_directory(settings)
     with progress("ppo-jax sft") as screen:
-        _say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
@@ -69,7 +69,7 @@ def _ppo(settings: PPOSettings) -> None:
     )
     check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length)
     if settings.loop.batch_size > len(prompts.rows):
-        raise ValueError(_too_few("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts))
+        raise ValueError(too_few("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts))
     key = key_stream(settings.seed, "adapter")
     setup = Setup(
         model=model,
@@ -88,9 +88,9 @@ def _ppo(settings: PPOSettings) -> None:
         config=_repeatable(settings),
         reward_name=chosen.name,
     )
-    directory = distributed.run_directory(settings.run_dir, lambda: _open(settings))
+    directory = distributed.run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
-        _say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
@@ -135,11 +135,12 @@ def set_apart(records: Sequence[T], count: int, seed: int) -> tuple[list[T], lis
     return [r for i, r in enumerate(records) if i not in chosen], [r for i, r in enumerate(records) if i in chosen]
 
 
-def _too_few(option: str, batch_size: int, rows: int, path: Path) -> str:
+def too_few(option: str, batch_size: int, rows: int, path: Path) -> str:
+    """What is said of a batch that has more rows than there are."""
     return f"{option} {batch_size}, but {path} leaves only {rows} to train on; lower it or give more data"
 
 
-def _open(settings: Any) -> Path:
+def open_directory(settings: Any) -> Path:
     """The run directory, with the settings that repeat the run in it."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
@@ -155,7 +156,8 @@ def _repeatable(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
-def _say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
+def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
+    """Says how many texts were too long and what was done with them."""
     if count:
         done = "dropped" if too_long == "drop" else "truncated from the left"
         screen.message(f"{count} texts were longer than {limit} tokens and were {done}")

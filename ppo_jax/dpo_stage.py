@@ -73,12 +73,12 @@ def dpo(settings: DPOSettings) -> None:
     check_room(model, [row for side in sides for row in side])
     if settings.dpo.batch_size > len(train.starts):
         raise ValueError(
-            commands._too_few("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs)
+            commands.too_few("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs)
         )
-    directory = commands._open(settings)
+    directory = commands.open_directory(settings)
     with progress("ppo-jax dpo") as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
-        commands._say_long(screen, long, settings.max_length, settings.too_long)
+        commands.say_long(screen, long, settings.max_length, settings.too_long)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
         screen.message(
             f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "

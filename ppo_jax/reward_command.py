@@ -59,9 +59,9 @@ def reward(settings: RewardSettings) -> None:
         check_batch(settings.reward, train)
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
-    directory = commands._open(settings)
+    directory = commands.open_directory(settings)
     with progress("ppo-jax reward") as screen:
-        commands._say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        commands.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
         )
