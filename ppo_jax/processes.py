@@ -76,11 +76,28 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(whole, tree)
 
 
+def gather_rows(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], slice]:
+    """The token rows of all processes, in the order of the processes, and which of them are this one's."""
+    if jax.process_count() == 1:
+        return [list(row) for row in rows], slice(0, len(rows))
+    own = np.array([len(rows), max(map(len, rows), default=0)], np.int32)
+    sizes = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, 2)
+    packed = np.zeros((int(sizes[:, 0].max()), 1 + int(sizes[:, 1].max())), np.int32)  # length, tokens
+    for slots, row in zip(packed[: len(rows)], rows, strict=True):
+        slots[0], slots[1 : 1 + len(row)] = len(row), row
+    every = np.asarray(multihost_utils.process_allgather(packed)).reshape(len(sizes), *packed.shape)
+    shares = zip(every, sizes[:, 0], strict=True)
+    joined = [row[1 : 1 + row[0]].tolist() for share, count in shares for row in share[:count]]
+    first = int(sizes[: jax.process_index(), 0].sum())
+    return joined, slice(first, first + len(rows))
+
+
 class SplitReward:
     """A host reward of which each process scores its own rows, whose scores all processes then exchange.
 
     So each response is scored once, and a reward that is not a function (a server, a sampler) cannot let the processes
-    disagree. The reward must name the same parts in every process.
+    disagree. The reward must name the same parts in every process. A reward model on the mesh (`rewards.model`) needs
+    all processes for every row; it exchanges the rows by itself.
     """
 
     def __init__(self, reward: Any) -> None:
@@ -96,7 +113,8 @@ class SplitReward:
             own = slice(0, 1)
         scores = self.reward(prompts[own], responses[own], metadata[own])
         names = sorted(scores.parts)
-        columns = [scores.reward, scores.valid, *(scores.parts[name] for name in names)]
+        tokens = () if scores.tokens is None else np.asarray(scores.tokens).T
+        columns = [scores.reward, scores.valid, *(scores.parts[name] for name in names), *tokens]
         packed = np.zeros((len(columns), -(-total // count)), np.float64)
         for row, column in zip(packed, columns, strict=True):
             row[: len(column)] = np.asarray(column)
@@ -105,5 +123,7 @@ class SplitReward:
         every = words.view(np.float64).reshape(count, *packed.shape)
         shares = [own_rows(total, index) for index in range(count)]
         joined = np.concatenate([every[i, :, : s.stop - s.start] for i, s in enumerate(shares)], axis=1)
-        reward, valid, *parts = joined
-        return Scores(reward, valid.astype(bool), dict(zip(names, parts, strict=True)))
+        reward, valid = joined[:2]
+        parts, slots = joined[2 : 2 + len(names)], joined[2 + len(names) :]
+        per_token = jnp.asarray(slots.T, jnp.float32) if len(slots) else None
+        return Scores(reward, valid.astype(bool), dict(zip(names, parts, strict=True)), per_token)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import checkpoint, sharding
 from ppo_jax.distributed import DistributedConfig, start
 from ppo_jax.models import hf
-from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.heads import RewardHead
 from ppo_jax.processes import SplitReward, feed, fetch, is_first
+from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.model import row_scorer, text_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.sharding import MeshConfig, make_mesh
 from ppo_jax.train.loop import host_iteration, means
@@ -36,6 +40,7 @@ CONFIG = ModelConfig(
 ROWS, P, T = 8, 3, 4
 SAMPLING = Sampling(response_length=T, stop_ids=(2,))
 HYPER = Hyper(learning_rate=1e-2, temperature=0.9, vf_coef=0.5)
+LENGTHS = (3, 20, 0, 1, 31, 7, 17)  # of the texts that a reward model scores
 SCORED: list[int] = []  # rows that the reward of this process was asked for, per call
 
 
@@ -79,8 +84,25 @@ def run(model: Path, config: MeshConfig, updates: int) -> Iterator[tuple[TrainSt
             yield state, means(metrics)
 
 
+def model_scores(model: Path, config: MeshConfig) -> list[float]:
+    """What a reward model that reads text, on the mesh, says of texts of several lengths, one without tokens."""
+    with jax.set_mesh(make_mesh(config, jax.devices()[: config.size])):
+        model_config, base = hf.load(model, mesh=make_mesh(config, jax.devices()[: config.size]))
+        head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG.hidden_size)))["params"]
+        role = RewardRole(init_lora(jax.random.key(4), model_config, 2, 4.0), head)
+        scorer = row_scorer(base, role, model_config, 32, (4,))
+        encode = lambda prompts, texts: [[int(word) for word in text.split()] for text in texts]  # noqa: E731
+        texts = [" ".join(str(3 + (7 * i + j) % 29) for j in range(length)) for i, length in enumerate(LENGTHS)]
+        scores = SplitReward(text_reward(scorer, encode))([""] * len(texts), texts, [{}] * len(texts))
+    return np.where(scores.valid, scores.reward, -99.0).tolist()
+
+
 def main(spec: dict[str, Any]) -> None:
     start(DistributedConfig(**spec["distributed"]))
+    if "score" in spec:
+        found = [model_scores(Path(spec["model"]), MeshConfig(**mesh)) for mesh in spec["score"]]
+        Path(spec["out"]).write_text(json.dumps(found))
+        return
     record: dict[str, Any] = {"process": jax.process_index(), "metrics": []}
     state = None
     for latest, values in run(Path(spec["model"]), MeshConfig(**spec["mesh"]), spec["updates"]):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,14 @@ def free_port() -> int:
 
 
 def launch(
-    folder: Path, model: Path, processes: int, devices: int, mesh: MeshConfig, updates: int = 3, heartbeat: int = 100
+    folder: Path,
+    model: Path,
+    processes: int,
+    devices: int,
+    mesh: MeshConfig,
+    updates: int = 3,
+    heartbeat: int = 100,
+    **more: Any,
 ) -> list[subprocess.Popen]:
     coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
@@ -58,7 +66,7 @@ def launch(
             "updates": updates,
             "checkpoints": str(folder / "checkpoints"),
             "out": str(folder / f"{process}.json"),
-        }
+        } | more
         command = [sys.executable, "-m", "tests.distributed_worker", json.dumps(spec)]
         with (folder / f"{process}.log").open("w") as log:
             pipe = subprocess.PIPE if process == 0 else log
@@ -98,6 +106,17 @@ def test_processes_give_the_metrics_of_one(
             for name in (name for name in expected if not name.endswith("_seconds")):
                 np.testing.assert_allclose(values[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert [record["first"] for record in records] == [True] + [False] * (processes - 1)
+
+
+def test_a_reward_model_that_reads_text_gives_the_scores_of_one_process(tmp_path: Path, model: Path) -> None:
+    """Its program spans both processes, so both must put the same rows into it: split over tensor and over rows."""
+    meshes = [{"tensor": 2}, {"data": 2}]
+    finish(launch(tmp_path, model, 2, 1, MeshConfig(data=2), score=meshes), tmp_path)
+    expected = worker.model_scores(model, MeshConfig())
+    assert len(set(expected)) == len(worker.LENGTHS) and expected[2] == -99  # no text, no score
+    for process in range(2):
+        for scores in json.loads((tmp_path / f"{process}.json").read_text()):
+            np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_others_end_when_one_is_killed(tmp_path: Path, model: Path) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ppo_jax import processes
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.adapter import RewardRole, score_tokens, text_mask
 from ppo_jax.rewards.base import DeviceReward, HostReward
@@ -95,11 +96,20 @@ def row_scorer(
     `batch_sizes` rows, so at most lengths x batch sizes programs are ever compiled. A full reward model is the role
     ({}, head) on its own parameters.
 
+    On a mesh (`jax.set_mesh`) the model is laid out on it. Of several processes each gives its own rows and is given
+    their scores: a program on a mesh needs the same arguments in all of them, so together they score the rows of all.
+    All must call the scorer the same number of times.
+
     Raises ValueError when a row is longer than `max_length`.
     """
     sizes, run = sorted(batch_sizes), jax.jit(score_tokens, static_argnums=2)
+    base, role = processes.laid_out((base, role))
 
     def score_rows(rows: Sequence[Sequence[int]]) -> np.ndarray:
+        every, own = processes.gather_rows(rows)
+        return score_all(every)[own]
+
+    def score_all(rows: Sequence[Sequence[int]]) -> np.ndarray:
         lengths = np.array([len(row) for row in rows], np.int64)
         if lengths.size and lengths.max() > max_length:
             raise ValueError(f"a text has {lengths.max()} tokens, the reward model reads at most {max_length}")
@@ -114,7 +124,8 @@ def row_scorer(
             mask[:, 0] = True  # rows that fill up the batch have one token
             for place, i in enumerate(take):
                 tokens[place, : lengths[i]], mask[place, : lengths[i]] = rows[i], True
-            scores[take] = np.asarray(run(base, role, config, tokens, mask))[: len(take)]
+            found = run(base, role, config, *processes.feed((tokens, mask)))
+            scores[take] = processes.fetch(found)[: len(take)]
         return scores
 
     return score_rows
