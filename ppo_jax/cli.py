@@ -3,11 +3,14 @@
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ppo_jax import commands, config, dpo_stage, export, reward_command, serve_command
+import jax
+
+from ppo_jax import commands, config, distributed, dpo_stage, export, reward_command, serve_command
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.plan import plan
 from ppo_jax.plan_programs import PlanSettings
@@ -68,8 +71,22 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
-    at once. Anything else is a bug of ours, and keeps its traceback.
+    at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
+    (`distributed.leave`), so that the others do not wait for it; all stop together when asked to (75).
     """
+    try:
+        code = _exit_code(prog, run)
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            distributed.leave(FAILED)
+        raise
+    if code not in (0, PREEMPTED):
+        distributed.leave(code)
+    return code
+
+
+def _exit_code(prog: str, run: Callable[[], object]) -> int:
     try:
         run()
     except KeyboardInterrupt:

@@ -5,7 +5,8 @@
     anything else            --distributed.coordinator HOST:PORT --distributed.processes N --distributed.process I
 
 `experiments/launch/` holds a commented script for each. A process that dies is missed after `heartbeat` seconds, and
-the others end with an error instead of waiting for it for ever: start the run again with --resume.
+the others end with an error instead of waiting for it for ever: start the run again with --resume. One that fails
+leaves at once (`leave`).
 """
 
 import atexit
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ from ppo_jax import rundir, sharding
 from ppo_jax.processes import is_first
 from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.ppo import PPOConfig
+
+_PRIVATE: list[Path] = []  # directories that this process has made for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,22 @@ class DistributedConfig:
         for name in ("heartbeat", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distributed.{name}={getattr(self, name)} must be at least 1 second")
+
+
+def leave(code: int) -> None:
+    """Ends this process at once where it is one of several; returns where it is not.
+
+    At its usual end a process waits for the others, which wait for this one inside a program: all would hang until
+    they are timed out. So one that has failed, and has said why, does not say goodbye; the others then fail too.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    for path in _PRIVATE:
+        shutil.rmtree(path, ignore_errors=True)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def several(environment: dict[str, str]) -> bool:
@@ -128,6 +148,7 @@ def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
         raise ValueError(f"process {jax.process_index()} does not see {shared}: put the run on a disk that all share")
     private = Path(tempfile.mkdtemp(prefix="ppo_jax-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
+    _PRIVATE.append(private)
     for name in (rundir.CONFIG, rundir.METRICS, rundir.SAMPLES):
         if (shared / name).exists():
             shutil.copy(shared / name, private / name)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import checkpoint, sharding
+from ppo_jax import checkpoint, cli, sharding
 from ppo_jax.distributed import DistributedConfig, start
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
@@ -42,11 +42,14 @@ SAMPLING = Sampling(response_length=T, stop_ids=(2,))
 HYPER = Hyper(learning_rate=1e-2, temperature=0.9, vf_coef=0.5)
 LENGTHS = (3, 20, 0, 1, 31, 7, 17)  # of the texts that a reward model scores
 SCORED: list[int] = []  # rows that the reward of this process was asked for, per call
+FAILS: tuple[int, type[Exception]] = (-1, ValueError)  # the process whose second call of the reward fails, and how
 
 
 def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
     """Points of the response's tokens; odd rows of the table have an invalid score when the response is empty."""
     SCORED.append(len(responses))
+    if jax.process_index() == FAILS[0] and len(SCORED) == 2:
+        raise FAILS[1]("the reward is out of order")
     points = np.array([sum(int(word) % 7 for word in text.split()) / 10 for text in responses])
     valid = np.array([bool(text) or entry["number"] % 2 == 0 for text, entry in zip(responses, metadata, strict=True)])
     assert all(prompt == str(entry["number"]) for prompt, entry in zip(prompts, metadata, strict=True))
@@ -98,7 +101,10 @@ def model_scores(model: Path, config: MeshConfig) -> list[float]:
 
 
 def main(spec: dict[str, Any]) -> None:
+    global FAILS
     start(DistributedConfig(**spec["distributed"]))
+    if "fails" in spec:
+        FAILS = (1, {"ValueError": ValueError, "KeyError": KeyError}[spec["fails"]])
     if "score" in spec:
         found = [model_scores(Path(spec["model"]), MeshConfig(**mesh)) for mesh in spec["score"]]
         Path(spec["out"]).write_text(json.dumps(found))
@@ -124,4 +130,5 @@ def main(spec: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    sys.exit(cli.exit_code("worker", lambda: main(given)))

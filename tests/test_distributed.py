@@ -134,6 +134,24 @@ def test_the_others_end_when_one_is_killed(tmp_path: Path, model: Path) -> None:
     assert not (tmp_path / "0.json").exists()
 
 
+@pytest.mark.parametrize(("kind", "code"), [("ValueError", 2), ("KeyError", 1)])
+def test_one_that_fails_does_not_wait_for_the_others_nor_they_for_it(
+    tmp_path: Path, model: Path, kind: str, code: int
+) -> None:
+    """A mistake of the user (one line) and a bug (its traceback): far below the 300 s of jax's farewell."""
+    started = launch(tmp_path, model, 2, 1, MeshConfig(data=2), updates=100_000, heartbeat=5, fails=kind)
+    try:
+        for process in started:
+            process.communicate(timeout=100)  # raises when it hangs
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert started[1].returncode == code and started[0].returncode not in (0, None)
+    log = (tmp_path / "1.log").read_text()
+    assert "the reward is out of order" in log and ("Traceback" in log) == (code == 1)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
