@@ -93,19 +93,10 @@ def encode(records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_l
       ValueError: as `encode_pairs`; also with "truncate_left" if a response alone is too long.
     """
     encoded = encode_pairs(records, tokenizer, max_length, too_long)
-    starts = np.zeros((len(encoded.kept), 2), np.int32)
     for row, kept in enumerate(encoded.kept):
-        record = records[kept]
-        sides = ((record.chosen, encoded.chosen[row]), (record.rejected, encoded.rejected[row]))
-        for side, (answer, tokens) in enumerate(sides):
-            text = answer if isinstance(answer, str) else answer[-1]["content"]
-            length = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1  # EOS
-            if length > len(tokens):
-                raise ValueError(
-                    f"{record.where}: a response alone has {length} tokens, there is room for {max_length}"
-                )
-            starts[row, side] = len(tokens) - length
-    return Pairs(encoded, starts)
+        if min(encoded.starts[row]) < 0:
+            raise ValueError(f"{records[kept].where}: a response alone does not fit into {max_length} tokens")
+    return Pairs(encoded, np.asarray(encoded.starts, np.int32).reshape(-1, 2))
 
 
 def preferences(batch: PairBatch, starts: Int[np.ndarray, "N 2"]) -> Preferences:

@@ -38,7 +38,8 @@ def make_evaluator(
     ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
     failure of the disk through.
     """
-    run = make_evaluate(setup.model.config, setup.ppo.sampling, setup.device_reward, setup.ppo.logprob_chunk)
+    ppo, score = setup.ppo, setup.ppo.score
+    run = make_evaluate(setup.model.config, ppo.sampling, setup.device_reward, ppo.logprob_chunk, score.truncate_ids)
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)

@@ -29,7 +29,8 @@ from ppo_jax.saving import Saver, saver
 from ppo_jax.setup import Judge, Model, PromptSet, Result, Setup, decode_responses
 from ppo_jax.train.loop import Interrupted, Stopped, assess, evaluation_due, host_iteration, train
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import check_hyper, make_host_iteration, make_iteration
+from ppo_jax.train.options import check_hyper, check_scalars_of
+from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
 from ppo_jax.types import Frozen, Policy, Prompts, PyTree, Texts
 
@@ -40,9 +41,10 @@ __all__ = [
 
 POLICY, BEST, CRITIC, EMA = "policy", "best", "critic", "ema"  # folders in export/
 FILTERED = {
-    "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour importance "
-    "corrects for it, --ppo.behaviour filtered makes the filtered distribution the policy.",
-    "importance": "Tokens are weighed by policy / behaviour, at most hyper.importance_cap.",
+    "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour filtered "
+    "makes the filtered distribution the policy, --ppo.behaviour importance weighs the loss by policy / behaviour.",
+    "importance": "The loss of a token is weighed by policy / behaviour, at most hyper.importance_cap. The KL in the "
+    "log, in the reward and for an adaptive coefficient is not, so its estimate may turn negative.",
     "filtered": "Ratios and KL are those of the filtered distribution.",
 }
 
@@ -156,6 +158,7 @@ def _checked(setup: Setup) -> Setup:
         raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     setup.ppo.check_batch(setup.loop.batch_size)
     setup = setup._replace(hyper=check_hyper(setup.hyper))
+    check_scalars_of(setup.ppo, setup.hyper)
     if (setup.hyper.ptx_coef > 0) != bool(setup.pretrain):
         raise ValueError(
             f"hyper.ptx_coef={setup.hyper.ptx_coef} and {len(setup.pretrain)} pretraining texts: give both"

@@ -44,7 +44,7 @@ class Rollout(NamedTuple):
     state *before* that token, (prompt, a_0 .. a_{t-1}).
     """
 
-    tokens: Int[Array, "B S"]  # prompt, then response; the pad id fills slots that are off in the masks
+    tokens: Int[Array, "B S"]  # prompt, then response; what lies in slots that are off in the masks means nothing
     prompt_mask: Bool[Array, "B P"]
     response_mask: Bool[Array, "B T"]  # True up to and including the stop token
     logprobs: Float[Array, "B T"]  # behaviour policy: at the sampling temperature, after top-k/top-p

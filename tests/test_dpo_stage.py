@@ -90,7 +90,7 @@ def test_messages_and_truncation_keep_the_responses() -> None:
         for side, (rows, text) in enumerate([(pairs.encoded.chosen, "a"), (pairs.encoded.rejected, "b b")]):
             assert rows[0][pairs.starts[0, side] :] == [*ids(text), EOS]
     assert len(pairs.encoded.rejected[0]) < len(uncut.encoded.rejected[0])  # something was cut
-    with pytest.raises(ValueError, match="pairs:1: a response alone has"):
+    with pytest.raises(ValueError, match="pairs:1: a response alone does not fit"):
         encode([chat], tokenizer, 2, "truncate_left")
 
 
@@ -131,3 +131,13 @@ def test_the_command(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "run" / "export" / "model" / "model.safetensors").is_file()
     assert cli.main(["generate", "--policy", "run", "--prompt", "c", "--sampling.response-length", "2"]) == 0
     assert "\n>>> " in capsys.readouterr().out
+
+
+def test_a_bos_counts_where_a_response_is_cut() -> None:
+    """Room for 5: BOS, and 4 of an answer that has 5 tokens with its EOS. The first of them would be lost."""
+    tokenizer = make_tokenizer(bos=True)
+    pairs = [PairRecord("a", "bcde", "b", 0.0, "pairs:1")]
+    with pytest.raises(ValueError, match="pairs:1: a response alone does not fit into 5 tokens"):
+        encode(pairs, tokenizer, 5, "truncate_left")
+    fits = encode(pairs, tokenizer, 6, "truncate_left")
+    assert fits.starts.tolist() == [[1, 2]], "after BOS, the prompt being cut; after BOS and a"

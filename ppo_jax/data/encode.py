@@ -24,6 +24,7 @@ class EncodedPairs(NamedTuple):
     margins: list[float]
     kept: list[int]
     too_long: int
+    starts: Sequence[tuple[int, int]] = ()  # of the answers in chosen[i] and rejected[i]; -1: it was cut itself
 
 
 class EncodedSFT(NamedTuple):
@@ -89,17 +90,24 @@ def encode_pairs(
     A pair is too long if one of its rows is.
     """
     bos, end = _bos(tokenizer), _eos(tokenizer) if eos else []
-    sides: list[list[list[int]]] = [[], []]
+    sides: list[list[tuple[list[int], int]]] = [[], []]
     for record in records:
         for rows, answer in zip(sides, (record.chosen, record.rejected), strict=True):
             prompt, response = record.prompt, answer
             if isinstance(response, list):
                 prompt, response = [*(prompt or []), *response[:-1]], response[-1]["content"]
-            rows.append(_joined(prompt, response, tokenizer, bos, end, record.where)[0])
-    lengths = [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
+            rows.append(_joined(prompt, response, tokenizer, bos, end, record.where))
+    lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
     kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
-    chosen, rejected = ([_cut(side[i], max_length, bos) for i in kept] for side in sides)
-    return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count)
+    chosen, rejected = ([_cut(side[i][0], max_length, bos) for i in kept] for side in sides)
+
+    def start(side: list[tuple[list[int], int]], place: int) -> int:
+        row, first = side[place]
+        first -= max(len(row) - max_length, 0)
+        return first if first >= len(bos) else -1
+
+    starts = [(start(sides[0], i), start(sides[1], i)) for i in kept]
+    return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count, starts)
 
 
 def encode_sft(

@@ -25,6 +25,7 @@ def kl_penalty(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"], k
 
     Elementwise, so garbage outside a mask stays where it is.
 
+    As a penalty on the reward of the token, only k1 has the gradient of the KL in expectation.
     As a term of the loss, differentiated through `logprobs` at tokens drawn from the policy, only k2 has the gradient
     of the KL in expectation, d * grad log policy(a): the one that k1 has as a penalty on the reward. The gradient of k1
     is 0 in expectation, that of k3 is biased.

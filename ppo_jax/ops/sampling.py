@@ -21,10 +21,10 @@ def filter_logits(
 ) -> Float[Array, "*B V"]:
     """Logits with every token outside the top-k, then outside the nucleus, at -1e30 (probability exactly 0).
 
-    top_k keeps exactly the k largest (0: all). top_p keeps the smallest set of the largest, by their probabilities
-    after top_k, whose mass reaches p, at least one token. Ties go to the lower id. min_p keeps the tokens whose
-    probability is at least min_p times that of the most probable one. All may be traced; a Python 0 or 1.0 compiles
-    to nothing. Which tokens are kept is not differentiated.
+    min_p, first, keeps the tokens whose probability is at least min_p times that of the most probable one. top_k keeps
+    exactly the k largest (0: all). top_p keeps the smallest set of the largest, by their probabilities after the other
+    filters, whose mass reaches p, at least one token. Ties go to the lower id. All may be traced; a Python 0 or 1.0
+    compiles to nothing. Which tokens are kept is not differentiated.
 
     Apply the temperature first. NaN logits stay NaN.
 

@@ -11,7 +11,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling, generate
-from ppo_jax.train.ppo import reference_logprobs, rollout_prefix
+from ppo_jax.train.experience import reference_logprobs, rollout_prefix, truncated
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, Rollout, Scores
 
 
@@ -27,7 +27,11 @@ Evaluate = Callable[[Policy, Frozen, Prompts, PRNGKeyArray, Hyper], Evaluation]
 
 
 def make_evaluate(
-    config: ModelConfig, sampling: Sampling, reward: DeviceReward | None, logprob_chunk: int = 0
+    config: ModelConfig,
+    sampling: Sampling,
+    reward: DeviceReward | None,
+    logprob_chunk: int = 0,
+    truncate_ids: tuple[int, ...] = (),
 ) -> Evaluate:
     """evaluate(policy, frozen, prompts, key, hyper) -> Evaluation, jitted; samples at hyper.temperature.
 
@@ -35,10 +39,12 @@ def make_evaluate(
 
     Args:
       logprob_chunk: positions whose logits are held at once for the reference; 0: all.
+      truncate_ids: as in training, `ScoreConfig.truncate_ids`.
     """
 
     def evaluate(policy: Policy, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray, hyper: Hyper) -> Evaluation:
         rollout = generate(frozen.base, policy, config, prompts, key, sampling, hyper.temperature)
+        rollout = truncated(rollout, truncate_ids, config)
         prefix, depth = rollout_prefix(policy, frozen, rollout, config)
         scores = None if reward is None else reward(frozen, rollout, prefix, depth)
         reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, logprob_chunk)

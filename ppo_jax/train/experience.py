@@ -13,7 +13,7 @@ from ppo_jax.ops.advantages import gae, grpo, reinforce, rewards_to_go, rloo
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.ops.logprobs import hidden_kl, hidden_logprobs
 from ppo_jax.ops.masked import EPSILON, masked_var, masked_whiten
-from ppo_jax.ops.rewards import RunningMoments, adjust_scores, shape_rewards
+from ppo_jax.ops.rewards import RunningMoments, adjust_scores, shape_rewards, truncation_mask
 from ppo_jax.rollout import before_response, role_hidden, shared_prefix
 from ppo_jax.train.objective import policy_depth
 from ppo_jax.train.options import PPOConfig
@@ -34,6 +34,17 @@ def rollout_prefix(
     """What all roles share of a rollout, constant over the epochs, and how many layers deep it is."""
     depth = policy_depth(policy, config)
     return shared_prefix(frozen.base, config, rollout.tokens, rollout.mask, depth), depth
+
+
+def truncated(rollout: Rollout, stop_ids: tuple[int, ...], config: ModelConfig) -> Rollout:
+    """Responses without what follows the first of `stop_ids` (ScoreConfig.truncate_ids); such rows have ended."""
+    if not stop_ids:
+        return rollout
+    if not all(0 <= i < config.vocab_size for i in stop_ids):
+        raise ValueError(f"score.truncate_ids={stop_ids} must lie in the vocabulary [0, {config.vocab_size})")
+    responses = rollout.tokens[:, -rollout.response_mask.shape[1] :]
+    mask, ended = truncation_mask(responses, rollout.response_mask, stop_ids)
+    return rollout._replace(response_mask=mask, terminated=rollout.terminated | ended)
 
 
 def reference_logprobs(

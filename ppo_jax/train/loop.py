@@ -27,7 +27,7 @@ class LoopConfig:
     updates: int = 40
     """PPO iterations."""
     batch_size: int = 64
-    """Prompts per iteration, one response each."""
+    """Prompts per iteration, with ppo.group_size responses each."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls from hyper.learning_rate over the run; linear and cosine end at 0."""
     warmup: int = 0
@@ -54,6 +54,8 @@ class LoopConfig:
     """Project of Weights & Biases that the metrics are also sent to. "": off."""
 
     def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r} must be one of constant, linear, cosine")
         least = dict(updates=1, batch_size=1, warmup=0, eval_every=0, checkpoint_every=0, keep=1, keep_every=0)
         for name, allowed in (least | dict(max_nonfinite=1, max_failed_batches=1)).items():
             if getattr(self, name) < allowed:
@@ -227,7 +229,8 @@ def host_iteration(
         times.append(time.perf_counter())
         if stopping():
             raise GivenUp
-        scores = as_scores(reward([texts[i] for i in rows], responses, [metadata[i] for i in rows]), len(rows))
+        found = reward([texts[i] for i in rows], responses, [metadata[i] for i in rows])
+        scores = as_scores(found, len(rows), mask.shape[1])
         times.append(time.perf_counter())
         state, metrics = jax.block_until_ready(learn(state, frozen, rollout, scores, hyper, prompts.pretrain))
         times.append(time.perf_counter())
@@ -238,8 +241,10 @@ def host_iteration(
     return iteration
 
 
-def as_scores(scores: Scores, rows: int) -> Scores:
+def as_scores(scores: Scores, rows: int, length: int | None = None) -> Scores:
     """A host reward's answer in the dtypes that the device expects; ValueError when it is not one number per row.
+
+    Rewards of single tokens, where there are some, are [rows, length].
 
     A score that is not finite is invalid, whatever the reward said of it.
     """
@@ -247,9 +252,17 @@ def as_scores(scores: Scores, rows: int) -> Scores:
     for name, column in columns.items():
         if np.shape(column) != (rows,):
             raise ValueError(f"the reward returned {name} of shape {np.shape(column)} for {rows} responses")
+    tokens = None
+    if scores.tokens is not None:
+        if np.ndim(scores.tokens) != 2 or np.shape(scores.tokens) != (rows, length or np.shape(scores.tokens)[1]):
+            raise ValueError(
+                f"the reward returned tokens of shape {np.shape(scores.tokens)} for {rows} responses of {length} slots"
+            )
+        tokens = jnp.asarray(scores.tokens, jnp.float32)
     reward = np.asarray(scores.reward, np.float32)
     parts = {name: jnp.asarray(part, jnp.float32) for name, part in scores.parts.items()}
-    return Scores(jnp.asarray(reward), jnp.asarray(np.asarray(scores.valid, bool) & np.isfinite(reward)), parts)
+    valid = np.asarray(scores.valid, bool) & np.isfinite(reward)
+    return Scores(jnp.asarray(reward), jnp.asarray(valid), parts, tokens)
 
 
 def response_texts(

@@ -84,7 +84,8 @@ def ppo_loss(
         loss += hyper.vf_coef * value_loss
         metrics |= value_metrics | {"value_loss": (value_loss * count, units_here)}
     if ppo.kl.place == "loss":
-        terms = _kl_terms(hidden, table, logprobs, batch, frozen, hyper, ppo)
+        terms = _kl_terms(hidden, table, mask, logprobs, batch, frozen, hyper, ppo)
+        weights = weights if batch.weights is None else weights * batch.weights
         kl_loss = jnp.sum(jnp.where(mask, weights * terms, 0.0)) / jnp.maximum(count, 1)
         loss += kl_coef * kl_loss
         metrics["kl_loss"] = (kl_loss * count, units_here)
@@ -133,6 +134,7 @@ def _extremes(log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Metri
 def _kl_terms(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "V D"],
+    mask: Bool[Array, "B T"],
     logprobs: Float[Array, "B T"],
     batch: Minibatch,
     frozen: Frozen,
@@ -145,7 +147,8 @@ def _kl_terms(
         ref_table = unembedding(frozen.base, {})
         return hidden_kl(hidden, table, batch.ref_hidden, ref_table, hyper.temperature, ppo.logprob_chunk)
     assert batch.ref_logprobs is not None
-    return kl_penalty(logprobs, batch.ref_logprobs, ppo.kl.estimator)
+    # Outside the mask a log-prob may be -1e30 (a filter), whose exponential has no gradient to be masked afterwards.
+    return kl_penalty(jnp.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, ppo.kl.estimator)
 
 
 def predicted(texts: Texts) -> Bool[Array, "B M"]:

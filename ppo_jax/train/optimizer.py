@@ -45,6 +45,9 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps={self.eps} must be positive")
+        adam = (self.b1, self.b2, self.eps, self.eps_placement)
+        if self.kind == "adafactor" and adam != (0.9, 0.999, 1e-8, "pytorch"):
+            raise ValueError("optimizer.b1, b2, eps and eps_placement are Adam's; adafactor has none of them")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
 

@@ -28,7 +28,8 @@ class KLConfig:
     """The KL penalty towards the reference."""
 
     estimator: Kind | Literal["full"] = "k1"
-    """Per-token estimate (Schulman 2020): k1 is the log-ratio; full sums over the vocabulary, one more pass."""
+    """Per-token estimate (Schulman 2020): k1 is the log-ratio; full sums over the vocabulary, one more pass. In the
+    reward only k1 has the gradient of the KL: full does not depend on the token drawn, so only later ones count."""
     place: Literal["reward", "loss"] = "reward"
     """Subtracted from the reward of each token (Ziegler et al. 2019), or a term of the loss (Shao et al. 2024)."""
     control: Literal["fixed", "adaptive", "linear"] = "fixed"
@@ -75,6 +76,14 @@ class CriticConfig:
     """Start from "zero", from "reward" (adapter and head of a LoRA reward model), or a run's export/critic (path)."""
     bootstrap_truncated: bool = False
     """A response cut by length goes on with the critic's value (one more pass); else it ends there like any other."""
+
+    def __post_init__(self) -> None:
+        if not self.own and self.adapter != AdapterConfig():
+            raise ValueError("critic.adapter is that of a critic of its own; set critic.own, or leave it")
+        if not self.own and self.init != "zero":
+            raise ValueError(
+                f"critic.init={self.init!r} brings a head that reads the states of its own adapter; set critic.own"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,10 @@ class PPOConfig:
             raise ValueError(f"group_size={self.group_size}: advantage={self.advantage} compares at least 2 responses")
         if self.advantage != "gae" and self.critic != CriticConfig():
             raise ValueError(f"critic options need advantage=gae; advantage={self.advantage} has no critic")
+        if self.behaviour == "filtered" and self.kl.estimator == "full":
+            raise ValueError(
+                "kl.estimator=full is over the whole vocabulary; behaviour=filtered needs k1, k2, k3 or abs"
+            )
         if self.behaviour == "filtered" and self.sampling.repetition_penalty != 1:
             raise ValueError("behaviour=filtered does not know a repetition penalty; choose importance, or ignore")
 
@@ -151,6 +164,14 @@ class PPOConfig:
                 f"{what or f'{count} responses do'} not divide into num_minibatches={self.num_minibatches} x "
                 f"accumulate={self.accumulate}; use a multiple of {pieces}"
             )
+
+
+def check_scalars_of(ppo: PPOConfig, hyper: Hyper) -> None:
+    """Raises ValueError for a scalar that is set and means nothing under these choices."""
+    default = Hyper()
+    for name in ("critic_lr_scale", "critic_max_grad_norm", "critic_warmup"):
+        if not ppo.has_critic and getattr(hyper, name) != getattr(default, name):
+            raise ValueError(f"hyper.{name} needs advantage=gae; advantage={ppo.advantage} has no critic")
 
 
 def check_hyper(hyper: Hyper) -> Hyper:

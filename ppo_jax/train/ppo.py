@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.kl import adaptive_kl, linear_kl
 from ppo_jax.ops.losses import token_weights
-from ppo_jax.ops.rewards import truncation_mask
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import generate
 from ppo_jax.sharding import constrain_rows
@@ -33,6 +32,7 @@ from ppo_jax.train.experience import (
     reference_logprobs,
     response_totals,
     rollout_prefix,
+    truncated,
 )
 from ppo_jax.train.measure import experience_metrics, observed_kl
 from ppo_jax.train.objective import policy_depth, ppo_loss, predicted
@@ -104,11 +104,7 @@ def collect(
     if ppo.group_size > 1:
         asked = jax.tree.map(lambda x: jnp.repeat(x, ppo.group_size, axis=0), asked)
     rollout = generate(frozen.base, state.policy, config, asked, key, ppo.sampling, hyper.temperature)
-    if ppo.score.truncate_ids:
-        responses = rollout.tokens[:, -ppo.sampling.response_length :]
-        mask, ended = truncation_mask(responses, rollout.response_mask, ppo.score.truncate_ids)
-        rollout = rollout._replace(response_mask=mask, terminated=rollout.terminated | ended)
-    return rollout
+    return truncated(rollout, ppo.score.truncate_ids, config)
 
 
 def learn(
@@ -152,14 +148,15 @@ def learn(
     state, losses = update_epochs(state, frozen, batch, key, hyper, config, ppo, optimizer, kl_coef)
     metrics = experience_metrics(experience, rollout, raw, reference.logprobs, kl_coef, hyper, ppo) | losses
     if ppo.kl.control == "adaptive":
-        kl_coef = adaptive_kl(kl_coef, *observed_kl(metrics), hyper.kl_target, hyper.kl_horizon)
+        steered = adaptive_kl(kl_coef, *observed_kl(metrics), hyper.kl_target, hyper.kl_horizon)
+        kl_coef = jnp.where(jnp.isfinite(steered), steered, kl_coef)  # one bad batch must not spoil it for good
     totals = response_totals(experience.rewards, batch.loss_mask)
     state = dataclasses.replace(
         state,
         step=state.step + 1,
         kl_coef=kl_coef,
         moments=moments,
-        baseline=state.baseline.update(totals, fitted.valid),
+        baseline=state.baseline.update(totals, fitted.valid & jnp.isfinite(totals)),
     )
     return state, metrics
 

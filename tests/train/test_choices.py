@@ -99,6 +99,29 @@ def test_defect_20_a_filtered_policy_has_a_kl_that_is_not_negative():
     assert 0 < values["outside_filter"] < 1 and math.isfinite(values["policy_loss"]) and values["ratio_max"] < 1e6
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_token_that_leaves_the_filter_spoils_no_gradient(estimator):
+    """Its log-prob is -1e30, whose exponential in k3 has no finite gradient."""
+    kl = KLConfig(estimator=estimator, place="loss")
+    ppo = PPOConfig(sampling=TOP_3, behaviour="filtered", epochs=3, num_minibatches=1, kl=kl)
+    rollout = drawn(ppo)
+    _, metrics = half(ppo)(begin(), rollout, scored(rollout), OFF._replace(learning_rate=0.1))
+    values = numbers(metrics)
+    assert values["outside_filter"] > 0 and values["nonfinite_updates"] == 0
+
+
+def test_a_number_that_is_not_finite_spoils_no_controller():
+    """The step is left out; coefficient, moments and baseline are as they were, so the next batch can be learned."""
+    ppo = dataclasses.replace(FOUR, kl=KLConfig(control="adaptive"))
+    rollout = drawn()
+    broken = rollout._replace(policy_logprobs=rollout.policy_logprobs.at[0, 0].set(np.nan))
+    state, metrics = half(ppo)(begin(), broken, scored(rollout), OFF)
+    assert numbers(metrics)["nonfinite_updates"] > 0
+    assert float(state.kl_coef) == np.float32(0.05) and np.isfinite(state.baseline.mean)
+    state, metrics = half(ppo)(state, rollout, scored(rollout), OFF)
+    assert numbers(metrics)["nonfinite_updates"] == 0 and np.isfinite(state.kl_coef)
+
+
 def test_importance_weights_are_truncated_and_weigh_the_loss():
     ppo = PPOConfig(sampling=TOP_3, behaviour="importance", epochs=1, num_minibatches=1)
     rollout = drawn(ppo)
@@ -257,6 +280,17 @@ def test_reinforce_subtracts_the_mean_of_earlier_returns():
     expected = ((np.asarray(scored(rollout).reward) - mean) * lengths).sum() / lengths.sum()
     assert numbers(metrics)["advantage"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert float(after.baseline.count) == 2 * toy.B
+
+
+def test_whitened_reinforce_only_divides():
+    """The baseline is what is subtracted; the scale is the std over the tokens of the batch."""
+    ppo = PPOConfig(sampling=toy.SAMPLING, advantage="reinforce", epochs=1, num_minibatches=1)
+    plain = experience(dataclasses.replace(ppo, whiten_advantages=False), baseline=0.5).batch
+    mask = np.asarray(plain.loss_mask)
+    expected = np.asarray(plain.advantages)[mask] / np.asarray(plain.advantages)[mask].std(ddof=1)
+    np.testing.assert_allclose(
+        np.asarray(experience(ppo, baseline=0.5).batch.advantages)[mask], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_reinforce_plus_plus_whitens_rewards_to_go():

@@ -8,13 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ppo_jax.models.heads import score, value
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.rollout import before_response, role_hidden
 from ppo_jax.train.experience import critic_values, rollout_prefix
-from ppo_jax.train.optimizer import OptimizerConfig
+from ppo_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig
 from ppo_jax.train.ppo import ppo_loss
 from ppo_jax.train.state import value_head_of_reward
@@ -130,11 +131,16 @@ def test_target_kl_ends_the_updates_of_an_iteration():
 
 
 def test_a_minibatch_whose_ratio_is_too_large_is_skipped_alone():
-    one = half(FOUR)(begin(), drawn(), scored(drawn()), OFF)[1]
-    assert numbers(one)["ratio_max"] > 1
     state, metrics = half(FOUR)(begin(), drawn(), scored(drawn()), OFF._replace(ratio_threshold=0.5))
     assert numbers(metrics)["ratio_skips"] == 1 and int(state.opt_state.policy.count) == 0
     assert_close(state.policy, begin().policy, rtol=0, atol=0)
+    # Two of 16 rows have ratios of e^3: of eight minibatches of two rows, those that hold one are skipped.
+    rollout = drawn()
+    lowered = rollout._replace(policy_logprobs=rollout.policy_logprobs - (jnp.arange(toy.B) < 2)[:, None] * 3.0)
+    eight = dataclasses.replace(FOUR, epochs=1, num_minibatches=8)
+    state, metrics = half(eight)(begin(eight), lowered, scored(rollout), OFF._replace(ratio_threshold=2.0))
+    skipped = round(8 * numbers(metrics)["ratio_skips"])
+    assert skipped in (1, 2) and int(state.opt_state.policy.count) == 8 - skipped, "those that follow are not"
 
 
 def test_the_average_of_the_policy_follows_its_steps():
@@ -190,6 +196,19 @@ def test_micro_batches_add_up_under_every_aggregation(aggregation):
     tokens, _ = half(toy.ONCE)(begin(), drawn(), scored(drawn()), hyper)
     difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), tokens.opt_state.policy.mu, whole.opt_state.policy.mu)
     assert max(map(float, jax.tree.leaves(difference))) > 1e-5, "it is another loss"
+
+
+def test_adafactor_is_optax_s():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(130, 140)), jnp.float32), "b": jnp.zeros(3)}
+    ours = make_optimizer(OptimizerConfig(kind="adafactor"))
+    theirs = optax.adafactor(1.0, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+    states = [ours.init(params), theirs.init(params)]
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        left, states[0] = ours.update(grads, states[0], params)
+        right, states[1] = theirs.update(grads, states[1], params)
+        assert_close(left, jax.tree.map(jnp.negative, right), rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [OptimizerConfig(kind="adafactor"), OptimizerConfig(eps_placement="tensorflow1")])

@@ -61,3 +61,11 @@ def test_a_host_score_that_is_not_finite_is_invalid_and_dtypes_are_fixed() -> No
 def test_a_host_reward_of_the_wrong_length_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="the reward returned reward of shape .* for 4 responses"):
         as_scores(Scores(np.zeros(shape), np.ones(4, bool), {}), 4)
+
+
+def test_rewards_of_single_tokens_pass_and_their_shape_is_checked() -> None:
+    extra = np.arange(6.0).reshape(2, 3)
+    given = Scores(np.ones(2), np.ones(2, bool), {}, extra)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(as_scores(given, 2, 3).tokens, extra)
+    with pytest.raises(ValueError, match=r"tokens of shape \(2, 3\) for 2 responses of 4 slots"):
+        as_scores(given, 2, 4)

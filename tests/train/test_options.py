@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import OptimizerConfig
-from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig, ScoreConfig, check_hyper
+from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig, ScoreConfig, check_hyper, check_scalars_of
 from ppo_jax.types import Hyper
 
 
@@ -40,6 +41,16 @@ def built(cls: type, **given: object) -> object:
             lambda: PPOConfig(advantage="grpo", group_size=4, critic=CriticConfig(own=True)),
             "critic options need advantage=gae; advantage=grpo has no critic",
         ),
+        (
+            lambda: CriticConfig(adapter=AdapterConfig(rank=2)),
+            "critic.adapter is that of a critic of its own; set critic",
+        ),
+        (lambda: CriticConfig(init="reward"), "critic.init='reward' brings a head .*set critic.own"),
+        (lambda: OptimizerConfig(kind="adafactor", b1=0.5), "are Adam's; adafactor has none of them"),
+        (
+            lambda: PPOConfig(behaviour="filtered", kl=KLConfig(estimator="full")),
+            "kl.estimator=full is over the whole vocabulary; behaviour=filtered needs k1",
+        ),
         (lambda: PPOConfig(ema_decay=1.0), r"ema_decay=1.0 must lie in \[0, 1\)"),
         (lambda: built(PPOConfig, behaviour="clip"), "behaviour='clip' must be one of ignore, importance, filtered"),
         (
@@ -61,6 +72,14 @@ def built(cls: type, **given: object) -> object:
 def test_a_choice_that_cannot_be_is_named(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_scalar_of_the_critic_needs_one() -> None:
+    rloo = PPOConfig(advantage="rloo", group_size=2)
+    check_scalars_of(rloo, Hyper())
+    check_scalars_of(PPOConfig(), Hyper(critic_warmup=5.0))
+    with pytest.raises(ValueError, match="hyper.critic_warmup needs advantage=gae; advantage=rloo has no critic"):
+        check_scalars_of(rloo, Hyper(critic_warmup=5.0))
 
 
 def test_the_responses_of_a_batch_must_divide() -> None:
