@@ -124,8 +124,9 @@ def use_mesh(config: MeshConfig) -> contextlib.AbstractContextManager[object]:
 def check_rows(config: MeshConfig, batch_size: int, ppo: PPOConfig) -> None:
     """Raises ValueError when a micro-batch would not spread over the devices that cut the batch."""
     pieces = ppo.num_minibatches * ppo.accumulate
-    what = f"a micro-batch (loop.batch_size={batch_size} / ({ppo.num_minibatches} x {ppo.accumulate}))"
-    sharding.check_rows(batch_size // pieces, config, what)
+    group = f" x ppo.group_size={ppo.group_size}" if ppo.group_size > 1 else ""
+    what = f"a micro-batch (loop.batch_size={batch_size}{group} / ({ppo.num_minibatches} x {ppo.accumulate}))"
+    sharding.check_rows(batch_size * ppo.group_size // pieces, config, what)
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:

@@ -19,7 +19,7 @@ from rich.table import Table
 from ppo_jax import config
 from ppo_jax.models.config import Remat
 from ppo_jax.plan_chips import GIB, Topology, bound, topology
-from ppo_jax.plan_programs import PlanSettings, Program, check
+from ppo_jax.plan_programs import PlanSettings, Program, check, micro_rows
 
 Report = dict[str, Any]
 Compile = Callable[[Program, PlanSettings], Report]
@@ -43,8 +43,9 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
 
     Returns:
       a JSON object: `model`, `topology`, `devices`, `how` ("compiled, not run"), `memory` (bytes per device that count
-      as fitting; null: unknown), `settings` (those of the last attempt), `tried` (what the search compiled), `fits`,
-      and `programs`, a list of objects as `judged` makes them.
+      as fitting; null: unknown), `mesh`, `choices` (those of the last attempt), `tried` (what did not fit and was given
+      up for less, with its program), `fits` (every program does), and `programs`, a list of objects as `judged` makes
+      them. Seconds are those of responses of full length.
 
     Raises:
       ValueError: unknown model or topology, a mesh that does not divide, or libtpu is missing.
@@ -59,9 +60,9 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
         report = judged(compile_one(name, settings), where, limit, settings)
         while settings.search and report["fits"] is False and name in ("update", "iteration"):
             again = smaller(settings)
+            if again is None or sum(report["held"].values()) > (limit or 0):
+                break  # nothing is left to try, or what stays is too large whatever the program
             tried.append({"program": name, "peak": report["peak"], **choices(settings)})
-            if again is None:
-                break
             settings = again
             say(f"{name} does not fit; compiling it with {describe(choices(settings))} ...")
             report = judged(compile_one(name, settings), where, limit, settings)
@@ -82,13 +83,13 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
 
 
 def judged(report: Report, where: Topology, limit: float | None, settings: PlanSettings) -> Report:
-    """A program's report with `fits` (null: unknown), `seconds` and `binds` (the bound), and `advice` where it must."""
+    """A program's report with `fits` (null: unknown), `seconds` and `binds` (the bound), `choices`, and `advice`."""
     fits = None if limit is None else bool(report["compiled"] and report["peak"] <= limit)
     seconds, binds = None, None
     if where.chip and report["compiled"]:
         seconds, binds = bound(where.chip, report["flops"], report["traffic"], report["collectives"])
     tips = advice(report, limit, settings) if limit is not None and not fits else []
-    return report | {"fits": fits, "seconds": seconds, "binds": binds, "advice": tips}
+    return report | {"fits": fits, "seconds": seconds, "binds": binds, "choices": choices(settings), "advice": tips}
 
 
 # -- search ----------------------------------------------------------------------------------------------------------
@@ -102,8 +103,8 @@ def smaller(settings: PlanSettings) -> PlanSettings | None:
         return dataclasses.replace(settings, compute=dataclasses.replace(settings.compute, remat=more))
     pieces = 2 * settings.ppo.accumulate
     halved = dataclasses.replace(settings, ppo=dataclasses.replace(settings.ppo, accumulate=pieces))
-    rows, parts = settings.batch, settings.ppo.num_minibatches * pieces
-    if rows % parts or (rows // parts) % (settings.mesh.data * settings.mesh.fsdp):
+    responses, parts = settings.batch * settings.ppo.group_size, settings.ppo.num_minibatches * pieces
+    if responses % parts or micro_rows(halved) % (settings.mesh.data * settings.mesh.fsdp):
         return None
     return halved
 
@@ -125,8 +126,10 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
     biggest = max(held, key=lambda name: held[name])
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in held.items())
     if stays > limit:
-        tips.append(f"what stays in memory is too large by itself ({parts}): more devices, or a larger --mesh.fsdp")
-    if settings.policy.kind != "lora" and held["optimizer"] + held["policy"] > held["base"]:
+        copies = settings.mesh.data
+        cut = f", or a larger --mesh.fsdp instead of --mesh.data {copies}" if copies > 1 else ""
+        tips.append(f"what stays in memory is too large by itself ({parts}): more devices{cut}")
+    if settings.policy.kind != "lora" and stays - held["base"] - held["reward"] > held["base"]:
         tips.append("--policy.kind lora: optimizer state and float32 masters shrink to a few per cent")
     if settings.compute.dtype == "float32":
         tips.append("--compute.dtype bfloat16 halves the base and the activations")
@@ -202,15 +205,17 @@ def show(found: Report, console: Console) -> None:
         table.add_row("takes at least", *(_seconds(report["seconds"]) for report in programs))
         table.add_row("bound by", *(report["binds"] or "?" for report in programs))
     console.print(table)
+    console.print("work and times are those for responses of full length; times are lower bounds", highlight=False)
     for report in programs:
         if report["fits"] is False:
             over = f"{_gib(report['peak'])} of {_gib(memory)}"
             console.print(f"[bold]{report['program']} does not fit[/bold] ({over}). What helps:", highlight=False)
             for tip in report["advice"]:
                 console.print(f"  - {tip}", highlight=False, markup=False)
-    if found["tried"]:
-        end = "fits" if found["fits"] else "does not fit either"
-        console.print(f"search: {len(found['tried'])} did not fit; {describe(found['choices'])} {end}", highlight=False)
+        if count := sum(other["program"] == report["program"] for other in found["tried"]):
+            end = "does not fit either" if report["fits"] is False else "fits"
+            line = f"search: {count} did not fit; {report['program']} with {describe(report['choices'])} {end}"
+            console.print(line, highlight=False)
 
 
 def _seconds(seconds: float | None) -> str:

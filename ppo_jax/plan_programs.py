@@ -57,8 +57,8 @@ class PlanSettings:
     """The reward model: an adapter like the policy's on the same base, with a head."""
     compute: ModelOptions = ModelOptions(dtype="bfloat16", remat="full")
     """How the model is run."""
-    ppo: PPOConfig = PPOConfig(logprob_chunk=4096)
-    """The algorithm's static choices; sampling.response_length is --response-length."""
+    ppo: PPOConfig = PPOConfig()
+    """The algorithm's static choices, as in training; sampling.response_length is --response-length."""
     programs: tuple[Program, ...] = ("rollout", "scoring", "update")
     """Which programs; `iteration` is all of them in one."""
     search: bool = False
@@ -107,12 +107,17 @@ def check(settings: PlanSettings) -> ModelConfig:
         )
     sharding.check_model(config, settings.mesh)
     settings.static.check_batch(settings.batch)
-    rows = settings.batch // (settings.ppo.num_minibatches * settings.ppo.accumulate)
-    sharding.check_rows(rows, settings.mesh, "a micro-batch (batch / ppo.num_minibatches / ppo.accumulate)")
+    what = "a micro-batch (batch x ppo.group_size / ppo.num_minibatches / ppo.accumulate)"
+    sharding.check_rows(micro_rows(settings), settings.mesh, what)
     room = settings.prompt_length + settings.response_length
     if room > config.max_positions:
         raise ValueError(f"prompt and response take {room} positions; {settings.model} has {config.max_positions}")
     return config
+
+
+def micro_rows(settings: PlanSettings) -> int:
+    """Responses that one gradient is taken of at once."""
+    return settings.batch * settings.ppo.group_size // (settings.ppo.num_minibatches * settings.ppo.accumulate)
 
 
 # -- abstract arguments ----------------------------------------------------------------------------------------------
@@ -132,15 +137,18 @@ def devices_of(name: str) -> list[Any]:
 
 def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
     """Shapes with shardings of all that the programs take: state, frozen, prompts, rollout, scores."""
-    key, optimizer, ppo = jax.random.key(0), make_optimizer(), settings.static
+    key, ppo = jax.random.key(0), settings.static
+    optimizer = make_optimizer(ppo.optimizer)
 
     def trained(base: PyTree) -> tuple[PyTree, PyTree]:
         adapter = init_adapter(key, base, config, settings.policy)
+        like = settings.reward if ppo.critic.init == "reward" else ppo.critic.adapter  # as runs start one
+        critic = init_adapter(key, base, config, like) if ppo.critic.own else None
         role = RewardRole(
             init_adapter(key, base, config, settings.reward),
             RewardHead().init(key, jnp.zeros((1, config.hidden_size)))["params"],
         )
-        return init_state(key, adapter, config, optimizer, 0.05), role
+        return init_state(key, adapter, config, optimizer, 0.05, critic=critic, ema=ppo.ema_decay > 0), role
 
     base = jax.eval_shape(lambda: init_params(key, config))
     state, role = jax.eval_shape(trained, base)
@@ -162,7 +170,8 @@ def program(
     name: Program, settings: PlanSettings, config: ModelConfig, given: dict[str, PyTree]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The jitted function that training runs, and its arguments."""
-    ppo, optimizer, hyper = settings.static, make_optimizer(), Hyper()
+    ppo, hyper = settings.static, Hyper()
+    optimizer = make_optimizer(ppo.optimizer)
     reward = adapter_reward(config, ppo.sampling.stop_ids)
     first, second = make_host_iteration(config, ppo, optimizer)
     state, frozen = given["state"], given["frozen"]
@@ -187,12 +196,15 @@ def held(given: dict[str, PyTree]) -> dict[str, int]:
         return sum(x.dtype.itemsize * _elements(x.sharding.shard_shape(x.shape)) for x in leaves)
 
     state, frozen = given["state"], given["frozen"]
-    return {
+    found = {
         "base": size(frozen.base),
         "reward": size(frozen.reward),
-        "policy": size(state.policy),
+        "policy": size(state.policy._replace(critic=None)),
         "optimizer": size(state.opt_state),
     }
+    if state.policy.critic is not None:
+        found["critic"] = size(state.policy.critic)
+    return found if state.ema is None else found | {"average": size(state.ema)}
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -185,6 +185,9 @@ def test_a_micro_batch_has_to_spread_over_the_devices() -> None:
     with pytest.raises(ValueError, match=r"loop.batch_size=16 / \(4 x 1\)\) has 4 rows, which .* = 8 does not divide"):
         check_rows(MeshConfig(data=2, fsdp=4), 16, ppo)
     check_rows(MeshConfig(data=2, fsdp=2, tensor=2), 16, ppo)
+    check_rows(MeshConfig(data=2, fsdp=4), 16, PPOConfig(num_minibatches=4, group_size=2))  # 32 responses
+    with pytest.raises(ValueError, match=r"batch_size=8 x ppo.group_size=2 / \(4 x 1\)\) has 4 rows, which .* = 8 "):
+        check_rows(MeshConfig(data=2, fsdp=4), 8, PPOConfig(num_minibatches=4, group_size=2))
 
 
 def test_one_device_needs_no_mesh() -> None:

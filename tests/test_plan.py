@@ -16,8 +16,10 @@ from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.families import config_to_hf
 from ppo_jax.plan import PlanError, Report, compile_program, make_plan, show, smaller
 from ppo_jax.plan_chips import CHIPS, GIB, bound, topology
-from ppo_jax.plan_programs import PlanSettings, Program, check, claimed, measure, model_config
-from ppo_jax.sharding import MeshConfig
+from ppo_jax.plan_programs import PlanSettings, Program, arguments, check, claimed, held, measure, model_config
+from ppo_jax.sharding import MeshConfig, make_mesh
+from ppo_jax.train.optimizer import OptimizerConfig
+from ppo_jax.train.options import CriticConfig
 from ppo_jax.train.ppo import PPOConfig
 
 TINY = ModelConfig(
@@ -30,6 +32,7 @@ TINY = ModelConfig(
     head_dim=64,
 )
 ONE = PPOConfig(epochs=1, num_minibatches=1, logprob_chunk=64)
+FULL = AdapterConfig("full")
 HAVE_LIBTPU = bool(importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH"))
 
 
@@ -79,6 +82,34 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_compiles(changes: dict
 def test_settings_outside_their_range_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+def test_several_responses_to_a_prompt_are_rows_too() -> None:
+    """16 prompts of 2 responses in 4 minibatches: 8 rows for 8 devices."""
+    check(settings(batch=16, ppo=PPOConfig(group_size=2)))
+    with pytest.raises(ValueError, match=r"a micro-batch .* has 4 rows"):
+        check(settings(batch=16, ppo=PPOConfig(group_size=2, accumulate=2)))
+
+
+def test_what_stays_is_what_a_run_holds(tiny: str) -> None:
+    """Optimizer, critic and average as the options say, on 8 devices; nothing is compiled."""
+
+    def held_with(ppo: PPOConfig, policy: AdapterConfig = FULL) -> dict[str, int]:
+        given = settings(tiny, "cpu:8", policy=policy, ppo=ppo, compute=ModelOptions("float32"))
+        mesh = make_mesh(given.mesh)
+        return held(arguments(given, check(given), mesh))
+
+    plain = held_with(PPOConfig())
+    assert list(plain) == ["base", "reward", "policy", "optimizer"]
+    assert plain["optimizer"] == pytest.approx(2 * plain["policy"], rel=0.01)  # both moments of Adam
+    small = held_with(PPOConfig(optimizer=OptimizerConfig("adafactor")))
+    assert small["optimizer"] < plain["optimizer"] / 5 and small["policy"] == plain["policy"]
+    average = held_with(PPOConfig(ema_decay=0.99))
+    assert average == plain | {"average": plain["policy"]}
+    critic = held_with(PPOConfig(critic=CriticConfig(own=True, adapter=FULL)), AdapterConfig())
+    assert critic["critic"] > critic["policy"] > 0 and critic["optimizer"] > 2 * critic["critic"]
+    assert critic["critic"] == pytest.approx(plain["policy"], rel=0.01)
+    assert PlanSettings("x", "cpu:1").ppo == PPOConfig()  # what training takes when nothing is said
 
 
 def test_the_kernel_is_that_of_the_planned_platform() -> None:
@@ -135,6 +166,12 @@ def made_up(name: Program, s: PlanSettings) -> Report:
     return {"program": name, "compiled": True, "held": held, **work, **sizes}
 
 
+def shown(found: Report) -> str:
+    console = Console(record=True, width=120)
+    show(found, console)
+    return console.export_text()
+
+
 def test_the_search_rematerialises_first_and_then_halves_micro_batches() -> None:
     start = settings(batch=128, compute=ModelOptions("bfloat16", "none"), search=True, memory=5.0)
     said: list[str] = []
@@ -147,8 +184,39 @@ def test_the_search_rematerialises_first_and_then_halves_micro_batches() -> None
 
 def test_the_search_ends_where_micro_batches_no_longer_divide_over_the_mesh() -> None:
     found = make_plan(settings(batch=64, search=True, memory=4.0), made_up, lambda text: None)
-    assert [t["accumulate"] for t in found["tried"]] == [1, 2] and found["fits"] is False
+    assert [t["accumulate"] for t in found["tried"]] == [1] and found["fits"] is False  # the last one is in the report
+    assert found["programs"][-1]["choices"] == {"remat": "full", "accumulate": 2}
+    text = shown(found)
+    assert "search: 1 did not fit; update with --compute.remat full --ppo.accumulate 2 does not fit either" in text
     assert smaller(settings(batch=32)) is None
+    grouped = PPOConfig(group_size=2)  # 64 responses: micro-batches of 8 remain
+    assert smaller(settings(batch=32, ppo=grouped)) is not None and smaller(settings(batch=16, ppo=grouped)) is None
+
+
+def test_the_search_is_judged_by_what_it_searched() -> None:
+    """A rollout that does not fit says nothing of the update that was found to fit."""
+
+    def heavy_rollout(name: Program, s: PlanSettings) -> Report:
+        return made_up(name, s) | ({"peak": 9 * GIB} if name == "rollout" else {})
+
+    start = settings(batch=128, compute=ModelOptions("bfloat16", "dots"), search=True, memory=8.0)
+    found = make_plan(dataclasses.replace(start, memory=10.5), made_up, lambda text: None)
+    assert "search: 1 did not fit; update with --compute.remat full --ppo.accumulate 1 fits" in shown(found)
+    found = make_plan(start, heavy_rollout, lambda text: None)
+    assert found["fits"] is False and [p["fits"] for p in found["programs"]] == [False, True, True]
+    assert "search: 2 did not fit; update with --compute.remat full --ppo.accumulate 2 fits" in shown(found)
+    assert [p["choices"]["remat"] for p in found["programs"]] == ["dots", "dots", "full"]
+
+
+def test_nothing_is_searched_where_what_stays_is_too_large() -> None:
+    compiled: list[str] = []
+
+    def counted(name: Program, s: PlanSettings) -> Report:
+        compiled.append(name)
+        return made_up(name, s)
+
+    found = make_plan(settings(batch=128, search=True, memory=1.5), counted, lambda text: None)
+    assert compiled == ["rollout", "scoring", "update"] and found["tried"] == [] and found["fits"] is False
 
 
 def test_without_search_a_misfit_brings_advice() -> None:
@@ -168,7 +236,11 @@ def test_weights_that_never_fit_are_said_so() -> None:
 
     advice = make_plan(full, heavy, lambda text: None)["programs"][0]["advice"]
     assert advice[0].startswith("what stays in memory is too large by itself (base 2.00 GiB")
+    assert advice[0].endswith("more devices") and "--mesh.fsdp" not in advice[0]  # there are no copies to give up
     assert advice[1].startswith("--policy.kind lora") and len(advice) == 2
+    copies = dataclasses.replace(full, mesh=MeshConfig(data=4, fsdp=2))
+    advice = make_plan(copies, heavy, lambda text: None)["programs"][0]["advice"]
+    assert advice[0].endswith("more devices, or a larger --mesh.fsdp instead of --mesh.data 4")
 
 
 def test_the_table_says_compiled_and_names_the_misfit() -> None:
@@ -177,7 +249,7 @@ def test_the_table_says_compiled_and_names_the_misfit() -> None:
     show(found, console)
     text = console.export_text()
     assert "llama-3-8b on v5e:2x4 (8 devices, 8.00 GiB of memory each; fsdp 8)" in text
-    assert "per device, compiled, not run" in text
+    assert "per device, compiled, not run" in text and "are those for responses of full length; times are low" in text
     assert "update does not fit (10.00 GiB of 8.00 GiB). What helps:" in text and "scoring does not" not in text
     rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:5]] for line in text.splitlines()
             if line.startswith("│")}  # fmt: skip
@@ -191,7 +263,7 @@ def test_the_table_says_compiled_and_names_the_misfit() -> None:
 SMALL = ["--batch", "16", "--prompt-length", "8", "--response-length", "8", "--ppo.num-minibatches", "2"]
 PROGRAM_KEYS = {
     "program", "held", "attention", "compiled", "arguments", "temporary", "peak", "flops", "traffic", "collectives",
-    "unknown_loops", "fits", "seconds", "binds", "advice",
+    "unknown_loops", "fits", "seconds", "binds", "choices", "advice",
 }  # fmt: skip
 
 
