@@ -3,7 +3,8 @@
     merged   config.json, model.safetensors: base and adapter in one, for transformers and every server that reads them
     peft     adapter_config.json, adapter_model.safetensors: the LoRA adapter alone, for `peft` on the same base
 
-Both hold the tokenizer with its chat template, generation_config.json and README.md, the card.
+Both hold the tokenizer with its chat template, generation_config.json and README.md, the card; and a list of all these
+files, ppo_jax_export.json, by which an export is known as one: only such a directory is ever replaced.
 """
 
 import dataclasses
@@ -19,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ppo_jax import artifacts, card, rundir, trained
+from ppo_jax import card, trained
 from ppo_jax.models import families, hf, peft
 from ppo_jax.models.adapters import merge
 from ppo_jax.models.families import Dtype
 from ppo_jax.runs import load_model
+
+MARK = "ppo_jax_export.json"  # {"format": "merged" or "peft", "files": what was written}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +58,12 @@ def export(settings: ExportSettings) -> None:
             raise ValueError("nothing to export: give a run, or a --model to write as a Hugging Face directory")
         if settings.step is not None or settings.format == "peft":
             raise ValueError("--step and --format peft need a run")
+        check_apart(target, Path(hf.resolve(settings.model)), settings)
         base = load_model(settings.model)
         found = trained.Trained(base, {}, {}, None, "the model itself", base.name, {}, {})
     else:
         found = trained.find(settings.run, settings.step, settings.model)
+        check_apart(target, Path(hf.resolve(settings.model or found.base)), settings)
     write(target, found, settings)
     print(f"{found.source} of {settings.run or settings.model} is at {settings.to}")
 
@@ -89,9 +94,10 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
             date=date.today().isoformat(),
         )
         (partial / "README.md").write_text(card.text(found, facts), encoding="utf-8")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
+        files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+        mark = json.dumps({"format": settings.format, "files": files}, indent=2)
+        (partial / MARK).write_text(mark + "\n", encoding="utf-8")
+        swap(partial, target, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -109,12 +115,51 @@ def check_target(target: Path, settings: ExportSettings) -> None:
     """Raises before anything is read when the directory cannot be taken, so that nothing of the user's is replaced."""
     if settings.run is not None:
         run, here = settings.run.expanduser().resolve(), target.resolve()
-        if run == here or here in run.parents or here == run / rundir.EXPORT:
-            raise ValueError(f"--to {settings.to} would replace the run {settings.run}; choose another directory")
+        if here == run or here in run.parents or run in here.parents:
+            raise ValueError(f"--to {settings.to} would replace the run {settings.run}, or lie in it; choose another")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not settings.overwrite:
         raise FileExistsError(f"{settings.to} already exists; choose another --to, or pass --overwrite")
-    exported = any((target / name).is_file() for name in ("config.json", peft.CONFIG))
-    if not exported or (target / rundir.CONFIG).exists() or (target / artifacts.DESCRIPTION).exists():
-        raise FileExistsError(f"{settings.to} is not an exported model, so it is not replaced; choose another --to")
+    if not (target / MARK).is_file():
+        raise FileExistsError(
+            f"{settings.to} is not an exported model (it holds no {MARK}), so it is not replaced; choose another --to"
+        )
+    if more := foreign_files(target):
+        raise FileExistsError(
+            f"{settings.to} holds files that no export wrote ({', '.join(more[:5])}), so it is not replaced; move them "
+            "away, or choose another --to"
+        )
+
+
+def check_apart(target: Path, base: Path, settings: ExportSettings) -> None:
+    """Raises when the export would take the place of the base model that it is made from."""
+    here, model = target.resolve(), base.resolve()
+    if here == model or here in model.parents:
+        raise ValueError(f"--to {settings.to} would replace the base model {base}; choose another directory")
+
+
+def foreign_files(target: Path) -> list[str]:
+    """What lies in an earlier export beside that which its list names."""
+    try:
+        listed = json.loads((target / MARK).read_text(encoding="utf-8"))["files"]
+        known = {MARK, *map(str, listed)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FileExistsError(f"{target / MARK} cannot be read ({error}), so nothing is replaced") from error
+    files = (
+        path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
+    return sorted(name for name in files if name not in known)
+
+
+def swap(partial: Path, target: Path, old: Path) -> None:
+    """Puts `partial` in the place of `target`, which becomes `old`; where that fails, all is as it was."""
+    replaced = target.exists()
+    if replaced:
+        os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if replaced:
+            os.replace(old, target)
+        raise

@@ -60,3 +60,9 @@ def test_foreign_text_stays_in_its_cell() -> None:
     assert "| a\\|b # c | 1 |" in text and "| Seed | 1 \\| # 2 |" in text
     above = text.split("## Use")[0].splitlines()
     assert [line for line in above if line.startswith("# ")] == ["# film-policy"]
+
+
+def test_the_addresses_of_machines_are_not_published() -> None:
+    settings = {"seed": 3, "distributed": {"coordinator": "10.1.2.3:4567", "processes": 2}, "reward": ["rm"]}
+    text = card.text(found(settings=settings), FACTS)
+    assert "10.1.2.3" not in text and "distributed" not in text and "reward:" in text

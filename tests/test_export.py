@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_jax import artifacts, cli, trained
+from ppo_jax.export import MARK, swap
 from ppo_jax.models.adapters import AdapterConfig
 from tests import finished_run
 from tests.data.tokenizer import CHAT, EOS
@@ -86,7 +87,7 @@ def test_what_lies_in_the_directories(run: Path, tmp_path: Path) -> None:
     ):
         export(run, "--to", tmp_path / form, "--format", form)
         names = {file.name for file in (tmp_path / form).iterdir()}
-        shared = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        shared = {"README.md", MARK, "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         assert names - {"chat_template.jinja", "special_tokens_map.json"} == own | shared
         assert json.loads((tmp_path / form / "generation_config.json").read_text())["eos_token_id"] == EOS
         assert AutoTokenizer.from_pretrained(tmp_path / form).chat_template == CHAT
@@ -153,9 +154,46 @@ def test_nothing_of_the_users_is_replaced(run: Path, tmp_path: Path, mistake: Ca
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
     for target in (tmp_path / "thesis", tmp_path / "m" / "README.md"):
         assert "is not an exported model" in mistake("export", run, "--to", target, "--overwrite")
-    for target in (run, run.parent, run / "export"):
+    for target in (run, run.parent, run / "export", run / "export" / "policy", run / "new"):
         assert "would replace the run" in mistake("export", run, "--to", target, "--overwrite")
     assert trained.find(run).step == 3 and (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_only_what_an_export_wrote_is_replaced(run: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
+    """Somebody's model, or an export with somebody's notes in it, has a config.json too."""
+    model = Path(shutil.copytree(run.parent / "model", tmp_path / "theirs"))
+    assert (model / "config.json").is_file()
+    assert f"is not an exported model (it holds no {MARK})" in mistake("export", run, "--to", model, "--overwrite")
+    export(run, "--to", tmp_path / "m")
+    (tmp_path / "m" / "notes").mkdir()
+    (tmp_path / "m" / "notes" / "mine.txt").write_text("mine")
+    said = mistake("export", run, "--to", tmp_path / "m", "--overwrite")
+    assert "holds files that no export wrote (notes/mine.txt)" in said
+    (tmp_path / "m" / MARK).write_text("[")
+    assert "cannot be read" in mistake("export", run, "--to", tmp_path / "m", "--overwrite")
+    assert (tmp_path / "m" / "notes" / "mine.txt").read_text() == "mine" and (model / "config.json").is_file()
+
+
+def test_the_base_is_not_replaced_by_what_was_made_from_it(
+    run: Path, tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    """The base may be an export itself, so that its list of files would let it go."""
+    base = tmp_path / "bases" / "base"
+    export("--model", run.parent / "model", "--to", base)
+    for target in (base, base.parent / "." / "base", base.parent):
+        said = mistake("export", "--model", base, "--to", target, "--overwrite")
+        assert "would replace the base model" in said or "not an exported model" in said
+    assert "would replace the base" in mistake("export", run, "--model", base, "--to", base, "--overwrite")
+    assert (base / "model.safetensors").is_file()
+
+
+def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(OSError):
+        swap(tmp_path / "gone", target, tmp_path / "old")
+    assert (target / "a").read_text() == "old" and not (tmp_path / "old").exists()
 
 
 def test_wrong_options(run: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
