@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax import artifacts, rundir
+from ppo_jax import artifacts, processes, rundir
 from ppo_jax.models import hf, seqcls
 from ppo_jax.models.adapters import merge
 from ppo_jax.models.config import ModelConfig
@@ -43,12 +43,12 @@ def load_reward(
 
     A LoRA artifact must have been trained on the policy's base, and costs its adapter and head alone. A model of its
     own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: `notice`
-    says so.
+    says so. It lies on the current mesh like the policy's base, and is run in that one's dtype.
 
     Args:
       path: an artifact, a sequence-classification directory, or the run directory of `ppo-jax reward`.
       stop_ids: what ends a response (`Sampling.stop_ids`); by default those of the policy's model.
-      micro_batch: rows that a model of its own scores at once.
+      micro_batch: rows that a model of its own scores at once; on a mesh rounded up to fill the devices that cut rows.
 
     Raises:
       FileNotFoundError: there is neither.
@@ -61,8 +61,12 @@ def load_reward(
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
         device_reward = adapter_reward(found.trunk(policy_model.config), stop_ids)
         return LoadedReward("lora", device_reward, RewardRole(found.adapter, found.head), None, "", found.meta)
-    model, tokenizer = seqcls.load(where), hf.load_tokenizer(where)
+    mesh = processes.current_mesh()
+    model, tokenizer = seqcls.load(where, policy_model.config.dtype, mesh), hf.load_tokenizer(where)
     hf.check_vocabulary(model.config, tokenizer)
+    if mesh is not None:
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        micro_batch = -(-micro_batch // parts) * parts
     if same_tokens(policy_model.tokenizer, tokenizer):
         params = FullReward(model.params, model.head)
         return LoadedReward("full", model_reward(model.config, stop_ids, micro_batch), params, None, "", model.meta)
@@ -132,7 +136,7 @@ def load_scorer(
     if not (where / artifacts.DESCRIPTION).is_file():
         if base is not None:
             raise ValueError(f"{where} is a model of its own, so it has no base; leave --model out")
-        model, tokenizer = seqcls.load(where), hf.load_tokenizer(where)
+        model, tokenizer = seqcls.load(where, mesh=processes.current_mesh()), hf.load_tokenizer(where)
         hf.check_vocabulary(model.config, tokenizer)
         role = RewardRole({}, model.head)
         return _scorer(str(path), model.params, role, model.config, tokenizer, max_length, batch_sizes, model.meta)

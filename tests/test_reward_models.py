@@ -5,6 +5,7 @@ import gc
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
-from ppo_jax import artifacts
+from ppo_jax import artifacts, reward_models
 from ppo_jax.models import hf, seqcls
 from ppo_jax.models.adapters import init_lora
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.reward_models import LoadedReward, export_reward, find_reward, load_reward, load_scorer
 from ppo_jax.runs import Model, load_model
+from ppo_jax.sharding import MeshConfig, make_mesh
 from ppo_jax.train.loop import as_scores
 from ppo_jax.types import Frozen, Rollout
 from tests.data.tokenizer import CHARACTERS, EOS, ids, make_tokenizer
@@ -107,6 +109,28 @@ def test_lora_merged_and_plain_scores_are_equal(world: Path, policy: Model) -> N
         np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, rtol=1e-5, atol=1e-5)
         whole = [prompt + response for prompt, response in TEXTS]
         np.testing.assert_allclose(scorer.score_rows(scorer.encode_texts(whole)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_on_a_mesh_a_model_of_its_own_lies_as_the_base_does(
+    world: Path, policy: Model, dtype: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read shard by shard, in the compute dtype, in micro-batches that fill the devices; same scores on every side."""
+    expected = run(load_reward(world / "run", policy), policy)
+    read, sizes = seqcls._read, []
+    real, batches = reward_models.model_reward, []
+    monkeypatch.setattr(seqcls, "_read", lambda *given: sizes.append((given[1], (found := read(*given)).size)) or found)
+    monkeypatch.setattr(reward_models, "model_reward", lambda *given: batches.append(given[2]) or real(*given))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
+        ours = load_model(world / "base", ModelOptions(dtype))
+        full = load_reward(world / "merged", ours, micro_batch=3)
+        assert batches == [8]
+        q = full.reward_params.params["layers"]["q"]
+        assert q.dtype == dtype and q.sharding == ours.params["layers"]["q"].sharding
+        assert {size for name, size in sizes if "q_proj" in name} == {16 * 16 // 4}  # of one layer, by a quarter
+        np.testing.assert_allclose(run(full, ours), expected, rtol=tolerance, atol=tolerance)
+        scorer = load_scorer(world / "merged")
+        np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_transformers_scores_the_export_as_we_do(world: Path, policy: Model) -> None:

@@ -57,6 +57,8 @@ def is_sequence_classifier(path: str | Path) -> bool:
 def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
     """Reads a Hugging Face sequence-classification directory (or hub name) with one label.
 
+    With `mesh` the trunk lies on it, read shard by shard as by `models.hf.load`; the head is small, and the caller's.
+
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: another architecture, more than one label, no `score.weight`, or what `models.hf.load` refuses. The
@@ -91,7 +93,13 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         )
     shapes = {name: _shape(shard, name) for name, shard in source.items() if not name.endswith("rotary_emb.inv_freq")}
     try:
-        params = weights.gather(config, shapes, lambda name: _read(source[name], name), mesh=mesh)
+        params = weights.gather(
+            config,
+            shapes,
+            lambda name: _read(source[name], name),
+            mesh=mesh,
+            read_part=lambda name, part: _read(source[name], name, part),
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     head = {
@@ -204,12 +212,13 @@ def _shape(file: Path, name: str) -> tuple[int, ...]:
         return tuple(handle.get_slice(name).get_shape())
 
 
-def _read(file: Path, name: str) -> np.ndarray:
+def _read(file: Path, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+    """A tensor, or that part of it alone."""
     with safe_open(file, framework="numpy") as handle:
         kind = handle.get_slice(name).get_dtype()
         if kind not in hf.FLOATS:
             raise ValueError(f"tensor {name} in {file.name} is {kind}; supported: {', '.join(hf.FLOATS)}")
-        return handle.get_tensor(name)
+        return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
 
 
 def _add_score(where: Path, kernel: np.ndarray) -> None:
