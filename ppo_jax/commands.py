@@ -22,7 +22,7 @@ from ppo_jax.data import (
 from ppo_jax.display import Screen, progress
 from ppo_jax.generate import check_room, prompt_set, with_stops
 from ppo_jax.models.adapters import init_adapter
-from ppo_jax.processes import is_first
+from ppo_jax.processes import created, is_first
 from ppo_jax.reward_choice import choose_reward
 from ppo_jax.runs import Model, Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, SFTSettings
@@ -73,7 +73,7 @@ def _ppo(settings: PPOSettings) -> None:
     key = key_stream(settings.seed, "adapter")
     setup = Setup(
         model=model,
-        adapter=init_adapter(key, model.params, model.config, settings.policy),
+        adapter=created(lambda k, base: init_adapter(k, base, model.config, settings.policy), key, model.params),
         prompts=prompts,
         held_out=held_out,
         ppo=dataclasses.replace(settings.ppo, sampling=sampling),

@@ -5,7 +5,7 @@ needs beyond that, and with one process they do nothing. All of them but `is_fir
 every process has to call them, in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from ppo_jax.sharding import place, row_shardings, shardings
+from ppo_jax.sharding import create, place, row_shardings, shardings
 from ppo_jax.types import Scores
 
 Tree = TypeVar("Tree")
@@ -41,6 +41,12 @@ def laid_out(tree: Tree) -> Tree:
     """Parameters or a whole state laid out on the current mesh by the table; as it is where there is no mesh."""
     mesh = current_mesh()
     return tree if mesh is None else place(tree, shardings(tree, mesh))
+
+
+def created(make: Callable[..., Tree], *args: Any) -> Tree:
+    """`make(*args)`; on the current mesh under jit, so that every array is born on its shards (`sharding.create`)."""
+    mesh = current_mesh()
+    return make(*args) if mesh is None else create(make, mesh, *args)
 
 
 def feed(batch: Tree, mesh: Mesh | None = None) -> Tree:

@@ -271,7 +271,8 @@ def _fresh_state(setup: Setup, optimizer: Any) -> TrainState:
     critic, value_head = None, None
     if ppo.critic.own:
         key = key_stream(setup.seed, "critic")
-        critic = init_adapter(key, model.params, model.config, ppo.critic.adapter)
+        fresh = lambda k, base: init_adapter(k, base, model.config, ppo.critic.adapter)  # noqa: E731
+        critic = processes.created(fresh, key, model.params)
     if ppo.critic.init == "reward":
         if not isinstance(setup.reward_params, RewardRole):
             raise ValueError('ppo.critic.init="reward" needs a LoRA reward model on the same base as the only reward')

@@ -16,10 +16,15 @@ from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
 from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
+from ppo_jax.processes import created
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rollout import Sampling
+from ppo_jax.runs import _fresh_state
+from ppo_jax.setup import Model, PromptSet, Setup
 from ppo_jax.sharding import MeshConfig, check_model, check_rows, make_mesh
+from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import CriticConfig
 from ppo_jax.train.ppo import PPOConfig, make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree
@@ -196,6 +201,29 @@ def test_a_state_is_created_on_its_shards() -> None:
     made = sharding.create(make, mesh, jax.random.key(0), sharding.place(base, sharding.shardings(base, mesh)))
     assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, made)) == jax.tree.leaves(sharding.shardings(made, mesh))
     assert_equal_up_to_rounding(made, make(jax.random.key(0), base), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_run_starts_on_its_shards(kind: str) -> None:
+    """Adapter, own critic and Adam's moments, before anything is moved; with the numbers of one device."""
+
+    def start(base: PyTree) -> TrainState:
+        make = lambda key, base: init_adapter(key, base, CONFIG, ADAPTERS[kind])  # noqa: E731
+        none, own = PromptSet((), (), ()), CriticConfig(own=True, adapter=ADAPTERS[kind])
+        adapter = created(make, jax.random.key(0), base)
+        ppo = PPOConfig(critic=own, ema_decay=0.9)
+        setup = Setup(Model("", CONFIG, base, None, ""), adapter, none, none, ppo, HYPER, LoopConfig(), 0)
+        return _fresh_state(setup, make_optimizer())
+
+    base, mesh = random_params(CONFIG), mesh_of(MIXED)
+    with jax.set_mesh(mesh):
+        state = start(sharding.place(base, sharding.shardings(base, mesh)))
+    wanted = sharding.shardings(state, mesh)
+    for (path, leaf), to in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True):
+        if to.spec != PartitionSpec():
+            assert leaf.sharding.is_equivalent_to(to, leaf.ndim), jax.tree_util.keystr(path)
+    assert sum(to.spec != PartitionSpec() for to in jax.tree.leaves(wanted)) > 40
+    assert_equal_up_to_rounding(state, start(base), rtol=0)
 
 
 def test_the_table_by_hand() -> None:
