@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import re
@@ -99,14 +100,14 @@ def choose_reward(
             return ChosenReward(device, found.reward_params, None, failures, notices, found.meta, name)
         assert host is not None
         host, meta = _reported(host, sources[0], failures), found.meta
-        parts = {part_names(sources)[0]: host}
+        hosts = [host]
     else:
-        names, meta = part_names(sources), {}
+        meta = {}
         hosts = [_host(source, options, token, model, failures) for source in sources]
-        parts = dict(zip(names, hosts, strict=True))
-    if len(parts) == 1 and weights[0] == 1:
-        return ChosenReward(None, None, next(iter(parts.values())), failures, notices, meta, name)
-    summed = weighted_sum({name: (part, w) for (name, part), w in zip(parts.items(), weights, strict=True)})
+    if len(hosts) == 1 and weights[0] == 1:
+        return ChosenReward(None, None, hosts[0], failures, notices, meta, name)
+    parts = list(zip(part_names(sources), zip(hosts, weights, strict=True), strict=True))
+    summed = weighted_sum(dict(parts))  # the names differ, so none is lost
     return ChosenReward(None, None, summed, failures, notices, meta, name)
 
 
@@ -142,8 +143,8 @@ def part_names(sources: Sequence[str]) -> list[str]:
         else:
             path = Path(source).expanduser().resolve()
             name = path.parent.parent.name if path.parts[-2:] == ("export", "reward") else path.name
-        again = sum(re.fullmatch(re.escape(name) + r"(_\d+)?", other) is not None for other in names)
-        names.append(f"{name}_{again + 1}" if again else name)
+        numbered = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        names.append(next(one for one in numbered if one not in names))
     return names
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ppo_jax import artifacts, config
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -172,6 +174,23 @@ def test_names_of_parts_are_short_and_differ(folder: Path):
     (folder / "runs" / "a" / "export" / "reward").mkdir(parents=True)
     sources = ["scores.py:length", "runs/a/export/reward", "runs/a", "https://h:1/x", "http://h/y", "m:length", "b/a"]
     assert part_names(sources) == ["length", "a", "a_2", "h", "h_2", "length_2", "a_3"]
+    assert part_names(["m:f_2", "m:f", "m:f", "m:f_2"]) == ["f_2", "f", "f_3", "f_2_2"]
+
+
+@given(st.lists(st.sampled_from(["m:f", "m:f_2", "n:f", "n:f_2_2", "m:f_3", "http://f/", "d/f_2"]), max_size=9))
+def test_no_two_parts_have_one_name(sources: list[str]):
+    names = part_names(sources)
+    assert len(set(names)) == len(names) == len(sources)
+
+
+def test_names_that_look_numbered_drop_nothing_of_a_sum(folder: Path):
+    (folder / "odd.py").write_text(
+        "def f_2(prompts, responses, metadata): return [1.0] * len(prompts)\n"
+        "def f(prompts, responses, metadata): return [10.0] * len(prompts)\n"
+    )
+    found = choose("odd.py:f_2", "odd.py:f").host(*TEXTS)
+    np.testing.assert_array_equal(found.reward, [11, 11])
+    assert {name: part.tolist() for name, part in found.parts.items()} == {"f_2": [1, 1], "f": [10, 10]}
 
 
 @pytest.mark.parametrize(

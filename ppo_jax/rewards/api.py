@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import html
 import json
 import math
 import random
@@ -16,8 +17,9 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import UTC
+from functools import partial
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -87,11 +89,14 @@ def api_reward(url: str, config: APIConfig, report: Report, token: str | None = 
     """
     url, theirs = check_url(url), _theirs(url, config)
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"} | _authorization(token)
+    show = partial(_show, token=token)
     service: list[_Service] = []  # made at the first batch, so that a reward that is never called starts nothing
 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        if not responses:
+            return to_scores([])
         if not service:
-            service.append(_Service(url, config, headers))
+            service.append(_Service(url, config, headers, show))
         bodies = _bodies(prompts, responses, metadata, config, theirs)
         rows = service[0].batch(bodies, _read_theirs if theirs else _read_ours)
         failed: dict[str, tuple[int, str]] = {}
@@ -136,16 +141,16 @@ def retry_after(value: str, now: float) -> float | None:
         return float(text[:9])
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
+    except (ValueError, OverflowError, TypeError):  # a zone of a million days is a number to the parser
         return None
-    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
 
 
 class _Service:
     """The event loop in its thread, and the connections that live on it."""
 
-    def __init__(self, url: str, config: APIConfig, headers: dict[str, str]) -> None:
-        self.url, self.config = url, config
+    def __init__(self, url: str, config: APIConfig, headers: dict[str, str], show: "_Show") -> None:
+        self.url, self.config, self.show = url, config, show
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="reward-api", daemon=True).start()
         timeout = httpx.Timeout(config.read_timeout, connect=config.connect_timeout, pool=None)
@@ -155,7 +160,7 @@ class _Service:
         self.free = asyncio.Semaphore(config.connections)
         weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
 
-    def batch(self, bodies: list[tuple[int, bytes]], read: Callable[[Any, int], list[_Row]]) -> list[_Row]:
+    def batch(self, bodies: list[tuple[int, bytes]], read: "_Read") -> list[_Row]:
         future = asyncio.run_coroutine_threadsafe(self._batch(bodies, read), self.loop)
         try:
             return future.result()
@@ -163,7 +168,7 @@ class _Service:
             future.cancel()
             raise
 
-    async def _batch(self, bodies: list[tuple[int, bytes]], read: Callable[[Any, int], list[_Row]]) -> list[_Row]:
+    async def _batch(self, bodies: list[tuple[int, bytes]], read: "_Read") -> list[_Row]:
         end = self.loop.time() + self.config.deadline
         last: dict[int, str] = {}  # request -> its last failure, for those that the deadline ends
         tasks = [
@@ -178,7 +183,9 @@ class _Service:
         found: list[_Row] = []
         for index, (task, (rows, _)) in enumerate(zip(tasks, bodies, strict=True)):
             if task.done() and not task.cancelled():
-                found += task.result()
+                error = task.exception()  # of a kind that nobody thought of: these rows failed, the run did not
+                cause = f"the request failed: {type(error).__name__}"
+                found += task.result() if error is None else [(cause, self.show(str(error)))] * rows
             else:
                 detail = f"last failure: {last[index]}" if index in last else ""
                 found += [(f"no answer before the deadline of {self.config.deadline:g} s", detail)] * rows
@@ -188,7 +195,7 @@ class _Service:
         self,
         body: bytes,
         rows: int,
-        read: Callable[[Any, int], list[_Row]],
+        read: "_Read",
         end: float,
         last: dict[int, str],
         index: int,
@@ -198,7 +205,7 @@ class _Service:
             try:
                 async with self.free:
                     answer = await self._once(body, rows)
-                return read(_json(answer), rows)
+                return read(_json(answer, self.show), rows, self.show)
             except _Failed as failure:
                 if failure.wait is None:
                     return [(failure.cause, failure.detail)] * rows
@@ -226,13 +233,13 @@ class _Service:
                     if len(found) > limit:
                         break
         except httpx.TransportError as error:
-            cause = printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            cause = self.show(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
             raise _Failed(f"the service cannot be reached: {cause}", wait=0.0) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"the request failed: {type(error).__name__}", printable(str(error))) from None
+            raise _Failed(f"the request failed: {type(error).__name__}", self.show(str(error))) from None
         kind = response.headers.get("Content-Type", "").split(";")[0].strip()
         if status != 200:
-            detail = printable(bytes(found[:640]).decode("utf-8", "replace"))
+            detail = self.show(bytes(found).decode("utf-8", "replace"))
             wait = None
             if status in RETRIED:
                 wait = retry_after(response.headers.get("Retry-After", ""), time.time()) or 0.0
@@ -240,7 +247,7 @@ class _Service:
         if len(found) > limit:
             raise _Failed("the answer is too large", f"more than {limit} bytes for {rows} rows")
         if encoding.strip().lower() not in ("", "identity"):
-            raise _Failed(f"the answer is compressed ({printable(encoding)}), which was not asked for")
+            raise _Failed(f"the answer is compressed ({self.show(encoding)}), which was not asked for")
         return bytes(found), kind
 
 
@@ -259,8 +266,23 @@ def _authorization(token: str | None) -> dict[str, str]:
 
 
 def _hide(text: str, token: str | None) -> str:
-    """`text` without the token, which a service may echo."""
-    return text.replace(token, "[token]") if token else text
+    """`text` without the token, which a service may echo: as it is, or as JSON, HTML and URLs write it."""
+    if not token:
+        return text
+    quoted = json.dumps(token)[1:-1]
+    forms = {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "[token]")
+    return text
+
+
+def _show(text: str, limit: int = 160, token: str | None = None) -> str:
+    """Foreign text for the log. The token goes first: of one that was cut off, most would be shown."""
+    return printable(_hide(text, token), limit)
+
+
+_Show = Callable[..., str]  # (text, limit)
+_Read = Callable[[Any, int, _Show], list[_Row]]  # (answer, rows, show) -> rows
 
 
 def _bodies(
@@ -287,13 +309,13 @@ def _bodies(
     return [(len(piece), text.encode()) for piece, text in zip(pieces, texts, strict=True)]
 
 
-def _json(answer: tuple[bytes, str]) -> Any:
+def _json(answer: tuple[bytes, str], show: _Show) -> Any:
     body, kind = answer
     try:
         return json.loads(body)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, nested a thousand deep
-        named = printable(kind, 40) or "no content type"
-        detail = printable(body[:640].decode("utf-8", "replace"), 80)
+        named = show(kind, 40) or "no content type"
+        detail = show(body.decode("utf-8", "replace"), 80)
         raise _Failed(
             f"the answer is not JSON ({named})", f"it begins: {detail}" if detail else "it is empty"
         ) from None
@@ -308,15 +330,15 @@ def _list(answer: Any, rows: int) -> list[Any]:
     return scores
 
 
-def _read_theirs(answer: Any, rows: int) -> list[_Row]:
+def _read_theirs(answer: Any, rows: int, show: _Show = printable) -> list[_Row]:
     return [_number(value) for value in _list(answer, rows)]
 
 
-def _read_ours(answer: Any, rows: int) -> list[_Row]:
+def _read_ours(answer: Any, rows: int, show: _Show = printable) -> list[_Row]:
     found: list[_Row] = []
     for entry in _list(answer, rows):
         if isinstance(entry, dict) and "error" in entry:
-            found.append(("the service could not score the row", printable(str(entry["error"]))))
+            found.append(("the service could not score the row", show(str(entry["error"]))))
         elif isinstance(entry, dict) and "score" in entry:
             found.append(_number(entry["score"]))
         else:

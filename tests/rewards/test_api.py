@@ -2,10 +2,13 @@
 
 import asyncio
 import email.utils
+import html
+import json
 import logging
 import socket
 import threading
 import time
+import urllib.parse
 from typing import Any
 
 import numpy as np
@@ -180,6 +183,30 @@ def _with_sleep(sleep: Any) -> Any:
     return copy
 
 
+def test_a_date_that_overflows_is_no_date(server: Server):
+    server.faults = [faulty.status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 +9999999999999999999")]
+    check(Caller(server.url)(), failed=[])
+
+
+def test_what_nobody_thought_of_fails_the_rows_of_its_request_by_name(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """A defect of the client itself, here in how it reads the second answer."""
+    calls, read = [], api._list
+
+    def defect(answer: Any, rows: int) -> list[Any]:
+        calls.append(1)
+        return read(answer, rows) if len(calls) != 2 else 1 // 0
+
+    monkeypatch.setattr(api, "_list", defect)
+    caller = Caller(server.url, token=SECRET)
+    check(caller(), failed=[2, 3])
+    assert caller.log.counts == {"the request failed: ZeroDivisionError": 2}
+
+
+def test_a_batch_of_no_rows_asks_nobody(server: Server):
+    scores = Caller(server.url).reward([], [], [])
+    assert scores.reward.shape == scores.valid.shape == (0,) and server.requests == []
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun(server: Server):
     server.always = faulty.status(429, Retry_After="3600")
     caller = Caller(server.url, deadline=20.0)
@@ -333,6 +360,33 @@ def test_the_token_goes_to_the_service_and_nowhere_else(
     assert not any(SECRET in text for text in everything)
 
 
+@pytest.mark.parametrize("before", [0, 100, 150, 158, 165, 620, 636, 640])
+def test_a_token_that_is_echoed_late_is_not_shown_in_part(server: Server, before: int):
+    """What is said of an answer is cut at some length; spaces are folded, so the place is not the length."""
+    server.faults = [
+        faulty.status(401, "x" * before + f"{SECRET} is wrong"),
+        faulty.raw("x" + " " * before + SECRET),
+        faulty.entry(0, {"error": "y" * before + SECRET}),
+    ]
+    caller = Caller(server.url, token=SECRET)
+    caller()
+    assert len(caller.said) == 3
+    assert not any(SECRET[:4] in text for text in [*caller.said, *caller.log.counts])
+
+
+def _php(text: str) -> str:
+    return json.dumps(text).replace("/", "\\/")
+
+
+@pytest.mark.parametrize("echo", [json.dumps, _php, html.escape, urllib.parse.quote_plus])
+def test_a_token_with_odd_characters_is_hidden_as_others_write_it(server: Server, echo: Any):
+    token = 'a/b+c"d&e\\f<9876543210'
+    server.always = faulty.status(403, f"no: {echo(token)}")
+    caller = Caller(server.url, token=token)
+    caller()
+    assert "[token]" in caller.said[0] and "9876543210" not in caller.said[0]
+
+
 @pytest.mark.parametrize("token", ["", "two words", "a\nb", "sécret"])
 def test_a_token_that_cannot_be_sent_is_refused_without_being_shown(token: str):
     with pytest.raises(ValueError, match="the bearer token is empty or has") as error:
@@ -378,6 +432,8 @@ def test_proxies_are_not_asked_for_this_machine(server: Server, monkeypatch: pyt
         ("1.5", None),
         ("soon", None),
         ("٣", None),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999999", None),
+        ("Sat, 01 Jan 0001 00:00:00 +2359", 0.0),
     ],
 )
 def test_retry_after(value: str, seconds: float | None):
