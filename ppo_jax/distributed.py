@@ -82,7 +82,8 @@ def leave(code: int) -> None:
 
 def several(environment: dict[str, str]) -> bool:
     """Whether Slurm or a TPU pod slice says, in the environment, that this is one of several processes."""
-    if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
+    # The step's list of nodes is what srun adds; a batch script that calls the program itself has the rest too.
+    if all(f"SLURM_{name}" in environment for name in ("JOB_ID", "PROCID", "STEP_NODELIST")):
         return int(environment.get("SLURM_NTASKS", "1")) > 1
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return len([host for host in hosts.split(",") if host]) > 1 or "MEGASCALE_NUM_SLICES" in environment

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from ppo_jax import artifacts, checkpoint, metrics
 from ppo_jax.models import hf
@@ -95,3 +96,18 @@ def test_the_scripts_are_shell() -> None:
     for path in SCRIPTS:
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (2, False), (75, True)])
+def test_a_slurm_job_that_was_stopped_and_saved_is_queued_again(tmp_path: Path, code: int, queued: bool) -> None:
+    """Slurm's two commands replaced by recorders: the script's own logic is run."""
+    for name, text in {"srun": f"exit {code}", "scontrol": 'echo "$@" > queued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": "/h", "SLURM_JOB_ID": "7"}
+    script = str(ROOT / "experiments" / "launch" / "slurm_gpu.sh")
+    done = subprocess.run([script], cwd=tmp_path, env=environment | {"SLURM_JOB_NAME": "ppo"}, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 7\n"

@@ -10,8 +10,9 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-# Two minutes before the time limit every task is sent SIGTERM: the run saves its state and ends, and the requeued job
-# goes on from there.
+# --requeue puts the job back in the queue when it is preempted or a node fails, but not when its time is over. For that,
+# two minutes before the limit every task is sent SIGTERM: the run saves its state and ends with exit code 75, and
+# the last lines of this script ask for the job to be queued again. It goes on from there (--resume auto).
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
@@ -20,8 +21,10 @@ set -euo pipefail
 # XLA takes 75 % of a GPU's memory unless told otherwise.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 
-# --kill-on-bad-exit: a task that dies takes the others along at once; without it they end after the heartbeat.
-srun --kill-on-bad-exit=1 ppo-jax ppo \
+# When a task dies the others end after the heartbeat. --kill-on-bad-exit=1 would end them at once, but also those that
+# are about to end with 75, and srun would return the code of a killed task.
+code=0
+srun --kill-on-bad-exit=0 ppo-jax ppo \
     --model "$HOME/models/Qwen2.5-1.5B-Instruct" \
     --prompts "$HOME/data/prompts.jsonl" \
     --reward "$HOME/runs/reward" \
@@ -29,4 +32,8 @@ srun --kill-on-bad-exit=1 ppo-jax ppo \
     --compute.dtype bfloat16 \
     --mesh.data 2 --mesh.fsdp 4 --mesh.tensor 2 \
     --loop.batch-size 256 \
-    --distributed.heartbeat 60 --resume auto "$@"
+    --distributed.heartbeat 60 --resume auto "$@" || code=$?
+if ((code == 75)); then # stopped and saved: srun returns the highest exit code of its tasks
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
