@@ -1,6 +1,7 @@
 """What a PPO run is about: the records that the command line, the experiments and `runs.run_ppo` share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +37,19 @@ class Model(NamedTuple):
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
     def decode(self, ids: np.ndarray) -> str:
-        """Token ids -> text without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        """Token ids of a response -> its text without special tokens, as it stands behind the prompt's.
+
+        Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
+        beginning: prompt + response would be another text than the tokens say. So a token of known text goes first and
+        is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
+        """
+        read = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        row = [int(token) for token in ids]
+        if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
+            return str(read(row))
+        guard = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        before, text = str(read(guard)), str(read([*guard, *row]))
+        return text[len(before) :] if before and text.startswith(before) else str(read(row))
 
 
 class PromptSet(NamedTuple):
