@@ -1,6 +1,8 @@
 """Set up before anything imports jax: eight CPU devices, no network, shapes and types checked at run time."""
 
+import gc
 import os
+from collections.abc import Iterator
 from importlib import metadata
 
 # Tests run tiny programs once: compiling them lightly is several times faster. XLA aborts on a flag it does not know,
@@ -15,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: several test processes s
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import psutil  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typecheck  # noqa: E402, F401  (the hook looks it up by name)
@@ -27,3 +31,12 @@ install_import_hook("ppo_jax", "tests.typecheck.check")
 # No deadline: the first call of a property compiles. In CI the same examples are drawn each time.
 hypothesis.settings.register_profile("ppo_jax", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("ppo_jax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """Compiled programs are kept for tests that share them, until they fill memory: two workers run side by side."""
+    yield
+    if psutil.Process().memory_info().rss > 4 * 2**30:
+        jax.clear_caches()
+        gc.collect()
