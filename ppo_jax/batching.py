@@ -61,13 +61,24 @@ class Batcher:
             self._changed.notify()
         return request.answer
 
-    def stop(self) -> None:
-        """Takes no more requests, scores those that wait, and ends the thread."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """Takes no more requests, scores those that wait, and ends the thread; whether it ended.
+
+        After `timeout` seconds what still waits gets Full, and a call of `score_rows` that does not return is left
+        behind in its daemon thread.
+        """
         with self._changed:
             self._open = False
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout)
+        with self._changed:
+            left, self.waiting = list(self._requests), 0
+            self._requests.clear()
+        for request in left:
+            if request.answer.set_running_or_notify_cancel():
+                request.answer.set_exception(Full("the server has stopped"))
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while taken := self._next_batch():

@@ -18,7 +18,7 @@ from ppo_jax.data.preferences import (
 )
 from ppo_jax.display import progress
 from ppo_jax.generate import check_room
-from ppo_jax.reward_stage import Data, check_batch, compared, run_reward
+from ppo_jax.reward_stage import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
 from ppo_jax.runs import Model, load_model
 from ppo_jax.settings import RewardSettings
 from ppo_jax.train.calibration import format_table
@@ -53,8 +53,8 @@ def reward(settings: RewardSettings) -> None:
     settings.reward.trunk(model.config)  # raises before the directory is touched
     train, held_out, where = _data(settings, model)
     reference = _reference(settings, model)
-    for part in (train, held_out):
-        check_room(model, compared(part, settings.seed).rows)
+    for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
+        check_room(model, compared(part, settings.seed, f"{what} of {where}").rows)
     try:
         check_batch(settings.reward, train)
     except ValueError as error:

@@ -34,6 +34,7 @@ from ppo_jax.train.reward_texts import (
 from ppo_jax.train.state import key_stream
 
 Data = EncodedPairs | EncodedRatings | EncodedChoices
+TRAINING, HELD_OUT = "training texts", "held-out texts"
 RATED_PAIRS = 50_000  # of ratings, as many random pairs fit the head and are measured
 
 
@@ -75,7 +76,7 @@ def run_reward(
     Raises ValueError when a batch cannot be filled (`check_batch`), or nothing is compared.
     """
     check_batch(reward, train)
-    trunk, given, size = reward.trunk(model.config), compared(train, seed), reward.batch_size
+    trunk, given, size = reward.trunk(model.config), compared(train, seed, TRAINING), reward.batch_size
     batches, steps = training_batches(train, reward, seed, model.pad_id)
     write = phase_writer(directory, screen, "reward", steps)
     role = init_role(key_stream(seed, "reward"), model.config, reward, model.params)
@@ -85,10 +86,13 @@ def run_reward(
 
     def measure(step: int) -> tuple[dict[str, float], list[Bucket]]:
         values, table = evaluate(role, features(unseen.rows), unseen)
-        write(step, {f"heldout_{name}": value for name, value in values.items()})
+        kept = {
+            name: value for name, value in values.items() if not name.startswith("score_")
+        }  # normalising moves those
+        write(step, {f"heldout_{name}": value for name, value in kept.items()})
         return values, table
 
-    unseen = compared(held_out, seed)
+    unseen = compared(held_out, seed, HELD_OUT)
     screen.message(f"reward model: reading {len(given.rows)} texts")
     found = features(given.rows)
     if reward.head_steps:
@@ -103,7 +107,9 @@ def run_reward(
     if reward.normalise:
         texts = features(reference) if reference else found
         role = role._replace(head=normalise_head(role.head, head_scores(role.head, texts)))
-    values |= _spread(head_scores(role.head, features(unseen.rows)))
+    spread = _spread(head_scores(role.head, features(unseen.rows)))  # of the model as it is saved
+    write(steps, {f"heldout_{name}": value for name, value in spread.items()})
+    values |= spread
     meta = {
         "accuracy": values["accuracy"],
         "heldout_pairs": len(unseen.better),
@@ -140,8 +146,11 @@ def check_batch(reward: RewardConfig, data: Data) -> None:
         raise ValueError(f"batch_size={size} texts are {size // each} {what}, but there are {count}")
 
 
-def compared(data: Data, seed: int) -> Compared:
+def compared(data: Data, seed: int, what: str = "texts") -> Compared:
     """The texts and comparisons of pairs, of ratings (all, or many random ones) or of choices (the best to the others).
+
+    Args:
+      what: what the texts are, for the message: which part of the data.
 
     Raises ValueError when nothing is preferred to anything.
     """
@@ -164,7 +173,10 @@ def compared(data: Data, seed: int) -> Compared:
             start += len(group)
         better, worse = np.array(pairs).T
     if not len(better):
-        raise ValueError(f"all {len(rows)} texts have the same rating, so nothing is preferred to anything")
+        raise ValueError(
+            f"all {len(rows)} {what} have the same rating, so nothing is preferred to anything: give texts with "
+            "different ratings, or change --held-out, which decides how many of them are kept apart to measure"
+        )
     return Compared(rows, better, worse, np.zeros(len(better), np.float32), loss)
 
 

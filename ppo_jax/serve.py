@@ -9,6 +9,7 @@ are compiled. A score does not depend on what it was batched with.
 import asyncio
 import contextlib
 import hmac
+import logging
 import math
 import os
 import signal
@@ -34,6 +35,8 @@ from ppo_jax.serve_protocol import Refused, entry, read_json, read_messages, rea
 
 Handle = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 OPEN_PATHS = ("/health",)  # need no token
+STOPPING = 5.0  # seconds that the last batch has at the end, when nobody waits for its answer any more
+LOG = logging.getLogger(__name__)
 
 
 def serve(settings: ServeSettings) -> None:
@@ -123,6 +126,9 @@ class Service:
                 response: Response = JSONResponse(await handle(body))
             except Refused as error:
                 response = JSONResponse({"detail": error.detail}, error.status, error.headers)
+            except Exception as error:  # a defect of ours, or of a tokenizer: one request fails, by name and as JSON
+                LOG.exception("a request failed")
+                response = JSONResponse({"detail": f"the request failed: {type(error).__name__}"}, 500)
             finally:
                 self.in_flight -= 1
                 self.seconds += time.monotonic() - began
@@ -158,7 +164,7 @@ def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIAp
         try:
             yield
         finally:
-            await asyncio.to_thread(service.batcher.stop)
+            await asyncio.to_thread(service.batcher.stop, min(STOPPING, settings.grace))
 
     async def as_json(request: Request, error: Exception) -> Response:  # 404 and 405 of the router
         assert isinstance(error, HTTPException)

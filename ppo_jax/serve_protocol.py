@@ -68,6 +68,7 @@ def read_messages(body: dict[str, Any], max_rows: int) -> tuple[str, list[str], 
     """LLaMA-Factory's fields: model, messages, max_length."""
     if not isinstance(body.get("model"), str):
         raise Refused(422, "model must be text")
+    _check_text(body["model"], "model")
     texts = _rows(body, "messages", max_rows)
     for i, text in enumerate(texts):
         _check_text(text, f"messages[{i}]")

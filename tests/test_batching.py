@@ -99,6 +99,22 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     batcher.stop()
 
 
+def test_a_call_that_does_not_return_does_not_hold_up_the_end() -> None:
+    score = Recorder()
+    score.go.clear()
+    batcher = Batcher(score, batch_size=1)
+    batcher.start()
+    first = batcher.submit([[1]])
+    while batcher.waiting:
+        time.sleep(0.001)
+    waiting = batcher.submit([[2]])
+    assert not batcher.stop(0.05) and not first.done()
+    with pytest.raises(Full, match="has stopped"):
+        waiting.result(0)
+    score.go.set()
+    assert first.result(30) == [1] and batcher.stop() and batcher.waiting == 0
+
+
 def test_what_waits_is_scored_before_the_end_and_what_was_given_up_is_not() -> None:
     score = Recorder()
     score.go.clear()

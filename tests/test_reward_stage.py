@@ -150,7 +150,7 @@ def test_comparisons_of_ratings_and_choices() -> None:
     many = compared(EncodedRatings([[1]] * 400, [float(i % 7) for i in range(400)], 0), 0)  # 160,000 ordered pairs
     better, worse = (np.array([i % 7 for i in side]) for side in (many.better, many.worse))
     assert 30_000 < len(better) <= 50_000 and np.all(better > worse)
-    with pytest.raises(ValueError, match="all 3 texts have the same rating"):
+    with pytest.raises(ValueError, match="all 3 texts have the same rating.*give texts with different ratings"):
         compared(EncodedRatings([[1]] * 3, [1.0] * 3, 0), 0)
 
 
@@ -197,9 +197,7 @@ def test_every_kind_of_preference_trains_a_lora_model(kind: str, model: Model, s
     assert result.accuracy > 0.75
     heldout = [r for r in records if "heldout_accuracy" in r]
     assert len(heldout) == 1 and heldout[0]["step"] == sum("grad_norm" in r for r in records)
-    assert {"heldout_calibration_error", "heldout_score_min", "heldout_score_max", "heldout_score_mean"} <= set(
-        heldout[0]
-    )
+    assert "heldout_calibration_error" in heldout[0]
     assert ("heldout_best_accuracy" in heldout[0]) == (kind == "choices")
 
 
@@ -238,8 +236,10 @@ def test_the_report_is_that_of_the_saved_model(model: Model, screen: Screen, tmp
     chosen, rejected = scorer.score_rows(unseen.chosen), scorer.score_rows(unseen.rejected)
     scores = np.concatenate([chosen, rejected])
     assert result.heldout["accuracy"] == pytest.approx(np.mean(chosen > rejected))
-    for name in ("mean", "std", "min", "max"):
+    (logged,) = [r for r in metrics.read_jsonl(tmp_path / rundir.METRICS) if "heldout_score_mean" in r]
+    for name in ("mean", "std", "min", "max"):  # after normalising, in metrics.jsonl too
         assert result.heldout[f"score_{name}"] == pytest.approx(getattr(np, name)(scores), abs=1e-4)
+        assert logged[f"heldout_score_{name}"] == result.heldout[f"score_{name}"]
     assert sum(bucket.pairs for bucket in result.calibration) == 37
     gaps = np.sort(np.abs(chosen - rejected)) / float(result.role.head["gain"])
     assert result.calibration[-1].high == pytest.approx(gaps[-1], rel=1e-3)

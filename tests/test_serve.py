@@ -162,6 +162,23 @@ def test_a_model_that_fails_is_a_500_and_the_server_lives_on(url: str) -> None:
     assert httpx.post(f"{url}/v1/score/evaluation", json={"model": "m", "messages": ["a"]}).json()["scores"] == [2]
 
 
+def test_what_nobody_thought_of_is_a_counted_500_in_json(plain: Scorer) -> None:
+    """Here a tokenizer that raises; the server lives on, and what it said stays on its own machine."""
+
+    def broken(*_: object, **__: object) -> dict:
+        raise LookupError("a secret of the tokenizer")
+
+    with running(plain._replace(tokenizer=broken)) as url:
+        for path, body in (
+            (OURS, {"samples": [{"prompt": "a", "response": "b"}]}),
+            (THEIRS, {"model": "m", "messages": ["a"]}),
+        ):
+            answer = httpx.post(f"{url}{path}", json=body)
+            assert answer.status_code == 500 and answer.json() == {"detail": "the request failed: LookupError"}
+        counts = metrics_of(url)
+        assert counts['ppo_jax_responses_total{status="500"}'] == 2 and counts["ppo_jax_requests_in_flight"] == 0
+
+
 def test_max_length_keeps_the_end(url: str) -> None:
     body = {"model": "m", "messages": ["abc"], "max_length": 2}
     assert httpx.post(f"{url}/v1/score/evaluation", json=body).json()["scores"] == [3 + 4]
@@ -183,6 +200,7 @@ OURS, THEIRS = "/v1/score", "/v1/score/evaluation"
         (THEIRS, {"model": "m", "messages": "a"}, 422, "messages must be a list"),
         (THEIRS, {"model": "m", "messages": ["a", 1]}, 422, r"messages\[1\] must be text"),
         (THEIRS, {"model": "m", "messages": ["\ud800"]}, 422, "surrogate"),
+        (THEIRS, {"model": "\ud800", "messages": ["a"]}, 422, "model holds half of a surrogate pair"),
         (THEIRS, {"model": "m", "messages": ["a"], "max_length": 0}, 422, "max_length"),
         (THEIRS, {"model": "m", "messages": ["a"] * 5}, 413, "5 rows; this server takes at most 4"),
         (OURS, {"samples": [{"prompt": "a" * 2000, "response": ""}]}, 413, "larger than 2000 bytes"),

@@ -66,14 +66,18 @@ def keep_prefix(
     base: PyTree, trunk: ModelConfig, buckets: Sequence[Bucket], layers: int, batch_size: int
 ) -> Iterator[Bucket]:
     """The buckets with the residual stream below `layers`, so that no later pass computes it again."""
-    run = jax.jit(partial(shared_prefix, config=trunk, layers=layers))
     for bucket in buckets:
         if layers == 0:
             yield bucket
             continue
-        parts = [run(base, tokens=b.tokens, mask=b.mask) for b in _slices(bucket, batch_size)]
+        parts = [_prefix(base, b.tokens, b.mask, trunk, layers) for b in _slices(bucket, batch_size)]
         prefix = np.concatenate([np.asarray(part) for part in parts])[: len(bucket.index)]
         yield bucket._replace(prefix=prefix)
+
+
+@partial(jax.jit, static_argnames=("trunk", "layers"))
+def _prefix(base: PyTree, tokens: Array, mask: Array, trunk: ModelConfig, layers: int) -> Array | None:
+    return shared_prefix(base, tokens=tokens, mask=mask, config=trunk, layers=layers)
 
 
 def text_features(
@@ -85,17 +89,26 @@ def text_features(
     prefix_layers: int = 0,
 ) -> Float[np.ndarray, "N D"]:
     """What the head reads of every text, in the order of the original list; from kept prefixes if there are any."""
-
-    @jax.jit
-    def run(base: PyTree, adapter: PyTree, tokens: Array, mask: Array, prefix: Array | None) -> Array:
-        base, adapter = own_trunk(base, adapter)
-        return last_token(role_hidden(base, adapter, trunk, tokens, mask, prefix, prefix_layers), mask)
-
     features = np.zeros((sum(len(b.index) for b in buckets), trunk.hidden_size), np.float32)
     for bucket in buckets:
-        parts = [run(base, role.adapter, b.tokens, b.mask, b.prefix) for b in _slices(bucket, batch_size)]
+        pieces = _slices(bucket, batch_size)
+        parts = [_features(base, role.adapter, b.tokens, b.mask, b.prefix, trunk, prefix_layers) for b in pieces]
         features[bucket.index] = np.concatenate([np.asarray(part) for part in parts])[: len(bucket.index)]
     return features
+
+
+@partial(jax.jit, static_argnames=("trunk", "prefix_layers"))  # here, so that each shape is compiled once a process
+def _features(
+    base: PyTree,
+    adapter: PyTree,
+    tokens: Array,
+    mask: Array,
+    prefix: Array | None,
+    trunk: ModelConfig,
+    prefix_layers: int,
+) -> Array:
+    base, adapter = own_trunk(base, adapter)
+    return last_token(role_hidden(base, adapter, trunk, tokens, mask, prefix, prefix_layers), mask)
 
 
 def head_scores(head: PyTree, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:

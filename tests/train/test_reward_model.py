@@ -432,3 +432,16 @@ def test_the_full_kind_trains_a_copy_and_reads_no_base():
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
     grads = jax.grad(lambda r: comparison_loss(r, {}, TRUNK, batch)[0])(whole)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads.adapter)) > 0
+
+
+def test_features_of_equal_shapes_are_compiled_once(caplog: pytest.LogCaptureFixture):
+    """A second measurement, of a role with other values, reuses the program of the first."""
+    buckets = bucket_texts(texts(), [9], PAD)
+    first = text_features(BASE, role(), TRUNK, buckets, batch_size=4)
+    list(keep_prefix(BASE, TRUNK, buckets, 1, 4))
+    other = jax.tree.map(lambda x: 2 * x, role())
+    caplog.clear()
+    with jax.log_compiles():
+        assert not np.array_equal(first, text_features(BASE, other, TRUNK, buckets, batch_size=4))
+        list(keep_prefix(BASE, TRUNK, buckets, 1, 4))
+    assert not [record for record in caplog.records if "ompiling" in record.getMessage()]
