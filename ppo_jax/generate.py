@@ -114,12 +114,29 @@ def responses(
 def prompt_set(
     records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong
 ) -> tuple[PromptSet, int]:
-    """Prompts as token rows and as the text that was tokenised; and how many were too long."""
+    """Prompts as token rows and as the text of those tokens; and how many were too long.
+
+    Of a prompt that "truncate_left" cut, the text is cut too: rewards that read text score what the policy read.
+    """
     where = [record.where for record in records]
     encoded = encode_prompts([record.prompt for record in records], model.tokenizer, max_length, too_long, where)
     kept = [records[i] for i in encoded.kept]
     texts = [render(record.prompt, model.tokenizer, record.where) for record in kept]
+    if too_long == "truncate_left" and encoded.too_long:
+        pairs = zip(encoded.rows, texts, strict=True)
+        texts = [text if len(row) < max_length else _tail(row, text, model) for row, text in pairs]
     return PromptSet(encoded.rows, texts, [record.metadata for record in kept]), encoded.too_long
+
+
+def _tail(row: Sequence[int], text: str, model: Model) -> str:
+    """The end of `text` that the last tokens of it, in `row`, stand for; all of it where `row` holds them all."""
+    fast = getattr(model.tokenizer, "is_fast", False)
+    found = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
+    ids = list(found["input_ids"])
+    if list(row[-len(ids) :]) == ids:
+        return text
+    own = row[1:] if row[0] == model.tokenizer.bos_token_id else row  # BOS, which stays in front
+    return text[found["offset_mapping"][-len(own)][0] :] if fast else model.decode(np.asarray(own))
 
 
 def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from ppo_jax import cli
+from ppo_jax.data import PromptRecord
+from ppo_jax.generate import prompt_set
+from ppo_jax.runs import Model
 from tests import finished_run
+from tests.data.tokenizer import BOS, ids, make_tokenizer
+from tests.models.tiny import CONFIG
 
 REST = ["--temperature", "0", "--sampling.response-length", "6"]
 
@@ -49,3 +54,17 @@ def test_the_terminal_gets_text(run: Path, capsys: pytest.CaptureFixture) -> Non
     capsys.readouterr()
     assert cli.main(["generate", str(run), "--prompt", "ab", *REST]) == 0
     assert capsys.readouterr().out == f"ab\n>>> {expected}\n\n"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_texts_are_cut_where_the_tokens_are(bos: bool) -> None:
+    """What is left of a prompt that is too long; others and those that just fit are whole."""
+    model = Model("tiny", CONFIG, {}, make_tokenizer(bos), "0" * 64)
+    prompts = ["hello world", "abcdefg"[: 6 - bos], "ab", [{"role": "user", "content": "xyz"}]]
+    records = [PromptRecord(prompt, {}, "") for prompt in prompts]
+    found, too_long = prompt_set(records, model, 6, "truncate_left")
+    start = [BOS] if bos else []
+    world = "world" if bos else " world"
+    assert found.rows[0] == start + ids(world) and found.texts[0] == world
+    assert found.texts[1:3] == prompts[1:3] and too_long == 2
+    assert len(found.rows[3]) == 6 and found.texts[3] == ("ant: " if bos else "tant: ")
