@@ -11,12 +11,15 @@ from ppo_jax.data import left_pad
 from ppo_jax.display import Screen
 from ppo_jax.setup import Setup, decode_responses
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.experience import only_finite
 from ppo_jax.train.loop import as_scores
 from ppo_jax.train.state import TrainState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
 SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
 SHOWN = 4  # of them in the table on screen
+
+NOT_SCORES = ("valid", "tokens", "ended")
 
 Columns = dict[str, np.ndarray]  # one array per score, NaN where a reward failed
 
@@ -60,13 +63,13 @@ def make_evaluator(
             result = processes.fetch(run(state.policy, frozen, prompts, jax.random.fold_in(key, number), setup.hyper))
             result = jax.tree.map(lambda x, used=used: x[:used], result)
             texts = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
-            pieces.append(_columns(setup, result, rows[:used], texts))
+            pieces.append(columns_of(setup, result, rows[:used], texts))
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        values = _summary(columns)
+        values = summary(columns)
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
-        scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in ("tokens", "ended")}
+        scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
         put_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
         write(step, "eval", values)
         if step == setup.loop.updates:
@@ -85,15 +88,16 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def _columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+    """Of the held-out prompts `rows`, one number per response and score."""
     scores = result.scores
     prompts = [setup.held_out.texts[i] for i in rows]
     if scores is None:
         assert setup.host_reward is not None
         given = processes.SplitReward(setup.host_reward)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
         scores = as_scores(given, len(responses))
-    valid = np.asarray(scores.valid)
-    columns = {"reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+    valid = np.asarray(only_finite(scores).valid)
+    columns = {"valid": valid, "reward": np.where(valid, np.asarray(scores.reward), np.nan)}
     columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
     columns |= {name: np.asarray(judge(result.rollout, prompts, responses)) for name, judge in setup.judges.items()}
     columns["kl"] = np.asarray(result.kl)
@@ -102,12 +106,19 @@ def _columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequ
     return columns
 
 
-def _summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    scores = {name: column for name, column in columns.items() if name not in ("tokens", "ended")}
+def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means and deviations. Rewards and their parts are those of the rows that were scored. Everything else is of all
+    rows: a KL or a judge that is not a number there is a defect, and shows as one."""
+    valid = columns["valid"]
+    scores = {
+        name: column[valid] if name == "reward" or name.startswith("reward/") else column
+        for name, column in columns.items()
+        if name not in NOT_SCORES
+    }
     values = {name: _mean(column) for name, column in scores.items()}
     values |= {f"{name}_std": _std(column) for name, column in scores.items()}
     tokens = columns["tokens"]
-    values["invalid_scores"] = float(np.isnan(columns["reward"]).mean())
+    values["invalid_scores"] = float((~valid).mean())
     values["kl_per_token"] = float(columns["kl"].sum(dtype=np.float64) / max(tokens.sum(), 1))
     values["response_length"] = float(tokens.mean())
     values["eos_rate"] = float(columns["ended"].mean())
@@ -115,14 +126,12 @@ def _summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _mean(column: np.ndarray) -> float:
-    """Of the numbers; NaN where every reward failed."""
-    numbers = column[~np.isnan(column)]
-    return float(np.mean(numbers, dtype=np.float64)) if numbers.size else float("nan")
+    """NaN where there is nothing, as where every reward failed."""
+    return float(np.mean(column, dtype=np.float64)) if column.size else float("nan")
 
 
 def _std(column: np.ndarray) -> float:
-    numbers = column[~np.isnan(column)]
-    return float(np.std(numbers, ddof=1, dtype=np.float64)) if numbers.size > 1 else float("nan")
+    return float(np.std(column, ddof=1, dtype=np.float64)) if column.size > 1 else float("nan")
 
 
 def _show(directory: Path, step: int, screen: Screen) -> None:

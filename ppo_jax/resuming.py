@@ -21,6 +21,8 @@ MAY_CHANGE = (
     "held_out",
     "ppo.accumulate",
     "ppo.logprob_chunk",
+    "compute.remat",
+    "compute.attention",
 )
 
 

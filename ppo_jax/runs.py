@@ -6,33 +6,32 @@ samples, the live display, and the policy saved at the end.
 
 import contextlib
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata as packages
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from ppo_jax import artifacts, checkpoint, faults, metrics, processes, resuming, rundir
 from ppo_jax.data import prompt_batches, sft_batches
 from ppo_jax.display import Screen
 from ppo_jax.evaluation import earlier_evaluations, make_evaluator
+from ppo_jax.facts import environment, run_facts
 from ppo_jax.interrupt import stop_requests
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.rewards.failures import FailureLog
-from ppo_jax.saving import Saver, saver
+from ppo_jax.saving import leave, saver
 from ppo_jax.setup import Judge, Model, PromptSet, Result, Setup, decode_responses
 from ppo_jax.train.loop import Interrupted, Stopped, assess, evaluation_due, host_iteration, train
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import check_hyper, check_scalars_of
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
-from ppo_jax.types import Frozen, Policy, Prompts, PyTree, Texts
+from ppo_jax.types import Frozen, Policy, Prompts, Texts
 
 __all__ = [
     "Judge", "Model", "PromptSet", "Result", "Setup", "decode_responses", "environment", "load_model", "run_ppo",
@@ -69,7 +68,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     checkpoints/, export/policy and, where another update than the last evaluated best, export/best.
 
     Raises:
-      Interrupted, Stopped: as `train.loop.train`; the state has been saved, and the message says of which update.
+      Interrupted, Stopped, Exploded: as `train.loop.train`; the message says which update is saved. An Interrupted run
+        is saved as of its last update; where that fails it is Stopped.
       CheckpointSaveError: the last state could not be saved.
     """
     setup = _checked(setup)
@@ -77,21 +77,19 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     frozen = processes.laid_out(Frozen(setup.model.params, setup.reward_params))
     optimizer = make_optimizer(setup.ppo.optimizer)
     state = processes.laid_out(_fresh_state(setup, optimizer))
-    facts = run_facts(setup)
-    restored = None
+    facts = run_facts(setup, state.policy)
+    last, best = None, dict[str, Any]()
     if resume not in (False, "no"):
-        restored = _restored(directory, state, setup, facts, screen)
-        state = state if restored is None else restored.state
+        state, last, best = _start(directory, state, setup, facts, screen)
     if setup.config:
         metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
     _introduce(setup, screen)
     failures = setup.failures or FailureLog()
     failures.notify = screen.message
     evaluations = earlier_evaluations(directory)
-    best: dict[str, Any] = dict(restored.meta.get("best", {})) if restored else {}
+    given: list[tuple[int, TrainState]] = []  # the last state that was to be saved
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(stop_requests(screen.message))
-        last = restored.step if restored else None
         meta = {"config": setup.config, "facts": facts, "best": best}  # `best` is filled as evaluations come
         keep = stack.enter_context(saver(directory / rundir.CHECKPOINTS, loop, meta, screen.message, last))
         keep.best = best.get("step")
@@ -107,6 +105,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
             return values
 
         def save(step: int, state: TrainState, due: bool) -> None:
+            given[:] = [(step, state)]
             if due:  # what the checkpoint takes for written is tried once more
                 for again in (put_samples, *files):
                     again()
@@ -123,7 +122,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
             if evaluation_due(done, loop) and values is None:
                 values = evaluate(done, state)
                 if values is None:
-                    _leave(Interrupted(f"stopped by {asked()} at update {done}"), keep)
+                    leave(Interrupted(f"stopped by {asked()} at update {done}"), keep, given)
             note_best(done, state, values)
             state, _ = assess(state, values, loop)
         prompts = _batches(setup)
@@ -144,12 +143,12 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
                 causes=failures.summary,
             )
         except Stopped as error:
-            _leave(error, keep)
+            leave(error, keep, given)
         if keep.settle() != loop.updates:
             keep.insist(loop.updates, state)
     if failures.counts:
         screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
-    return _export(directory, setup, state, evaluations, best)
+    return _export(directory, setup, state, evaluations, best, screen.message)
 
 
 def _checked(setup: Setup) -> Setup:
@@ -224,47 +223,6 @@ def _files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -
     return writers
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the report and for checkpoints."""
-    names = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    device = jax.devices()[0]
-    return {
-        "versions": {"python": platform.python_version()} | {name: packages.version(name) for name in names},
-        "machine": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}",
-    }
-
-
-def run_facts(setup: Setup) -> dict[str, Any]:
-    """What a run is, as JSON values: what a checkpoint has to agree with before the run goes on from it."""
-    reward = "on the host" if setup.device_reward is None else "on the device"
-    around = environment()
-    found = {
-        "base": {"name": setup.model.name, "fingerprint": setup.model.fingerprint},
-        "reward": {"where": reward, "name": setup.reward_name, "arrays": _digest(setup.reward_params)},
-        "prompts": _digest([np.asarray(row, np.int32) for row in setup.prompts.rows]),
-        "held_out": _digest([np.asarray(row, np.int32) for row in setup.held_out.rows]),
-        "seed": setup.seed,
-        "batch_size": setup.loop.batch_size,
-        "ppo": dataclasses.asdict(setup.ppo),
-        "hyper": setup.hyper._asdict(),
-        "loop": {name: value for name, value in dataclasses.asdict(setup.loop).items() if name != "batch_size"},
-        "versions": around["versions"],
-        "machine": {"devices": around["machine"], "processes": jax.process_count(), "mesh": _mesh()},
-    }
-    return metrics.strict(found)
-
-
-def _mesh() -> str:
-    mesh = jax.sharding.get_abstract_mesh()
-    return "none" if mesh.empty else str(dict(mesh.shape))
-
-
-def _digest(tree: PyTree) -> str:
-    """Of the bytes of a tree's arrays, in their order."""
-    sums = [checkpoint.array_sum(leaf) for leaf in jax.tree.leaves(tree)]
-    return f"{len(sums)} arrays, {checkpoint.array_sum(np.array(sums, np.uint32)):08x}"
-
-
 def _fresh_state(setup: Setup, optimizer: Any) -> TrainState:
     """The state before the first update, with the critic that the configuration asks for."""
     ppo, model = setup.ppo, setup.model
@@ -298,6 +256,23 @@ def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
     return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, stopping)
 
 
+def _start(
+    directory: Path, state: TrainState, setup: Setup, facts: Mapping[str, Any], screen: Screen
+) -> tuple[TrainState, int | None, dict[str, Any]]:
+    """The state to go on from, the update of its checkpoint (None: `state` as given), the best evaluation so far."""
+    found = _restored(directory, state, setup, facts, screen)
+    if found is None:
+        return state, None, {}
+    state, best = found.state, dict(found.meta.get("best", {}))
+    if best and best["metric"] != setup.loop.best_metric:
+        screen.message(
+            f"the best checkpoint was chosen by {best['metric']}, from here on by {setup.loop.best_metric or 'none'}; "
+            "earlier evaluations do not count"
+        )
+        state, best = dataclasses.replace(state, best=jnp.full_like(state.best, -jnp.inf)), {}
+    return state, found.step, best
+
+
 def _restored(
     directory: Path, state: TrainState, setup: Setup, facts: Mapping[str, Any], screen: Screen
 ) -> resuming.Restored | None:
@@ -313,20 +288,19 @@ def _restored(
     if found is None:
         resuming.drop_later_records(directory, -1)  # stopped before its first checkpoint: all is done again
         return None
-    resuming.drop_later_records(directory, found.step)
+    # Update 0 is saved where the first evaluation was given up or not yet followed by an update: it is made again.
+    resuming.drop_later_records(directory, found.step or -1)
     screen.message(f"resumed at update {found.step}")
     return found
 
 
-def _leave(error: Stopped, keep: Saver) -> NoReturn:
-    """Raises the error again, with what is on disk."""
-    saved = keep.settle()
-    on_disk = "no update has been saved" if saved is None else f"update {saved} is saved"
-    raise type(error)(f"{error}; {on_disk}. Go on with --resume") from None
-
-
 def _export(
-    directory: Path, setup: Setup, state: TrainState, evaluations: dict[int, dict[str, float]], best: Mapping[str, Any]
+    directory: Path,
+    setup: Setup,
+    state: TrainState,
+    evaluations: dict[int, dict[str, float]],
+    best: Mapping[str, Any],
+    notify: Callable[[str], None],
 ) -> Result:
     """Saves the last policy, and the best one where that is another; what the run returns."""
     updates = setup.loop.updates
@@ -338,7 +312,11 @@ def _export(
         _save_policy(directory / rundir.EXPORT / EMA, setup, state.ema, {"decay": setup.ppo.ema_decay})
     step = best.get("step", updates)
     if 0 < step < updates and step in checkpoint.all_steps(directory / rundir.CHECKPOINTS):
-        policy = checkpoint.restore(directory / rundir.CHECKPOINTS, state, step)[0].policy
+        try:
+            policy = checkpoint.restore(directory / rundir.CHECKPOINTS, state, step)[0].policy
+        except checkpoint.CheckpointError as error:  # the run is finished all the same
+            notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
+            return Result(state.policy, evaluations.get(0, {}), after)
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
         _save_policy(directory / rundir.EXPORT / BEST, setup, policy, facts)
     return Result(state.policy, evaluations.get(0, {}), after)

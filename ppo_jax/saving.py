@@ -1,12 +1,12 @@
 """The checkpoints of a run that is under way: a save that fails is reported at once, tried again, and ends nothing."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ppo_jax import checkpoint
-from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.loop import Exploded, LoopConfig, Stopped
 from ppo_jax.types import PyTree
 
 
@@ -105,3 +105,38 @@ def saver(
         found.settle()
     finally:
         found.close()
+
+
+def leave(error: Stopped, keep: Saver, given: Sequence[tuple[int, PyTree]]) -> NoReturn:
+    """Raises the error again, with what is on disk; a state that is not there is tried once more.
+
+    Args:
+      given: the last update that was done, and its state; empty where none was.
+
+    Raises:
+      Stopped: in place of Interrupted, where the state could not be saved: what was done since is lost.
+    """
+    saved = keep.settle()
+    if isinstance(error, Exploded):
+        raise Exploded(f"{error}. {_way_back(keep.directory, given[-1][0] if given else saved)}") from None
+    if given and saved != given[-1][0]:
+        try:
+            keep.insist(*given[-1])
+            saved = keep.good
+        except (checkpoint.CheckpointSaveError, OSError) as failure:
+            left = "no update has been saved" if saved is None else f"--resume goes on from update {saved}"
+            raise Stopped(f"{error}; its state is not saved: {failure}; {left}") from None
+    on_disk = "no update has been saved" if saved is None else f"update {saved} is saved"
+    raise type(error)(f"{error}; {on_disk}. Go on with --resume") from None
+
+
+def _way_back(checkpoints: Path, gone: int | None) -> str:
+    """What to do about a policy that, after update `gone`, is too far from the reference."""
+    steps = checkpoint.all_steps(checkpoints)
+    bad = [step for step in steps if gone is not None and step >= gone]
+    good = [step for step in steps if step not in bad]
+    change = "raise --hyper.kl-coef (adaptive: lower --hyper.kl-target) or lower --hyper.learning-rate, and "
+    if not good:
+        return f"There is no checkpoint from before: {change}start anew with --overwrite or in another run directory"
+    moves = "".join(f"move {checkpoints / str(step)} to another place, " for step in bad)
+    return f"To go back to update {good[-1]}: {moves}{change}go on with --resume. Move more away to go further back"

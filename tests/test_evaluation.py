@@ -11,10 +11,11 @@ import pytest
 from experiments import smoke
 from ppo_jax import metrics, rundir
 from ppo_jax.display import progress
-from ppo_jax.evaluation import make_evaluator
+from ppo_jax.evaluation import columns_of, make_evaluator, summary
+from ppo_jax.train.evaluate import Evaluation
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.state import init_state
-from ppo_jax.types import Frozen
+from ppo_jax.types import Frozen, Rollout, Scores
 from tests.test_runs import FAILS, HELD_OUT, MODEL, SETUP, WordReward
 
 STATE = init_state(jax.random.key(0), SETUP.adapter, MODEL.config, make_optimizer(), 0.1)
@@ -72,3 +73,26 @@ def test_given_up_between_two_pieces_it_leaves_nothing(tmp_path: Path):
     evaluate, written = make(tmp_path, 4, stop_after=1)
     assert evaluate(2, STATE) is None
     assert written == [] and not (tmp_path / rundir.SAMPLES).exists()
+
+
+def test_only_rewards_leave_out_the_rows_that_were_not_scored():
+    """A KL or a judge that is NaN is a defect and has to show; a row without a reward lowers no mean."""
+    valid = np.array([True, False, True])
+    nan = np.nan
+    columns = {
+        "valid": valid, "reward": np.array([1.0, nan, 3.0]), "reward/part": np.array([2.0, nan, 2.0]),
+        "judge": np.array([1.0, 5.0, 6.0]), "broken": np.array([1.0, nan, 6.0]), "kl": np.array([0.5, nan, 0.5]),
+        "tokens": np.array([2, 2, 2]), "ended": np.array([True, True, False]),
+    }  # fmt: skip
+    found = summary(columns)
+    assert (found["reward"], found["reward/part"], found["judge"]) == (2.0, 2.0, 4.0)
+    assert found["invalid_scores"] == pytest.approx(1 / 3)
+    assert np.isnan([found["broken"], found["kl"], found["kl_per_token"]]).all()
+
+
+def test_a_reward_on_the_device_that_is_infinite_is_no_score():
+    scores = Scores(np.array([1.0, np.inf, np.nan], np.float32), np.ones(3, bool), {})
+    rollout = Rollout(*[np.zeros((3, 2), np.float32)] * 6, np.ones(3, bool), np.arange(3))
+    found = columns_of(SETUP._replace(judges={}), Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
+    values = summary(found)
+    assert values["reward"] == 1.0 and values["invalid_scores"] == pytest.approx(2 / 3)

@@ -209,7 +209,7 @@ def test_fewer_updates_than_were_done_are_refused(runs: Runs):
 def test_a_policy_of_another_shape_does_not_resume(runs: Runs, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(runs.whole, copy)
-    wider = init_adapter(jax.random.key(0), MODEL.params, MODEL.config, AdapterConfig(layers=1, rank=3))
+    wider = init_adapter(jax.random.key(0), MODEL.params, MODEL.config, AdapterConfig(layers=1, rank=3, alpha=24))
     before = records(copy)
     with pytest.raises(checkpoint.CheckpointError, match=r"policy\.adapter\.lora\.q\.a"):
         run(copy, resume="auto", adapter=wider)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ppo_jax import checkpoint
-from ppo_jax.saving import saver
-from ppo_jax.train.loop import LoopConfig
+from ppo_jax.saving import leave, saver
+from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped
 from tests.test_checkpoint import small_disk
 
 LOOP = LoopConfig(updates=100, keep=2)
@@ -99,3 +99,23 @@ def test_a_file_in_the_way_does_not_end_the_run(tmp_path: Path):
         (tmp_path / "checkpoints").unlink()
         keep.insist(2, BIG)
     assert restored(tmp_path / "checkpoints") == 2
+
+
+def test_a_stop_request_is_only_done_when_the_state_is_on_disk(tmp_path: Path):
+    """Exit status 75 promises that --resume loses nothing."""
+    said: list[str] = []
+    with open_saver(tmp_path, said) as keep:
+        keep(2, BIG, True)
+        assert keep.settle() == 2
+        with small_disk(10_000):
+            keep(4, BIG, True)
+            with pytest.raises(Stopped, match="not saved: .*--resume goes on from update 2") as error:
+                leave(Interrupted("stopped by SIGTERM after update 4"), keep, [(4, BIG)])
+        assert not isinstance(error.value, Interrupted)
+        keep(5, BIG, False)
+        with small_disk(10_000):
+            keep(6, BIG, True)
+            keep.settle()
+        with pytest.raises(Interrupted, match="after update 6; update 6 is saved. Go on with --resume"):
+            leave(Interrupted("stopped by SIGTERM after update 6"), keep, [(6, BIG)])  # tried once more
+    assert restored(tmp_path) == 6

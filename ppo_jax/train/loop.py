@@ -69,11 +69,15 @@ class LoopConfig:
 
 
 class Stopped(RuntimeError):
-    """Training ended before its last update, in good order: the state was given to `save`."""
+    """Training ended before its last update, in good order: the state was given to `save` (unless `Exploded`)."""
 
 
 class Interrupted(Stopped):
     """It ended because it was asked to; a run that goes on from here is the run that was not interrupted."""
+
+
+class Exploded(Stopped):
+    """The policy has left the reference too far behind. Its state is not saved: nobody wants to go on from it."""
 
 
 class GivenUp(Exception):
@@ -118,32 +122,42 @@ def train(
       save: called after every iteration, with True when a checkpoint is due. Neither may keep the state, since the next
         iteration is donated its buffers.
       stop: asked once after every iteration: why the run is to stop, or None.
-      dump: writes down the batch of iteration `step`, which left `state`; returns where, for the message.
+      dump: writes down the batch of iteration `step`, which left `state`; returns where, for the message. Called only
+        where every optimizer step of it was skipped, so that the policy in `state` is the one that wrote the batch.
       causes: of the rewards that failed so far, for the message.
 
     Raises:
       Interrupted: `stop` gave a reason.
-      Stopped: too many updates in a row were not finite, the KL passed `loop.max_kl`, or too many rewards failed.
+      Exploded: the KL passed `loop.max_kl`.
+      Stopped: too many updates in a row were not finite, or too many rewards failed.
     """
     rate = learning_rate(hyper.learning_rate, loop)
-    start, failing = int(state.step), 0
+    start, failing = int(state.step), int(state.failing)
     if start == 0:
-        state, _ = assess(state, evaluate(0, state), loop)
+        measured = evaluate(0, state)
+        if measured is None:  # it is due again where the run goes on from update 0
+            save(0, state, True)
+            raise Interrupted(f"stopped by {stop(0)} in the first evaluation")
+        state, _ = assess(state, measured, loop)
     for step in range(start, loop.updates):
         began = time.perf_counter()
         now = hyper._replace(learning_rate=rate(step))
         try:
             state, metrics = iteration(state, frozen, prompts(step), now)
         except GivenUp:
-            save(step, state, step > 0)
+            save(step, state, True)
             raise Interrupted(f"stopped by {stop(step)} after update {step}") from None
         values = means(metrics)
         seconds = time.perf_counter() - began
         tokens = float(metrics["response_length"][0])
         done = step + 1
         write(done, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
-        fault = _fault(done, values, int(state.nonfinite), loop)
-        failing = next_streak(failing, values.get("invalid_scores", 0.0), loop.max_failed)
+        fault = _not_finite(done, int(state.nonfinite), loop)
+        if not fault and values.get("kl", 0.0) > loop.max_kl:
+            raise Exploded(_exploded(done, values["kl"], loop))
+        before, failing = failing, next_streak(failing, values.get("invalid_scores", 0.0), loop.max_failed)
+        if failing != before:
+            state = dataclasses.replace(state, failing=jnp.full_like(state.failing, failing))
         if unscored := failing >= loop.max_failed_batches and not fault:
             fault = too_many(done, failing, values["invalid_scores"], loop.max_failed, causes())
         reason, best = stop(done), False
@@ -154,7 +168,10 @@ def train(
         due = done == loop.updates or bool(loop.checkpoint_every and done % loop.checkpoint_every == 0)
         save(done, state, due or best or bool(fault) or bool(reason))
         if fault:
-            raise Stopped(fault if unscored else fault + dump(step, state, now))
+            if not unscored:
+                same = values["nonfinite_updates"] == 1  # the policy that wrote the batch
+                fault += dump(step, state, now) if same else ". No batch is dumped: the policy has changed since"
+            raise Stopped(fault)
         if reason:
             raise Interrupted(f"stopped by {reason} after update {done}")
     return state
@@ -166,7 +183,7 @@ def assess(
     """The state that knows of an evaluation, and whether that was the best so far. Twice is the same as once."""
     name = loop.best_metric.removeprefix("-")
     value = (values or {}).get(name)
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return state, False
     value = -value if loop.best_metric.startswith("-") else value
     best = np.float32(value) > np.asarray(state.best)
@@ -184,21 +201,23 @@ def means(metrics: Metrics) -> dict[str, float]:
     return {name: float(total / count) if count else math.nan for name, (total, count) in host.items()}
 
 
-def _fault(done: int, values: Mapping[str, float], skipped: int, loop: LoopConfig) -> str | None:
+def _not_finite(done: int, skipped: int, loop: LoopConfig) -> str | None:
     """Why training must not go on after `done` iterations, and what to do; or None."""
-    if skipped >= loop.max_nonfinite:
-        return (
-            f"update {done}: the last {skipped} optimizer steps were skipped because the loss or a gradient was not "
-            "finite (--loop.max-nonfinite). The parameters are those from before. Look at the batch, mend the model or "
-            "the reward, or lower --hyper.learning-rate, and go on with --resume"
-        )
-    if values.get("kl", 0.0) > loop.max_kl:
-        return (
-            f"update {done}: the KL to the reference is {values['kl']:.4g} nats per response, beyond --loop.max-kl "
-            f"{loop.max_kl:g}. Raise --hyper.kl-coef, or lower --hyper.learning-rate, and go on from an earlier "
-            "checkpoint or start anew"
-        )
-    return None
+    if skipped < loop.max_nonfinite:
+        return None
+    return (
+        f"update {done}: the last {skipped} optimizer steps were skipped because the loss or a gradient was not "
+        "finite (--loop.max-nonfinite). The parameters are those from before. Look at the batch, mend the model or "
+        "the reward, or lower --hyper.learning-rate, and go on with --resume"
+    )
+
+
+def _exploded(done: int, kl: float, loop: LoopConfig) -> str:
+    """Update `done` sampled with the policy of update done - 1, so that one is already too far away."""
+    return (
+        f"update {done}: the KL of the policy after update {done - 1} to the reference is {kl:.4g} nats per response, "
+        f"beyond --loop.max-kl {loop.max_kl:g}"
+    )
 
 
 def host_iteration(

@@ -38,6 +38,7 @@ class TrainState:
     moments: RunningMoments  # of the scores seen so far
     baseline: RunningMoments  # of the returns seen so far, for REINFORCE
     nonfinite: PyTree  # Int[Array, ""]: optimizer steps in a row that were skipped because something was not finite
+    failing: PyTree  # Int[Array, ""]: batches in a row of which too many rewards failed (loop.max_failed)
     best: PyTree  # Float[Array, ""]: of the evaluations so far, the best value of the metric that chooses checkpoints
     ema: PyTree = None  # running average of the policy's parameters; None: off
 
@@ -85,6 +86,7 @@ def init_state(
         moments=RunningMoments.init(),
         baseline=RunningMoments.init(),
         nonfinite=jnp.zeros((), jnp.int32),
+        failing=jnp.zeros((), jnp.int32),
         best=jnp.asarray(-jnp.inf, jnp.float32),
         ema=jax.tree.map(jnp.copy, policy) if ema else None,
     )

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from ppo_jax.ops.rewards import RunningMoments
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.loop import (
+    Exploded,
     GivenUp,
     Interrupted,
     LoopConfig,
     Stopped,
+    assess,
     evaluation_due,
     host_iteration,
     learning_rate,
@@ -60,7 +62,7 @@ def test_no_rate_is_above_the_peak_or_0(schedule, updates, warmup, peak):
     assert all(isinstance(rate, float) for rate in found)  # an array of another kind would compile anew
 
 
-def state(step: int = 0) -> TrainState:
+def state(step: int = 0, failing: int = 0) -> TrainState:
     return TrainState(
         step=jnp.asarray(step),
         key=jax.random.key(0),
@@ -70,6 +72,7 @@ def state(step: int = 0) -> TrainState:
         moments=RunningMoments.init(),
         baseline=RunningMoments.init(),
         nonfinite=jnp.zeros((), jnp.int32),
+        failing=jnp.asarray(failing, jnp.int32),
         best=jnp.asarray(-jnp.inf, jnp.float32),
     )
 
@@ -100,6 +103,7 @@ class Log:
         names = ("policy_loss", "value_loss", "grad_norm", "reward")
         metrics = {name: (jnp.asarray(3.0), jnp.asarray(2.0)) for name in names}
         metrics |= {"response_length": (jnp.asarray(60.0), jnp.asarray(4.0)), "invalid_scores": (0.0, 4.0)}
+        metrics |= {"nonfinite_updates": (float(step in self.skipped), 1.0)}
         metrics |= self.broken.get(step, {})
         state = state.replace(step=state.step + 1, nonfinite=jnp.asarray(self.skipped.get(step, 0), jnp.int32))
         return state, jax.tree.map(jnp.asarray, metrics)
@@ -108,9 +112,9 @@ class Log:
         self.events.append(("evaluate", step, int(state.step)))
         return {} if self.evaluations is None else {"reward": self.evaluations[step], "kl": 1.0}
 
-    def run(self, loop: LoopConfig, start: int = 0) -> TrainState:
+    def run(self, loop: LoopConfig, start: int = 0, failing: int = 0) -> TrainState:
         return train(
-            state(start),
+            state(start, failing),
             FROZEN,
             self.iteration,
             lambda step: f"batch {step}",
@@ -183,6 +187,39 @@ def test_skipped_steps_in_a_row_stop_with_a_checkpoint_and_a_dump():
     assert int(fine.run(LoopConfig(updates=9, max_nonfinite=5)).step) == 9
 
 
+def test_a_batch_of_a_policy_that_is_gone_is_not_dumped():
+    """Half of the optimizer steps were taken: what the policy samples now is another batch."""
+    log = Log(skipped={3: 6}, broken={3: {"nonfinite_updates": (2.0, 4.0)}})
+    with pytest.raises(Stopped, match=r"update 4: the last 6 .* No batch is dumped") as error:
+        log.run(LoopConfig(updates=9, max_nonfinite=5))
+    assert "dump of 3" not in str(error.value)
+
+
+def test_the_streak_of_failed_batches_is_part_of_the_state():
+    bad = {"invalid_scores": (2.0, 4.0)}
+    loop = LoopConfig(updates=9, checkpoint_every=0, eval_every=0, max_failed=0.2, max_failed_batches=3)
+    with pytest.raises(Stopped, match="update 5: 50 %.*3 batches in a row"):
+        Log(broken={4: bad}).run(loop, start=4, failing=2)
+    assert int(Log(broken={4: bad}).run(loop, start=4, failing=1).failing) == 0  # the next batch was good
+    assert int(Log(broken={7: bad, 8: bad}).run(loop).failing) == 2
+
+
+def test_a_first_evaluation_that_was_given_up_is_due_again():
+    log = Log()
+    log.evaluate = lambda step, state: None  # type: ignore[method-assign]
+    log.stop = {0: "SIGTERM"}
+    with pytest.raises(Interrupted, match="SIGTERM in the first evaluation"):
+        log.run(LoopConfig(updates=3))
+    assert log.all("save") == [(0, 0)] and not log.all("update")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_only_a_finite_evaluation_is_the_best(value: float):
+    for metric in ("reward", "-reward"):
+        after, best = assess(state(), {"reward": value}, LoopConfig(best_metric=metric))
+        assert not best and float(after.best) == -math.inf
+
+
 def test_a_loss_that_is_not_finite_for_once_is_no_fault():
     log = Log(broken={3: {"policy_loss": (math.nan, 1.0), "grad_norm": (math.inf, 1.0)}}, skipped={3: 1})
     assert int(log.run(LoopConfig(updates=6)).step) == 6
@@ -199,9 +236,10 @@ def test_a_batch_whose_rewards_all_failed_is_no_fault():
 
 def test_the_kl_may_have_a_limit():
     log = Log(broken={2: {"kl": (40.0, 4.0)}})
-    with pytest.raises(Stopped, match=r"update 3: the KL to the reference is 10 nats.*--loop.max-kl 9"):
-        log.run(LoopConfig(updates=6, checkpoint_every=0, max_kl=9.0))
-    assert log.all("save") == [(3, 3)]
+    with pytest.raises(Exploded, match=r"update 3: the KL of the policy after update 2 .* 10 nats.*--loop.max-kl 9"):
+        log.run(LoopConfig(updates=6, checkpoint_every=1, max_kl=9.0))
+    assert log.all("save") == [(1, 1), (2, 2)]  # the exploded state takes no good one's place
+    assert log.all("write")[-1] == (3,)
     Log(broken={2: {"kl": (40.0, 4.0)}}).run(LoopConfig(updates=6))  # off by default
 
 
@@ -307,7 +345,7 @@ def test_host_iteration_gives_the_reward_texts_and_the_rows_of_the_table():
         calls.append((list(prompts), list(responses), list(metadata)))
         return Scores(np.array([0.5, 1.5], np.float32), np.array([True, True]), {})
 
-    def learn(state, frozen, rollout, scores, hyper):
+    def learn(state, frozen, rollout, scores, hyper, pretrain):
         return state.replace(step=state.step + 1), {"reward": (jnp.asarray(scores.reward.sum()), jnp.asarray(2.0))}
 
     run = host_iteration(
