@@ -87,6 +87,10 @@ def damaged(draw: st.DrawFn, content: bytes, region: int | None = None) -> bytes
     return bytes(found)
 
 
+class Hang(BaseException):
+    """No answer in time. Not an Exception: readers turn those into errors of their own, and the hang would pass."""
+
+
 def outcome(read: Callable[[], Any], *names: str) -> Any:
     """What `read` returns, or its error, which must be one of ours: it names one of `names` (none given: anything).
 
@@ -105,7 +109,7 @@ def outcome(read: Callable[[], Any], *names: str) -> Any:
 @contextlib.contextmanager
 def _alarm() -> Iterator[None]:
     def hangs(*_: object) -> None:
-        raise AssertionError(f"no answer after {PATIENCE} s")
+        raise Hang(f"no answer after {PATIENCE} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(PATIENCE)
