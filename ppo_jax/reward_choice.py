@@ -10,6 +10,7 @@ Several are summed with weights. All that is of the environment (variables, file
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -214,7 +215,17 @@ def _weights(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
 
 
 def _identity(source: str) -> str:
-    return {"url": "a service", "function": source, "directory": f"model {Path(source).name}"}[kind_of(source)]
+    """What stays the same when a run is resumed: of a model its weights, wherever they lie by then."""
+    kind = kind_of(source)
+    if kind != "directory":
+        return "a service" if kind == "url" else source
+    where = _explained(source, lambda: find_reward(source))
+    arrays = sorted(where.glob("*.safetensors")) or sorted(where.glob("*.bin"))
+    digest = hashlib.sha256()
+    for path in arrays:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"model {digest.hexdigest()[:16]}"
 
 
 def _check_token(urls: Sequence[str], token: str | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -150,7 +151,21 @@ def test_a_sum_of_all_kinds_logs_each_part(reward_model: Path):
     expected = 0.5 * model_scores + service - 2 * np.array([1, 1.5])
     np.testing.assert_allclose(found.reward, expected, rtol=1e-5)
     assert found.valid.all() and chosen.device is None and chosen.meta == {}
-    assert chosen.name == "0.5 x model rm + 1 x a service + -2 x scores.py:length"
+    assert re.fullmatch(r"0.5 x model [0-9a-f]{16} \+ 1 x a service \+ -2 x scores.py:length", chosen.name)
+
+
+def test_a_model_of_a_sum_is_known_by_its_weights(reward_model: Path, folder: Path):
+    """The same by both of its paths and when it has moved, another one when its weights are others'."""
+    name = choose("rm", "scores.py:length").name
+    assert choose("rm/export/reward", "scores.py:length").name == name
+    shutil.move(folder / "rm", folder / "moved")
+    assert choose("moved", "scores.py:length").name == name
+    found = artifacts.load(folder / "moved" / "export" / "reward", "reward")
+    artifacts.save(
+        folder / "other" / "moved", "reward", found.adapter, jax.tree.map(lambda x: x + 1, found.head), {},
+        config=CONFIG_40, base="tiny", base_fingerprint=MODEL.fingerprint,
+    )  # fmt: skip
+    assert choose("other/moved", "scores.py:length").name != name
 
 
 def test_a_sum_fails_where_a_part_does():

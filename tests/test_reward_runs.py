@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import artifacts, checkpoint, cli, metrics
-from ppo_jax.models import hf
+from ppo_jax.models import hf, seqcls
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.transformer import init_params
 from tests.compilation import compile_once
 from tests.data.tokenizer import EOS, make_tokenizer
@@ -189,6 +193,31 @@ def test_a_sum_of_functions_logs_its_parts(world: Path):
         assert record["reward"] == pytest.approx(total, abs=1e-5)
         assert record["reward/brief"] < 0 < record["reward/number"]
         assert (8 * record["reward/number"]) % 1 == 0  # a mean of eight halves
+
+
+def swapped() -> PreTrainedTokenizerFast:
+    """Another tokenizer: a and b have each other's ids."""
+    parts = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    ids = parts["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    backend = Tokenizer.from_str(json.dumps(parts))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("retokenised", [False, True])
+def test_a_reward_model_of_its_own(world: Path, capsys: pytest.CaptureFixture, retokenised: bool):
+    """On the device where its tokenizer is the policy's, else on the text; the logged mean is that of its scores."""
+    head = RewardHead().init(jax.random.key(2), jnp.zeros((1, MODEL.hidden_size)))["params"]
+    params = jax.tree.map(lambda x: 4 * x, init_params(jax.random.key(1), MODEL))
+    seqcls.save(
+        world / "rm", MODEL, params, head | {"bias": jnp.float32(7.0)}, swapped() if retokenised else make_tokenizer()
+    )
+    assert cli.main(f"ppo --reward rm --run-dir run --loop.updates 2 {OPTIONS}".split()) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("has another tokenizer than" in said) == retokenised
+    assert len(updates("run")) == 2 and len(evaluations("run")) == 2
+    for record in updates("run") + evaluations("run"):
+        assert record["invalid_scores"] == 0 and 0 < abs(record["reward"] - 7) < 20  # 7 and what the model says
 
 
 def test_a_function_that_hangs_holds_up_neither_the_run_nor_its_end(world: Path):

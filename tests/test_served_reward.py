@@ -2,14 +2,20 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import serve_load
+from ppo_jax import artifacts
+from ppo_jax.models import hf
+from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.heads import RewardHead
 from ppo_jax.reward_choice import RewardOptions, choose_reward
 from ppo_jax.reward_models import Scorer, load_scorer
 from ppo_jax.rewards.api import APIConfig
-from ppo_jax.runs import Model
+from ppo_jax.runs import Model, load_model
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import CONFIG, random_params
 from tests.test_serve import running, score_rows
@@ -36,6 +42,27 @@ def test_served_and_called_scores_are_the_local_ones(tmp_path: Path, monkeypatch
     np.testing.assert_allclose(found.reward, expected, atol=1e-5)
     assert found.valid.all() and chosen.failures.counts == {}
     assert refused.failures.counts == {"the service answered HTTP 401": 1}
+
+
+def test_a_lora_model_is_served_on_its_base(tmp_path: Path):
+    """Adapter, head and base of three places; the adapter counts, and HTTP changes nothing."""
+    hf.save(tmp_path / "base", CONFIG, MODEL.params, make_tokenizer())
+    base = load_model(tmp_path / "base")
+    plain = init_adapter(jax.random.key(1), base.params, CONFIG, AdapterConfig(layers=1, rank=2))
+    adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), plain)
+    head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG.hidden_size)))["params"]
+    for name, tree in (("plain", plain), ("lora", adapter)):
+        about = dict(config=CONFIG, base=base.name, base_fingerprint=base.fingerprint)
+        artifacts.save(tmp_path / name, "reward", tree, head, {}, **about)
+    prompts, responses = ["ab", "c", "de fg"], ["cd", " e.", "h"]
+    scorer = load_scorer(tmp_path / "lora", batch_sizes=(4,))
+    expected, without = scorer.score(prompts, responses), load_scorer(tmp_path / "plain").score(prompts, responses)
+    assert np.abs(expected - without).min() > 1e-3
+    with running(scorer) as url:
+        chosen = choose_reward([f"{url}/v1/score"], RewardOptions(), MODEL, MODEL.stop_ids)
+        assert chosen.host is not None
+        found = chosen.host(prompts, responses, [{}] * 3)
+    np.testing.assert_allclose(found.reward, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/score/evaluation"])
