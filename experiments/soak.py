@@ -337,6 +337,9 @@ def compare(hurt: Path, quiet: Path) -> dict[str, str]:
         raise SoakError(f"the last checkpoints {steps} differ in {', '.join(wrong)}")
     found[f"state at update {steps[0]} (CRC-32 of every array)"] = f"{len(sums[0])} arrays"
     files = sorted(p.relative_to(quiet) for p in (quiet / rundir.EXPORT).rglob("*.safetensors"))
+    only = {p.relative_to(hurt) for p in (hurt / rundir.EXPORT).rglob("*.safetensors")} ^ set(files)
+    if only:
+        raise SoakError(f"{', '.join(map(str, sorted(only)))}: in one of the runs only")
     for file in files:
         if (hurt / file).read_bytes() != (quiet / file).read_bytes():
             raise SoakError(f"{file} differs")

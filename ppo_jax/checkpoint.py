@@ -14,6 +14,7 @@ for a sum would cost what saving in parts saves. Of such a checkpoint only missi
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -367,7 +368,20 @@ def _read_errors(path: Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        if _passing(error):
+            raise CheckpointError(f"{path / str(step)}: cannot be read now: {_first_line(error)}") from error
         raise DamagedCheckpoint(f"{path / str(step)}: cannot be read: {_first_line(error)}") from error
+
+
+def _passing(error: BaseException | None) -> bool:
+    """Whether it says nothing of the files: no memory, no permission, a disk that does not answer."""
+    while error is not None:
+        if isinstance(error, MemoryError | PermissionError) or getattr(error, "errno", None) == errno.EIO:
+            return True
+        if any(word in str(error) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from ppo_jax import checkpoint, metrics, rundir
 from ppo_jax.types import PyTree
 
@@ -46,7 +48,8 @@ def restore(
 
     Raises:
       IncompatibleRun: facts differ that may not.
-      CheckpointError: the state has another shape; or there are checkpoints, and all of them are damaged.
+      CheckpointError: the state has another shape; or there are checkpoints, and all of them are damaged; or some are,
+        and this is one of several processes: none of these moves what the others read.
     """
     checkpoints = directory / rundir.CHECKPOINTS
     damaged: list[tuple[int, str]] = []
@@ -59,6 +62,14 @@ def restore(
             notify(f"damaged checkpoint: {error}")
             damaged.append((step, str(error)))
             continue
+        if damaged and jax.process_count() > 1:
+            shared = checkpoints.resolve()
+            moves = " ".join(str(shared / str(number)) for number, _ in damaged)
+            raise checkpoint.CheckpointError(
+                f"{shared}: damaged:\n  " + "\n  ".join(text for _, text in damaged) + "\n"
+                f"Several processes read these, so none moves them. Move {moves} to another place by hand; --resume "
+                f"then goes on from update {step}"
+            )
         for number, _ in damaged:
             kept = set_aside(directory, number)
             notify(f"the damaged checkpoint of update {number} was moved to {kept}; going on from update {step}")

@@ -18,6 +18,7 @@ from ppo_jax import checkpoint, metrics, rundir
 from ppo_jax.cli import PREEMPTED
 
 KILLS = 20
+LIMIT = 1500.0  # seconds after which the lives count as hanging
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, "-m", "tests.kill_loop", str(folder), str(KILLS)]
-    done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "lives.jsonl").write_text(done.stdout)
     return folder
