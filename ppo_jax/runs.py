@@ -78,14 +78,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     optimizer = make_optimizer(setup.ppo.optimizer)
     state = processes.laid_out(_fresh_state(setup, optimizer))
     facts = run_facts(setup, state.policy)
-    last, best = None, dict[str, Any]()
-    if resume not in (False, "no"):
-        state, last, best = _start(directory, state, setup, facts, screen)
-    if setup.config:
-        metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
-    _introduce(setup, screen)
-    failures = setup.failures or FailureLog()
-    failures.notify = screen.message
+    state, last, best = _start(directory, resume, state, setup, facts, screen)
+    failures = _introduce(directory, setup, screen)
     evaluations = earlier_evaluations(directory)
     given: list[tuple[int, TrainState]] = []  # the last state that was to be saved
     with contextlib.ExitStack() as stack:
@@ -119,19 +113,16 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
 
         if done := int(state.step):  # the run was stopped between saving and evaluating, or before it noted the result
             values = evaluations.get(done)
-            if evaluation_due(done, loop) and values is None:
-                values = evaluate(done, state)
-                if values is None:
-                    leave(Interrupted(f"stopped by {asked()} at update {done}"), keep, given)
+            if evaluation_due(done, loop) and values is None and (values := evaluate(done, state)) is None:
+                leave(Interrupted(f"stopped by {asked()} at update {done}"), keep, given)
             note_best(done, state, values)
             state, _ = assess(state, values, loop)
         prompts = _batches(setup)
-        iteration = _iteration(setup, optimizer, stopping)
         try:
             state = train(
                 state,
                 frozen,
-                iteration,
+                _iteration(setup, optimizer, stopping),
                 prompts,
                 setup.hyper,
                 loop,
@@ -165,14 +156,19 @@ def _checked(setup: Setup) -> Setup:
     return setup
 
 
-def _introduce(setup: Setup, screen: Screen) -> None:
-    """Says what the user should know from the start, and what the judges are called."""
+def _introduce(directory: Path, setup: Setup, screen: Screen) -> FailureLog:
+    """Writes the configuration, says what the user should know from the start, and where failed rewards are told of."""
+    if setup.config:
+        metrics.replace_file(directory / rundir.CONFIG, setup.config.encode())
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
             "mismatch is logged as behaviour_mismatch. " + FILTERED[setup.ppo.behaviour]
         )
     screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
+    failures = setup.failures or FailureLog()
+    failures.notify = screen.message
+    return failures
 
 
 def _batches(setup: Setup) -> Callable[[int], Prompts]:
@@ -257,10 +253,15 @@ def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
 
 
 def _start(
-    directory: Path, state: TrainState, setup: Setup, facts: Mapping[str, Any], screen: Screen
+    directory: Path,
+    resume: bool | resuming.Resume,
+    state: TrainState,
+    setup: Setup,
+    facts: Mapping[str, Any],
+    screen: Screen,
 ) -> tuple[TrainState, int | None, dict[str, Any]]:
     """The state to go on from, the update of its checkpoint (None: `state` as given), the best evaluation so far."""
-    found = _restored(directory, state, setup, facts, screen)
+    found = None if resume in (False, "no") else _restored(directory, state, setup, facts, screen)
     if found is None:
         return state, None, {}
     state, best = found.state, dict(found.meta.get("best", {}))
