@@ -70,7 +70,7 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
         raise ConfigError(f"{place}: {named}{problem.text}") from problem.__cause__
 
 
-def plain(text: str, source: str = "configuration") -> dict[str, Any]:
+def plain(text: str, source: str = "configuration") -> dict[Any, Any]:
     """The mapping that YAML text holds, checked as in `from_yaml` but for no fields in particular."""
     data, _ = parsed(text, source)
     if not isinstance(data, dict):

@@ -161,7 +161,8 @@ def test_a_step_is_the_clipped_gradient_through_the_optimizer() -> None:
     assert step._cache_size() == 1  # both numbers are traced
 
 
-def test_adam_compiles_once_and_keeps_bfloat16() -> None:
+def test_adam_compiles_once_and_keeps_float32_masters() -> None:
+    """On a bfloat16 base: what is trained stays float32, or small steps would vanish."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     base = random_params(config)
     adapter, optimizer = init_top_k(base, config, 1), make_optimizer()
@@ -169,7 +170,8 @@ def test_adam_compiles_once_and_keeps_bfloat16() -> None:
     for number in range(3):
         adapter, opt_state, metrics = step(adapter, opt_state, base, batch(number), 1e-3 / (1 + number), 1.0 + number)
     assert step._cache_size() == 1
-    assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype(jnp.float32)}
     assert metrics["loss"][0].dtype == jnp.float32
 
 
