@@ -22,6 +22,7 @@ from ppo_jax.train.loop import Interrupted
 from ppo_jax.types import Scores
 
 ENDLESS = 10**6
+UNFINISHED = "*orbax-checkpoint-tmp*"  # what Orbax calls a save that is not complete
 PLACES = ("save", "anywhere", "SIGTERM", "update", "reward", "evaluation")
 
 
@@ -32,7 +33,9 @@ def main(folder: Path, kills: int) -> None:
         place = PLACES[seed % len(PLACES)]
         before = checkpoint.latest_step(killed / rundir.CHECKPOINTS)
         status = life(killed, ENDLESS, place, seed)
-        print(json.dumps({"place": place, "before": before, "status": status}), flush=True)
+        unfinished = len(list((killed / rundir.CHECKPOINTS).glob(UNFINISHED)))
+        where = (folder / "died").read_text() if status == -signal.SIGKILL else place
+        print(json.dumps({"place": where, "before": before, "status": status, "unfinished": unfinished}), flush=True)
         if status not in (-signal.SIGKILL, PREEMPTED):
             raise SystemExit(f"a life ended with {status}")
         kills -= status == -signal.SIGKILL
@@ -69,43 +72,50 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
     hasty = rng.random() < 0.2  # killed before this life has saved anything
     after = rng.randint(0, 2)  # updates that follow the first checkpoint of this life
 
+    def die(where: str) -> None:
+        (folder.parent / "died").write_text(where)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_later(where: str, seconds: float) -> None:
+        threading.Timer(seconds, die, [where]).start()
+
+    def die_in_a_save(seconds: float) -> None:
+        """As soon as there is a checkpoint that is not complete, or a moment after."""
+        older = set(checkpoints.glob(UNFINISHED))
+
+        def wait() -> None:
+            while set(checkpoints.glob(UNFINISHED)) <= older:
+                time.sleep(0.0005)
+            time.sleep(seconds)
+            die("save")
+
+        threading.Thread(target=wait, daemon=True).start()
+
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
         nonlocal after
         evaluating = len(prompts) != loop.batch_size or prompts[0] in setup.held_out.texts
         after -= not evaluating and (hasty or (checkpoint.latest_step(checkpoints) or 0) > start)
         if place == "evaluation" and evaluating and rng.random() < 0.7:
-            die()
+            die("evaluation")
         if (after < 0 and place == "reward") or (after < -7 and place):
-            die()
+            die("reward")
         if after < 0 and place == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
         if after < 0 and place in ("update", "anywhere"):
-            die_later(rng.uniform(0, 0.01 if place == "update" else 0.2))
+            die_later(place, rng.uniform(0, 0.01 if place == "update" else 0.2))
         points = [sum((w in smoke.GOOD) - (w in smoke.BAD) for w in text.split()) for text in responses]
         return Scores(np.array(points, np.float32), np.ones(len(points), bool), {})
 
     def save(*args: object) -> None:
-        original(*args)  # returns while files are still written
         if place == "save" and after <= 0:
-            die_later(rng.uniform(0, 0.05))
+            die_in_a_save(rng.uniform(0, 0.005))
+        original(*args)  # returns while files are still written
 
     original: Callable[..., None] = checkpoint.save
     saving.checkpoint.save = save
     directory = rundir.open_run(folder, "auto")
     with progress("killed", main_process=False) as screen:
         runs.run_ppo(directory, setup._replace(host_reward=reward), screen, "auto")
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_later(seconds: float) -> None:
-    def wait() -> None:
-        time.sleep(seconds)
-        die()
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def test_it_was_killed_in_every_place_and_went_on_from_checkpoints(folder: Path)
     killed = [life for life in lives if life["status"] == -9]
     assert len(killed) == KILLS
     assert Counter(life["place"] for life in killed).keys() >= {"reward", "update", "save", "anywhere", "evaluation"}
+    assert any(life["unfinished"] for life in killed if life["place"] == "save"), "one left half a checkpoint"
     assert PREEMPTED in {life["status"] for life in lives}
     assert len({life["before"] for life in lives}) > KILLS / 3  # most lives saved something
 
