@@ -19,7 +19,7 @@ CAUSE = 400  # characters of a cause and of a detail, which end up in a log
 def rows_of(read: Any, body: bytes, count: int) -> list | None:
     """What `_Service._request` makes of a body; None where the whole request failed, with a printable cause."""
     try:
-        rows = read(api._json((body, "application/json")), count)
+        rows = read(api._json((body, "application/json"), api._show), count, api._show)
     except api._Failed as failure:
         assert failure.wait is None and len(failure.cause) < CAUSE and len(failure.detail) < CAUSE
         assert failure.cause.isprintable() and failure.detail.isprintable()
