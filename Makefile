@@ -24,7 +24,7 @@ demo: $(CORE)
 	$(PY) -m experiments.sentiment --preset demo $(ARGS)
 
 test: $(DEV)
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check

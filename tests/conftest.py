@@ -40,3 +40,20 @@ def _bounded_memory() -> Iterator[None]:
     if psutil.Process().memory_info().rss > 4 * 2**30:
         jax.clear_caches()
         gc.collect()
+
+
+# Those that wait for processes of their own for minutes begin first, so that no worker is left alone with them.
+LONGEST = (
+    "test_kill",
+    "test_preemption",
+    "test_launch",
+    "test_distributed",
+    "test_cli",
+    "test_sharding",
+    "test_pipeline",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of LONGEST come first (`make test` hands files to workers in this order)."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
