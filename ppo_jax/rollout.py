@@ -129,7 +129,7 @@ def generate(
 
     cache = init_cache(config, batch, prompt_length + length)
     positions = positions_from_mask(prompts.mask)
-    hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache)
+    hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
     loop = _nothing_drawn(prompts, config, sampling, cache)
     loop = draw(loop, hidden[:, -1])
     loop = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), advance, loop)

@@ -64,7 +64,7 @@ def apply(
 @overload
 def apply(
     params: PyTree, adapter: PyTree, config: ModelConfig, tokens: Array | None, positions: Array, *,
-    cache: Cache, layers: tuple[int, int] | None = None, hidden: Array | None = None,
+    cache: Cache, fresh: bool = False, layers: tuple[int, int] | None = None, hidden: Array | None = None,
 ) -> tuple[Array, Cache]: ...  # fmt: skip
 def apply(
     params: PyTree,
@@ -74,6 +74,7 @@ def apply(
     positions: Int[Array, "B S"],
     *,
     cache: Cache | None = None,
+    fresh: bool = False,
     layers: tuple[int, int] | None = None,
     hidden: Float[Array, "B S D"] | None = None,
 ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], Cache]:
@@ -87,6 +88,8 @@ def apply(
         Causality follows positions, so left and right padding give equal results.
       cache: earlier keys and values; the new ones are written at slots [length, length + S). Its length grows
         when the last layer has run, so the ranges of one pass share their slots.
+      fresh: the cache is empty, so the tokens attend among themselves only: [S, S] scores instead of [S, C], and none
+        at all with an attention kernel.
       layers: (start, stop): run this range only. With start > 0 the input is `hidden`, the output of
         [0, start); with stop < L the output is the raw residual stream, without the final norm.
       hidden: the residual stream that enters layer `start`.
@@ -111,7 +114,7 @@ def apply(
     first = first_layer(stacked, config)
     split = min(max(first, start), stop)
     trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
-    step = _layer_step(params["layers"], config, positions, cos_sin, cache)
+    step = _layer_step(params["layers"], config, positions, cos_sin, cache, fresh)
     policies = jax.checkpoint_policies
     kept = {"none": _not_slices, "dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
     step = jax.checkpoint(step, policy=kept[config.remat], prevent_cse=False)  # within a scan nothing is shared anyway
@@ -144,7 +147,7 @@ def _not_slices(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _layer_step(
-    base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None
+    base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None, fresh: bool
 ) -> Step:
     """The scan body over layers: carry (residual stream, stored keys and values)."""
 
@@ -166,9 +169,10 @@ def _layer_step(
                 jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at),
                 jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at),
             )
-            k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
-            k_positions = cache.positions
-        attended = attend(q, k, v, positions, k_positions, config.attention, aligned=cache is None)
+            if not fresh:
+                k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
+                k_positions = cache.positions
+        attended = attend(q, k, v, positions, k_positions, config.attention, aligned=cache is None or fresh)
         x = constrain(x + linear("o", constrain(attended, "heads").reshape(*h.shape[:2], -1)), "residual")
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
         h = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), "mlp")

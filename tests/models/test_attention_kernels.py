@@ -1,5 +1,6 @@
 """The kernels against the XLA reference, at every real token: padding anywhere, grouped heads, gradients, a mesh."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,6 +9,12 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.attention import attend, flash, implementation_for, splash
+from ppo_jax.models.config import Attention
+from ppo_jax.models.transformer import init_params
+from ppo_jax.rollout import Sampling, generate
+from ppo_jax.train.state import zero_value_head
+from ppo_jax.types import Policy, Prompts
+from tests.models.tiny import CONFIG
 
 B, S, N, K, H = 4, 150, 4, 2, 64
 # Rows as PPO makes them: left-padded, left- and right-padded, whole, and nothing but padding.
@@ -71,6 +78,21 @@ def test_for_a_tpu_the_kernel_is_compiled_in_and_no_square_of_scores_is() -> Non
     kernel, xla = lowered(aligned=True), lowered(aligned=False)
     assert "tpu_custom_call" in kernel and not re.search(rf"{S}x{S}xf32", kernel)
     assert "tpu_custom_call" not in xla and re.search(rf"{S}x{S}xf32", xla)  # decoding keeps XLA
+
+
+@pytest.mark.parametrize(("attention", "kernels"), [("splash", 1), ("xla", 0)])
+def test_for_a_tpu_the_kernel_reads_the_prompt_and_decoding_is_xla(attention: Attention, kernels: int) -> None:
+    config = dataclasses.replace(CONFIG, head_dim=H, attention=attention, max_positions=512)
+    prompts = Prompts(jnp.ones((2, 130), jnp.int32), jnp.ones((2, 130), bool), jnp.arange(2))
+
+    def rollout(key: jax.Array) -> jax.Array:
+        policy = Policy({}, zero_value_head(config))
+        return generate(init_params(key, config), policy, config, prompts, key, Sampling(16)).tokens
+
+    text = jax.jit(rollout).trace(jax.random.key(0)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.custom_call @tpu_custom_call") == kernels
+    assert bool(re.search(r"x130x130xf32", text)) == (kernels == 0)
+    assert not re.search(r"x130x146xf32", text)  # the prompt never attends to the slots of the response
 
 
 def test_one_query_is_left_to_xla_whatever_was_asked_for() -> None:

@@ -14,7 +14,7 @@ from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, random_params
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-run = jax.jit(apply, static_argnames=("config", "layers"), compiler_options=QUICK)
+run = jax.jit(apply, static_argnames=("config", "layers", "fresh"), compiler_options=QUICK)
 PARAMS = random_params(CONFIG)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 67, (3, 11)))
 # Left-padded prompts of 5 slots; the third row ends early.
@@ -110,6 +110,23 @@ def test_an_ended_row_writes_padding_that_nobody_reads(full: np.ndarray) -> None
     found, _ = run(PARAMS, ADAPTER, CONFIG, TOKENS[:, 8:9], POSITIONS[:, 8:9], cache=cache)
     np.testing.assert_allclose(found[:2, 0], full[:2, 8], atol=3e-5)
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("split", [None, 1, 2])
+def test_the_first_tokens_may_attend_among_themselves(split: int | None, full: np.ndarray) -> None:
+    garbage = init_cache(CONFIG, 3, 11)._replace(keys=jnp.full((3, 3, 11, 2, 8), 1e4))  # an empty cache is never read
+    first = {"cache": garbage, "fresh": True}
+    tokens, positions = TOKENS[:, :5], POSITIONS[:, :5]
+    if split is None:
+        hidden, cache = run(PARAMS, ADAPTER, CONFIG, tokens, positions, **first)
+    else:
+        hidden, cache = run(PARAMS, ADAPTER, CONFIG, tokens, positions, **first, layers=(0, split))
+        rest = first | {"cache": cache, "hidden": hidden, "layers": (split, 3)}
+        hidden, cache = run(PARAMS, ADAPTER, CONFIG, None, positions, **rest)
+    np.testing.assert_allclose(np.asarray(hidden)[MASK[:, :5]], full[:, :5][MASK[:, :5]], atol=1e-5)
+    later, cache = run(PARAMS, ADAPTER, CONFIG, TOKENS[:, 5:], POSITIONS[:, 5:], cache=cache)
+    assert cache.length == 11
+    np.testing.assert_allclose(np.asarray(later)[MASK[:, 5:]], full[:, 5:][MASK[:, 5:]], atol=1e-5)
 
 
 def test_a_donated_cache_is_updated_in_place() -> None:
