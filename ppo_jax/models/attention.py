@@ -74,7 +74,8 @@ def attend(
     Args:
       implementation: `auto` takes the device's kernel where it applies; a kernel that is asked for by name and cannot
         serve these shapes raises ValueError. Passes that are not `aligned` (decoding with a cache) are always `xla`.
-      aligned: query slot i is key slot i (a whole row, or the prefill of an empty cache), and positions grow along the slots of each row, padding (-1) left out.
+      aligned: query slot i is key slot i (whole rows, or the prefill of an empty cache), and positions grow along the
+        slots of each row, padding (-1) left out.
     """
     chosen = implementation_for(q, k, implementation) if aligned and q.shape[1] > 1 else "xla"
     if chosen == "splash":
