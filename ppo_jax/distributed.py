@@ -85,7 +85,7 @@ def several(environment: dict[str, str]) -> bool:
     # The step's list of nodes is what srun adds; a batch script that calls the program itself has the rest too.
     if all(f"SLURM_{name}" in environment for name in ("JOB_ID", "PROCID", "STEP_NODELIST")):
         return int(environment.get("SLURM_NTASKS", "1")) > 1
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
     return len([host for host in hosts.split(",") if host]) > 1 or "MEGASCALE_NUM_SLICES" in environment
 
 
@@ -107,7 +107,7 @@ def start(config: DistributedConfig = DistributedConfig()) -> None:
         jax.distributed.initialize(
             **explicit, initialization_timeout=config.timeout, heartbeat_timeout_seconds=config.heartbeat
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # OSError: a metadata server that does not answer
         where = config.coordinator or "the address that the platform names"
         raise ConnectionError(
             f"the processes did not come together at {where}: {error}. Give --distributed.coordinator, .processes and "
