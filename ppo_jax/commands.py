@@ -4,15 +4,16 @@ Everything that a user may have got wrong is looked at before the run directory 
 `--overwrite` deletes nothing.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ppo_jax import config, distributed, report, rundir
+from ppo_jax import config, distributed, report, rundir, sharding
 from ppo_jax.data import (
     TooLong,
     encode_sft,
@@ -25,23 +26,51 @@ from ppo_jax.models.adapters import init_adapter
 from ppo_jax.processes import created, is_first
 from ppo_jax.reward_choice import choose_reward
 from ppo_jax.runs import Model, Setup, environment, load_model, run_ppo
-from ppo_jax.settings import PPOSettings, SFTSettings
+from ppo_jax.settings import PPOSettings, RunSettings, SFTSettings
 from ppo_jax.stages import MODEL, export_model, run_sft
+from ppo_jax.train.offline import OfflineConfig
 from ppo_jax.train.state import key_stream
 
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
+    """Joins the other processes, if there are any; inside the block everything runs on the mesh of the settings.
+
+    Args:
+      rows: how many the devices work on at once.
+      what: says so in the message, with the options that decide it.
+
+    Raises ValueError when the rows do not spread evenly over the devices that cut the batch.
+    """
+    sharding.check_rows(rows, settings.mesh, what)
+    distributed.start(settings.distributed)
+    with distributed.use_mesh(settings.mesh):
+        yield
+
+
+def micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
+    """The arguments of `on_mesh` for a configuration under `--option`."""
+    what = f"a micro-batch (--{option}.batch-size {config.batch_size} / --{option}.accumulate {config.accumulate})"
+    return config.micro_batch, what
+
+
 def sft(settings: SFTSettings) -> None:
     """`ppo-jax sft`."""
+    with on_mesh(settings, *micro_batch("sft", settings.sft)):
+        _sft(settings)
+
+
+def _sft(settings: SFTSettings) -> None:
     model = load_model(settings.model, settings.compute)
     records = set_apart(read_sft(settings.data), settings.held_out, settings.seed)
     train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
-    directory = open_directory(settings)
-    with progress("ppo-jax sft") as screen:
+    directory = distributed.run_directory(settings.run_dir, lambda: open_directory(settings))
+    with progress("ppo-jax sft", is_first()) as screen:
         say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(

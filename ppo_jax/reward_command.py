@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_jax import commands, reward_models
+from ppo_jax import commands, distributed, reward_models
 from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
 from ppo_jax.data.preferences import (
     EncodedChoices,
@@ -18,6 +18,7 @@ from ppo_jax.data.preferences import (
 )
 from ppo_jax.display import progress
 from ppo_jax.generate import check_room
+from ppo_jax.processes import is_first
 from ppo_jax.reward_stage import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
 from ppo_jax.runs import Model, load_model
 from ppo_jax.settings import RewardSettings
@@ -49,6 +50,12 @@ def reward(settings: RewardSettings) -> None:
     given = {name: getattr(settings, name) for name in ("pairs", "ratings", "choices")}
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
+    size = settings.reward.batch_size
+    with commands.on_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
+        _reward(settings)
+
+
+def _reward(settings: RewardSettings) -> None:
     model = load_model(settings.model, settings.compute)
     settings.reward.trunk(model.config)  # raises before the directory is touched
     train, held_out, where = _data(settings, model)
@@ -59,8 +66,8 @@ def reward(settings: RewardSettings) -> None:
         check_batch(settings.reward, train)
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
-    directory = commands.open_directory(settings)
-    with progress("ppo-jax reward") as screen:
+    directory = distributed.run_directory(settings.run_dir, lambda: commands.open_directory(settings))
+    with progress("ppo-jax reward", is_first()) as screen:
         commands.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ppo_jax import reward_models, rundir
+from ppo_jax import processes, reward_models, rundir
 from ppo_jax.data import EncodedPairs, PairBatch, pair_batches
 from ppo_jax.data.preferences import EncodedChoices, EncodedRatings
 from ppo_jax.display import Screen
@@ -79,7 +78,9 @@ def run_reward(
     trunk, given, size = reward.trunk(model.config), compared(train, seed, TRAINING), reward.batch_size
     batches, steps = training_batches(train, reward, seed, model.pad_id)
     write = phase_writer(directory, screen, "reward", steps)
-    role = init_role(key_stream(seed, "reward"), model.config, reward, model.params)
+    model = model._replace(params=processes.laid_out(model.params))
+    key = key_stream(seed, "reward")
+    role = processes.created(lambda k, base: init_role(k, model.config, reward, base), key, model.params)
 
     def features(rows: Sequence[Sequence[int]]) -> Float[np.ndarray, "N D"]:
         return text_features(model.params, role, trunk, bucket_texts(rows, _lengths(rows), model.pad_id), size)
@@ -98,7 +99,7 @@ def run_reward(
     if reward.head_steps:
         i, j, margin, loss = given[1:]
         head = fit_head(found, i, j, reward.head_l2, reward.head_steps, margin, loss=loss)
-        role = role._replace(head=head)
+        role = role._replace(head=processes.laid_out(head))
         values, table = measure(0)
     if steps:
         role = train_role(role, model.params, trunk, reward, batches, steps, write, given.loss)
@@ -210,7 +211,7 @@ def comparisons(batch: PairBatch) -> Comparisons:
     margin[first, pairs + first] = batch.margin
     tokens = np.concatenate([batch.chosen, batch.rejected])
     mask = np.concatenate([batch.chosen_mask, batch.rejected_mask])
-    return Comparisons(*map(jnp.asarray, (tokens, mask, better, margin)))
+    return Comparisons(tokens, mask, better, margin)  # type: ignore[arg-type]  # numpy until it is fed
 
 
 def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
@@ -227,7 +228,7 @@ def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> 
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         better[start + best, start : start + len(group)] = True
         better[start + best, start + best] = False
-    return Comparisons(*map(jnp.asarray, (tokens, mask, better, np.zeros(better.shape, np.float32))))
+    return Comparisons(tokens, mask, better, np.zeros(better.shape, np.float32))  # type: ignore[arg-type]
 
 
 def evaluate(

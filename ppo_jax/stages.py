@@ -9,24 +9,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from ppo_jax import artifacts, rundir
-from ppo_jax.data import EncodedSFT, sft_batches
+from ppo_jax import artifacts, processes, rundir
+from ppo_jax.data import EncodedSFT, SFTBatch, sft_batches
 from ppo_jax.display import Screen
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.runs import Model, run_writer
-from ppo_jax.train.sft import Demonstrations, SFTConfig, evaluate, in_order, make_sft_loss, train_sft
+from ppo_jax.train.offline import in_order
+from ppo_jax.train.sft import Demonstrations, SFTConfig, evaluate, make_sft_loss, train_sft
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import PyTree
 
 MODEL, POLICY, REWARD = "model", "policy", "reward"  # folders in a run's export/
+PhaseWriter = Callable[[int, Mapping[str, float]], None]
 
 
-class SFTResult(NamedTuple):
-    model: Model  # the fine-tuned one, merged; saved at export/model
-    before: dict[str, float]  # loss and perplexity on the held-out demonstrations
+class StageResult(NamedTuple):
+    """A policy that was trained on fixed data."""
+
+    model: Model  # the trained one, merged; saved at export/model
+    before: dict[str, float]  # what the stage measures on the held-out data
     after: dict[str, float]
 
 
@@ -39,30 +45,78 @@ def run_sft(
     sft: SFTConfig,
     seed: int,
     screen: Screen,
-) -> SFTResult:
+) -> StageResult:
     """Fine-tunes on demonstrations in an opened run directory; leaves export/policy and, merged, export/model.
 
-    Raises ValueError when there are fewer demonstrations than a batch has rows.
+    It measures loss and perplexity (`train.sft.evaluate`). Raises ValueError when there are fewer demonstrations than a
+    batch has rows.
     """
     batches = sft_batches(train.rows, train.starts, sft.batch_size, seed, model.pad_id)
-    steps = sft.num_steps(len(train.rows))
-    write = phase_writer(directory, screen, "sft", steps)
-    tuned = init_adapter(key_stream(seed, "adapter"), model.params, model.config, adapter)
-    loss = make_sft_loss(model.config, sft.logprob_chunk)
-    held_batch = min(sft.batch_size // sft.accumulate, len(held_out.rows))
-    all_held = sft_batches(held_out.rows, held_out.starts, len(held_out.rows), 0, model.pad_id)[0]
+    steps, size = sft.num_steps(len(train.rows)), filling(min(sft.micro_batch, len(held_out.rows)))
+    unseen = _demonstrations(sft_batches(held_out.rows, held_out.starts, len(held_out.rows), 0, model.pad_id)[0])
+    loss, base = make_sft_loss(model.config, sft.logprob_chunk), processes.laid_out(model.params)
+    return run_offline(
+        directory,
+        model._replace(params=base),
+        adapter,
+        Phase("sft", steps, ("loss", "perplexity")),
+        lambda tuned: evaluate(loss, tuned, base, in_order(unseen, size)),
+        lambda tuned, write: train_sft(
+            tuned, base, model.config, sft, lambda step: _demonstrations(batches[step]), steps, write
+        ),
+        seed,
+        screen,
+    )
 
-    def measure(step: int, tuned: PyTree) -> dict[str, float]:
-        values = evaluate(loss, tuned, model.params, in_order(_demonstrations(all_held), held_batch))
-        write(step, {f"heldout_{name}": values[name] for name in ("loss", "perplexity")})
+
+class Phase(NamedTuple):
+    """What a stage is called in the log, how long it is, and what of its measurements is written there."""
+
+    name: str
+    steps: int
+    shown: tuple[str, ...]
+
+
+def run_offline(
+    directory: Path,
+    model: Model,
+    adapter: AdapterConfig,
+    phase: Phase,
+    measure: Callable[[PyTree], dict[str, float]],
+    train: Callable[[PyTree, PhaseWriter], PyTree],
+    seed: int,
+    screen: Screen,
+) -> StageResult:
+    """A fresh adapter, measured, trained, measured again, and saved: export/policy and, merged, export/model.
+
+    On a mesh the adapter is born on its shards, every process takes part, and the first one writes.
+
+    Args:
+      measure: adapter -> what it is worth.
+      train: (adapter, which it may donate; write) -> the trained adapter.
+    """
+    write = phase_writer(directory, screen, phase.name, phase.steps)
+
+    def measured(step: int, tuned: PyTree) -> dict[str, float]:
+        values = measure(tuned)
+        write(step, {f"heldout_{name}": values[name] for name in phase.shown})
         return values
 
-    before = measure(0, tuned)
-    tuned = train_sft(tuned, model.params, model.config, sft, lambda step: _demonstrations(batches[step]), steps, write)
-    after = measure(steps, tuned)
+    key = key_stream(seed, "adapter")
+    tuned = processes.created(lambda k, base: init_adapter(k, base, model.config, adapter), key, model.params)
+    before = measured(0, tuned)
+    tuned = train(tuned, write)
+    after = measured(phase.steps, tuned)
     export = directory / rundir.EXPORT
-    save_role(export / POLICY, "policy", tuned, {}, model, meta={"steps": steps, "heldout": after})
-    return SFTResult(export_model(export / MODEL, model, tuned), before, after)
+    save_role(export / POLICY, "policy", tuned, {}, model, meta={"steps": phase.steps, "heldout": after})
+    return StageResult(export_model(export / MODEL, model, tuned), before, after)
+
+
+def filling(rows: int) -> int:
+    """`rows`, rounded up on a mesh to a multiple of the devices that cut the batch."""
+    mesh = processes.current_mesh()
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // parts) * parts
 
 
 def save_role(
@@ -74,12 +128,11 @@ def save_role(
     meta: dict,
     layers: int | None = None,
 ) -> None:
-    """An artifact of this model, replacing the one that an interrupted run may have left."""
+    """An artifact of this model, replacing the one that an interrupted run may have left. All processes call it."""
     artifacts.save(
         path,
         kind,
-        adapter,
-        head,
+        *processes.fetch((adapter, head)),
         meta,
         config=model.config,
         base=model.name,
@@ -90,13 +143,19 @@ def save_role(
 
 
 def export_model(path: Path, model: Model, adapter: PyTree) -> Model:
-    """Writes base and adapter, merged, as a Hugging Face directory with tokenizer; returns that model."""
-    params = merge(model.params, adapter, model.config)
+    """Writes base and adapter, merged, as a Hugging Face directory with tokenizer; returns that model.
+
+    All processes call it; the fingerprint is that of the files of the first.
+    """
+    params = processes.created(lambda base, tuned: merge(base, tuned, model.config), model.params, adapter)
     hf.save(path, model.config, params, model.tokenizer, overwrite=True)
-    return model._replace(name=str(path), params=params, fingerprint=artifacts.fingerprint(path))
+    found = artifacts.fingerprint(path) if processes.is_first() else "0" * 64
+    if jax.process_count() > 1:
+        found = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(bytes.fromhex(found), np.uint8))).hex()
+    return model._replace(name=str(path), params=params, fingerprint=found)
 
 
-def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> Callable[[int, Mapping[str, float]], None]:
+def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> PhaseWriter:
     """write(step, values) of one phase, to the run's files and onto the screen."""
     files = run_writer(directory, screen)
 
@@ -107,5 +166,5 @@ def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> Cal
     return write
 
 
-def _demonstrations(batch: object) -> Demonstrations:
-    return Demonstrations(*(jnp.asarray(getattr(batch, name)) for name in Demonstrations._fields))
+def _demonstrations(batch: SFTBatch) -> Demonstrations:
+    return Demonstrations(batch.tokens, batch.mask, batch.loss_mask)  # type: ignore[arg-type]  # numpy until it is fed

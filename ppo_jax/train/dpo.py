@@ -19,54 +19,38 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import shared_layers, unembedding
+from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.ops.losses import dpo_loss
-from ppo_jax.rollout import role_hidden, shared_prefix
-from ppo_jax.train.loop import means
-from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
+from ppo_jax.rollout import shared_prefix
+from ppo_jax.train.offline import (
+    OfflineConfig,
+    batch_gradient,
+    check_positive,
+    descended,
+    learn,
+    target_logprobs,
+    totals,
+)
 from ppo_jax.types import Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(OfflineConfig):
     """How direct preference optimisation is done, and for how long."""
 
+    learning_rate: float = 5e-5
+    """Adam, falling linearly to 0."""
     beta: float = 0.1
     """Strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = 0.0
     """Probability that a label is the wrong way round (conservative DPO, Mitchell 2023); below 0.5."""
-    epochs: float = 1.0
-    """Passes over the pairs, unless `steps` says otherwise."""
-    steps: int = 0
-    """Optimizer steps; 0: as many as `epochs` needs."""
-    batch_size: int = 16
-    """Pairs per optimizer step."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
-    learning_rate: float = 5e-5
-    """Adam, falling linearly to 0."""
-    max_grad_norm: float = 1.0
-    """Global-norm clip."""
-    logprob_chunk: int = 256
-    """Positions whose logits are held at once; 0: all of a micro-batch."""
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 0, "batch_size": 1, "accumulate": 1, "logprob_chunk": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("beta", "epochs", "learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        super().__post_init__()
+        check_positive(self, "beta")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
-
-    def num_steps(self, pairs: int) -> int:
-        """Optimizer steps of a run over `pairs` pairs."""
-        return self.steps or math.ceil(self.epochs * pairs / self.batch_size)
 
 
 class Preferences(NamedTuple):
@@ -105,11 +89,10 @@ def response_logprobs(
       prefix: the residual stream of the 2B texts below layer `depth` (`rollout.shared_prefix`), or None.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    hidden = role_hidden(base, adapter, config, flat.tokens, flat.mask, prefix, depth)
-    table = unembedding(base, adapter)
-    logprobs = hidden_logprobs(hidden[:, :-1], table, flat.tokens[:, 1:], chunk=logprob_chunk)
-    mask = flat.loss_mask[:, 1:]  # nothing stands before the first token
-    return jnp.sum(jnp.where(mask, logprobs, 0.0), axis=1).reshape(-1, 2)
+    logprobs = target_logprobs(
+        adapter, base, config, flat.tokens, flat.mask, flat.loss_mask, logprob_chunk, prefix, depth
+    )
+    return jnp.sum(logprobs, axis=1).reshape(-1, 2)
 
 
 def counted(batch: Preferences) -> Bool[Array, " B"]:
@@ -161,15 +144,12 @@ def dpo_gradient(
     adapter: PyTree, base: PyTree, batch: Preferences, config: ModelConfig, dpo: DPOConfig, scalars: DPOScalars
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the batch's loss, summed over `dpo.accumulate` micro-batches."""
-    rows = batch.tokens.shape[0]
-    if rows % dpo.accumulate:
-        raise ValueError(f"a batch of {rows} pairs does not divide into accumulate={dpo.accumulate}")
     count = jnp.sum(counted(batch), dtype=jnp.float32)
 
-    def gradient(adapter: PyTree, piece: Preferences) -> tuple[PyTree, Metrics]:
-        return jax.grad(preference_loss, has_aux=True)(adapter, base, piece, count, config, scalars, dpo.logprob_chunk)
+    def loss(adapter: PyTree, piece: Preferences) -> tuple[Float[Array, ""], Metrics]:
+        return preference_loss(adapter, base, piece, count, config, scalars, dpo.logprob_chunk)
 
-    return accumulate(gradient, adapter, batch, dpo.accumulate)
+    return batch_gradient(loss, adapter, batch, dpo.accumulate)
 
 
 def make_dpo_step(config: ModelConfig, dpo: DPOConfig, optimizer: optax.GradientTransformation) -> DPOStep:
@@ -182,11 +162,8 @@ def make_dpo_step(config: ModelConfig, dpo: DPOConfig, optimizer: optax.Gradient
     def step(
         adapter: PyTree, opt_state: optax.OptState, base: PyTree, batch: Preferences, scalars: DPOScalars
     ) -> tuple[PyTree, optax.OptState, Metrics]:
-        grads, metrics = dpo_gradient(adapter, base, batch, config, dpo, scalars)
-        adapter, opt_state, norm = descend(
-            adapter, grads, opt_state, optimizer, scalars.learning_rate, scalars.max_grad_norm
-        )
-        return adapter, opt_state, metrics | norm
+        gradient = dpo_gradient(adapter, base, batch, config, dpo, scalars)
+        return descended(adapter, gradient, opt_state, optimizer, scalars.learning_rate, scalars.max_grad_norm)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -205,17 +182,13 @@ def train_dpo(
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
-    optimizer = make_optimizer()
-    step, opt_state = make_dpo_step(config, dpo, optimizer), optimizer.init(adapter)
-    for number in range(steps):
-        rate = dpo.learning_rate * (1 - number / steps)
-        scalars = DPOScalars(rate, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
-        adapter, opt_state, metrics = step(adapter, opt_state, base, batch(number), scalars)
-        values = means(metrics)
-        write(number + 1, values | {"learning_rate": rate})
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
-    return adapter
+    fixed = DPOScalars(0.0, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
+
+    def make_step(optimizer: optax.GradientTransformation) -> Any:
+        step = make_dpo_step(config, dpo, optimizer)
+        return lambda adapter, state, pairs, rate: step(adapter, state, base, pairs, fixed._replace(learning_rate=rate))
+
+    return learn(adapter, make_step, batch, steps, dpo.learning_rate, write)
 
 
 def make_measure(config: ModelConfig, dpo: DPOConfig) -> DPOMeasure:
@@ -231,10 +204,6 @@ def make_measure(config: ModelConfig, dpo: DPOConfig) -> DPOMeasure:
 
 def evaluate(measure: DPOMeasure, adapter: PyTree, base: PyTree, batches: Iterable[Preferences]) -> dict[str, float]:
     """Means of the metrics over all pairs of the batches, and `pairs`, their number."""
-    totals: dict[str, tuple[float, float]] = {}
-    for batch in batches:
-        for name, (total, count) in jax.device_get(measure(adapter, base, batch)).items():
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + float(total), before[1] + float(count))
-    values = {name: total / count if count else math.nan for name, (total, count) in totals.items()}
-    return values | {"pairs": max((count for _, count in totals.values()), default=0.0)}
+    found = totals(lambda batch: measure(adapter, base, batch), batches)
+    values = {name: total / count if count else math.nan for name, (total, count) in found.items()}
+    return values | {"pairs": max((count for _, count in found.values()), default=0.0)}

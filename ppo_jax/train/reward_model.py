@@ -9,10 +9,9 @@ random head distorts good features (Kumar et al. 2022, "Fine-Tuning can Distort 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.ops.losses import bradley_terry_loss
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
-from ppo_jax.train.loop import means
-from ppo_jax.train.optimizer import descend, make_optimizer
+from ppo_jax.sharding import constrain_rows
+from ppo_jax.train.offline import check_least, check_positive, descended, learn
 from ppo_jax.train.reward_texts import Comparisons, own_trunk
 from ppo_jax.types import Metrics, PyTree
 
@@ -67,12 +66,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
             raise ValueError(f"kind={self.kind!r}; allowed: lora, full")
-        for name in ("depth", "lora_layers", "epochs", "head_steps", "head_l2", "centring"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("rank", "alpha", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0 or (name != "max_grad_norm" and getattr(self, name) == math.inf):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        check_least(self, depth=0, lora_layers=0, epochs=0, head_steps=0, head_l2=0, centring=0)
+        check_positive(self, "rank", "alpha", "learning_rate")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive")
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: a comparison needs at least 2 texts")
         if not self.head_steps and not self.trains:
@@ -174,11 +171,10 @@ def make_reward_step(
     def step(
         role: RewardRole, opt_state: optax.OptState, base: PyTree, batch: Comparisons, learning_rate: float | Array
     ) -> tuple[RewardRole, optax.OptState, Metrics]:
-        grads, metrics = jax.grad(objective, has_aux=True)(role, base, trunk, batch)
+        grads, metrics = jax.grad(objective, has_aux=True)(role, base, trunk, constrain_rows(batch))
         fixed = {name: jnp.zeros_like(grads.head[name]) for name in ("gain", "bias")}
         grads = grads._replace(head=grads.head | fixed)
-        role, opt_state, norm = descend(role, grads, opt_state, optimizer, learning_rate, max_grad_norm)
-        return role, opt_state, metrics | norm
+        return descended(role, (grads, metrics), opt_state, optimizer, learning_rate, max_grad_norm)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -197,24 +193,18 @@ def train_role(
 
     Args:
       role: its buffers are donated.
-      batches: step -> batch.
+      batches: step -> batch on the host, the same in every process.
       write: called after every step with the number of steps done and the means of the metrics.
 
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
-    optimizer = make_optimizer()
-    step = make_reward_step(trunk, optimizer, reward.max_grad_norm, loss, reward.centring)
-    opt_state = optimizer.init(role)
-    for number in range(steps):
-        rate = reward.learning_rate * (1 - number / steps)
-        role, opt_state, measured = step(role, opt_state, base, batches(number), rate)
-        values = means(measured)
-        write(number + 1, values)
-        # A batch in which nothing is ordered has no loss, and changes nothing.
-        if not math.isfinite(values["loss"]) and float(measured["loss"][1]):
-            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
-    return role
+
+    def make_step(optimizer: optax.GradientTransformation) -> Any:
+        step = make_reward_step(trunk, optimizer, reward.max_grad_norm, loss, reward.centring)
+        return lambda role, state, batch, rate: step(role, state, base, batch, rate)
+
+    return learn(role, make_step, batches, steps, reward.learning_rate, write)
 
 
 def fit_head(

@@ -11,13 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, score
+from ppo_jax.processes import feed, fetch
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.rollout import role_hidden, shared_prefix
 from ppo_jax.types import PyTree
 
 
 class Comparisons(NamedTuple):
-    """Texts, right-padded, and which of them is preferred to which."""
+    """Texts, right-padded, and which of them is preferred to which; numpy arrays until the step that needs them."""
 
     tokens: Int[Array, "N S"]
     mask: Bool[Array, "N S"]
@@ -70,8 +71,8 @@ def keep_prefix(
         if layers == 0:
             yield bucket
             continue
-        parts = [_prefix(base, b.tokens, b.mask, trunk, layers) for b in _slices(bucket, batch_size)]
-        prefix = np.concatenate([np.asarray(part) for part in parts])[: len(bucket.index)]
+        parts = [_prefix(base, *feed((b.tokens, b.mask)), trunk, layers) for b in _slices(bucket, batch_size)]
+        prefix = np.concatenate(fetch(parts))[: len(bucket.index)]
         yield bucket._replace(prefix=prefix)
 
 
@@ -91,9 +92,9 @@ def text_features(
     """What the head reads of every text, in the order of the original list; from kept prefixes if there are any."""
     features = np.zeros((sum(len(b.index) for b in buckets), trunk.hidden_size), np.float32)
     for bucket in buckets:
-        pieces = _slices(bucket, batch_size)
-        parts = [_features(base, role.adapter, b.tokens, b.mask, b.prefix, trunk, prefix_layers) for b in pieces]
-        features[bucket.index] = np.concatenate([np.asarray(part) for part in parts])[: len(bucket.index)]
+        pieces = (feed((b.tokens, b.mask, b.prefix)) for b in _slices(bucket, batch_size))
+        parts = [_features(base, role.adapter, *piece, trunk, prefix_layers) for piece in pieces]
+        features[bucket.index] = np.concatenate(fetch(parts))[: len(bucket.index)]
     return features
 
 
@@ -113,7 +114,7 @@ def _features(
 
 def head_scores(head: PyTree, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
     """The head's scores of features from `text_features`."""
-    return np.asarray(score(head, jnp.asarray(features)))
+    return np.asarray(score(fetch(head), jnp.asarray(features)))
 
 
 def _slices(bucket: Bucket, size: int) -> Iterator[Bucket]:
@@ -145,8 +146,8 @@ def _compare(piece: Bucket, ratings: Float[np.ndarray, " N"]) -> Comparisons:
     real = np.zeros(len(ratings), bool)
     real[first] = True  # a row that only fills up the batch is not compared
     better &= real[:, None] & real[None, :]
-    batch = Comparisons(piece.tokens, piece.mask, better, np.zeros(better.shape, np.float32), piece.prefix)  # type: ignore[arg-type]
-    return jax.tree.map(jnp.asarray, batch)
+    margin = np.zeros(better.shape, np.float32)
+    return Comparisons(piece.tokens, piece.mask, better, margin, piece.prefix)  # type: ignore[arg-type]
 
 
 def rated_pairs(

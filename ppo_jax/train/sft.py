@@ -9,7 +9,7 @@ trained: LoRA, the last layers, or everything.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,47 +18,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.ops.logprobs import hidden_logprobs
-from ppo_jax.rollout import role_hidden
-from ppo_jax.train.loop import means
-from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
+from ppo_jax.train.offline import OfflineConfig, batch_gradient, descended, learn, target_logprobs, totals
 from ppo_jax.types import Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(OfflineConfig):
     """How supervised fine-tuning is done, and for how long."""
-
-    epochs: float = 1.0
-    """Passes over the demonstrations, unless `steps` says otherwise."""
-    steps: int = 0
-    """Optimizer steps; 0: as many as `epochs` needs."""
-    batch_size: int = 16
-    """Demonstrations per optimizer step."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
-    learning_rate: float = 1e-4
-    """Adam, falling linearly to 0."""
-    max_grad_norm: float = 1.0
-    """Global-norm clip."""
-    logprob_chunk: int = 256
-    """Positions whose logits are held at once; 0: all of a micro-batch."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"steps": 0, "batch_size": 1, "accumulate": 1, "logprob_chunk": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("epochs", "learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
-
-    def num_steps(self, rows: int) -> int:
-        """Optimizer steps of a run over `rows` demonstrations."""
-        return self.steps or math.ceil(self.epochs * rows / self.batch_size)
 
 
 class Demonstrations(NamedTuple):
@@ -88,12 +55,8 @@ def sft_loss(
 
     Metric "loss" is the mean over tokens in nats, whatever the micro-batches.
     """
-    hidden = role_hidden(base, adapter, config, batch.tokens, batch.mask)
-    table = unembedding(base, adapter)
-    logprobs = hidden_logprobs(hidden[:, :-1], table, batch.tokens[:, 1:], chunk=logprob_chunk)
-    mask = batch.loss_mask[:, 1:]  # nothing stands before the first token
-    total = -jnp.sum(jnp.where(mask, logprobs, 0.0))
-    tokens = jnp.sum(mask, dtype=jnp.float32)
+    logprobs = target_logprobs(adapter, base, config, batch.tokens, batch.mask, batch.loss_mask, logprob_chunk)
+    total, tokens = -jnp.sum(logprobs), loss_tokens(batch)
     return total / jnp.maximum(count, 1), {"loss": (jax.lax.stop_gradient(total), tokens)}
 
 
@@ -106,15 +69,12 @@ def sft_gradient(
     adapter: PyTree, base: PyTree, batch: Demonstrations, config: ModelConfig, sft: SFTConfig
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the batch's loss, summed over `sft.accumulate` micro-batches."""
-    rows = batch.tokens.shape[0]
-    if rows % sft.accumulate:
-        raise ValueError(f"a batch of {rows} rows does not divide into accumulate={sft.accumulate}")
     count = loss_tokens(batch)
 
-    def gradient(adapter: PyTree, piece: Demonstrations) -> tuple[PyTree, Metrics]:
-        return jax.grad(sft_loss, has_aux=True)(adapter, base, piece, count, config, sft.logprob_chunk)
+    def loss(adapter: PyTree, piece: Demonstrations) -> tuple[Float[Array, ""], Metrics]:
+        return sft_loss(adapter, base, piece, count, config, sft.logprob_chunk)
 
-    return accumulate(gradient, adapter, batch, sft.accumulate)
+    return batch_gradient(loss, adapter, batch, sft.accumulate)
 
 
 def make_sft_step(config: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation) -> SFTStep:
@@ -132,9 +92,8 @@ def make_sft_step(config: ModelConfig, sft: SFTConfig, optimizer: optax.Gradient
         learning_rate: Float[Array, ""],
         max_grad_norm: Float[Array, ""],
     ) -> tuple[PyTree, optax.OptState, Metrics]:
-        grads, metrics = sft_gradient(adapter, base, batch, config, sft)
-        adapter, opt_state, norm = descend(adapter, grads, opt_state, optimizer, learning_rate, max_grad_norm)
-        return adapter, opt_state, metrics | norm
+        gradient = sft_gradient(adapter, base, batch, config, sft)
+        return descended(adapter, gradient, opt_state, optimizer, learning_rate, max_grad_norm)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -151,22 +110,18 @@ def train_sft(
     """Trains `adapter` (whose buffers are donated) for `steps` and returns it.
 
     Args:
-      batch: step -> rows; a pure function of the step.
+      batch: step -> rows on the host; a pure function of the step, and the same in every process.
       write: called after every step with the number of steps done and the metrics.
 
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
-    optimizer = make_optimizer()
-    step, opt_state = make_sft_step(config, sft, optimizer), optimizer.init(adapter)
-    for number in range(steps):
-        rate = sft.learning_rate * (1 - number / steps)
-        adapter, opt_state, metrics = step(adapter, opt_state, base, batch(number), rate, sft.max_grad_norm)
-        values = means(metrics)
-        write(number + 1, values | {"learning_rate": rate})
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
-    return adapter
+
+    def make_step(optimizer: optax.GradientTransformation) -> Any:
+        step = make_sft_step(config, sft, optimizer)
+        return lambda adapter, state, rows, rate: step(adapter, state, base, rows, rate, sft.max_grad_norm)
+
+    return learn(adapter, make_step, batch, steps, sft.learning_rate, write)
 
 
 def make_sft_loss(config: ModelConfig, logprob_chunk: int = 256) -> SFTLoss:
@@ -180,18 +135,6 @@ def make_sft_loss(config: ModelConfig, logprob_chunk: int = 256) -> SFTLoss:
 
 def evaluate(loss: SFTLoss, adapter: PyTree, base: PyTree, batches: Iterable[Demonstrations]) -> dict[str, float]:
     """Mean loss per response token over all batches in nats, perplexity = exp(loss), and how many tokens there were."""
-    total = tokens = 0.0
-    for batch in batches:
-        batch_total, batch_tokens = jax.device_get(loss(adapter, base, batch)["loss"])
-        total, tokens = total + float(batch_total), tokens + float(batch_tokens)
+    total, tokens = totals(lambda batch: loss(adapter, base, batch), batches).get("loss", (0.0, 0.0))
     mean = total / tokens if tokens else math.nan
     return {"loss": mean, "perplexity": float(np.exp(mean)), "tokens": tokens}
-
-
-def in_order(rows: Demonstrations, batch_size: int) -> Iterator[Demonstrations]:
-    """All rows once, in batches of one size: the last one is filled up with rows whose loss mask is empty."""
-    count = len(rows.tokens)
-    for start in range(0, count, batch_size):
-        index = np.arange(start, start + batch_size)
-        piece = Demonstrations(*(np.asarray(x)[np.minimum(index, count - 1)] for x in rows))  # type: ignore[arg-type]
-        yield piece._replace(loss_mask=piece.loss_mask & (index < count)[:, None])

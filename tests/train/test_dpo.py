@@ -306,6 +306,6 @@ def test_bad_settings_are_named(fields: dict, message: str) -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="a batch of 7 pairs does not divide into accumulate=2"):
+    with pytest.raises(ValueError, match="a batch of 7 rows does not divide into accumulate=2"):
         dpo_gradient(noisy_lora(), BASE, batch(rows=7), CONFIG, DPOConfig(accumulate=2), SCALARS)
     assert DPOConfig(batch_size=16).num_steps(33) == 3 and DPOConfig(steps=7).num_steps(33) == 7

@@ -14,12 +14,12 @@ import torch
 
 from ppo_jax.models.adapters import init_full, init_lora, init_top_k, unembedding
 from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.train.offline import in_order
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.sft import (
     Demonstrations,
     SFTConfig,
     evaluate,
-    in_order,
     loss_tokens,
     make_sft_loss,
     make_sft_step,

@@ -1,0 +1,204 @@
+"""What training on fixed data has in common: fine-tuning (`sft`), preferences (`dpo`) and reward models.
+
+All of it runs on one device or on the mesh of `jax.set_mesh` (`ppo_jax.sharding`): batches are the host's until the
+step that needs them, each process hands over its own rows, and every state keeps the layout that it was born with.
+Losses are sums divided by the count of the whole batch, so neither micro-batches nor devices change them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.ops.logprobs import hidden_logprobs
+from ppo_jax.processes import created, feed
+from ppo_jax.rollout import role_hidden
+from ppo_jax.sharding import constrain, constrain_params
+from ppo_jax.train.loop import means
+from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
+from ppo_jax.types import Metrics, PyTree
+
+Params = TypeVar("Params")
+
+
+class Masked(Protocol):
+    """A batch (a NamedTuple of arrays) whose loss is that of the tokens under `loss_mask`."""
+
+    @property
+    def tokens(self) -> Array: ...
+    @property
+    def loss_mask(self) -> Array: ...
+
+
+Batch = TypeVar("Batch")
+MaskedBatch = TypeVar("MaskedBatch", bound=Masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineConfig:
+    """How a policy is trained on fixed data, and for how long."""
+
+    epochs: float = 1.0
+    """Passes over the data, unless `steps` says otherwise."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as `epochs` needs."""
+    batch_size: int = 16
+    """Demonstrations, or pairs, per optimizer step."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
+    learning_rate: float = 1e-4
+    """Adam, falling linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Global-norm clip."""
+    logprob_chunk: int = 256
+    """Positions whose logits are held at once; 0: all of a micro-batch."""
+
+    def __post_init__(self) -> None:
+        check_least(self, steps=0, batch_size=1, accumulate=1, logprob_chunk=0)
+        check_positive(self, "epochs", "learning_rate", "max_grad_norm")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+
+    def num_steps(self, rows: int) -> int:
+        """Optimizer steps of a run over `rows` demonstrations or pairs; a pass that has begun is finished."""
+        return self.steps or math.ceil(self.epochs * rows / self.batch_size)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that are on the devices at once."""
+        return self.batch_size // self.accumulate
+
+
+def check_least(config: Any, **least: float) -> None:
+    """Raises ValueError, which names the field, unless these fields are finite and at least so large."""
+    for name, lowest in least.items():
+        if not lowest <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {lowest}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError, which names the field, unless these fields are finite and above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be a positive number")
+
+
+# -- losses and gradients --------------------------------------------------------------------------------------------
+
+
+def target_logprobs(
+    adapter: PyTree,
+    base: PyTree,
+    config: ModelConfig,
+    tokens: Int[Array, "N S"],
+    mask: Bool[Array, "N S"],
+    loss_mask: Bool[Array, "N S"],
+    logprob_chunk: int,
+    prefix: Float[Array, "N S D"] | None = None,
+    depth: int = 0,
+) -> Float[Array, "N S-1"]:
+    """log pi(token | what stands before it) in nats of slots 1 .. S-1, and 0 outside `loss_mask`.
+
+    Args:
+      prefix: the residual stream below layer `depth` (`rollout.shared_prefix`), or None.
+    """
+    hidden = role_hidden(base, adapter, config, tokens, mask, prefix, depth)
+    table = constrain(unembedding(base, adapter), "table")  # gathered once, not once a chunk
+    logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk)
+    return jnp.where(loss_mask[:, 1:], logprobs, 0.0)  # nothing stands before the first token
+
+
+def batch_gradient(
+    loss: Callable[[Params, MaskedBatch], tuple[Float[Array, ""], Metrics]],
+    params: Params,
+    batch: MaskedBatch,
+    pieces: int,
+) -> tuple[Params, Metrics]:
+    """Gradient of `loss(params, rows) -> (value, metrics)`, summed over `pieces` micro-batches of the batch's rows.
+
+    Raises ValueError when the rows do not divide.
+    """
+    rows = batch.tokens.shape[0]
+    if rows % pieces:
+        raise ValueError(f"a batch of {rows} rows does not divide into accumulate={pieces}")
+    return accumulate(jax.grad(loss, has_aux=True), params, batch, pieces)
+
+
+def descended(
+    params: Params,
+    gradient: tuple[Params, Metrics],
+    opt_state: optax.OptState,
+    optimizer: optax.GradientTransformation,
+    learning_rate: float | Float[Array, ""],
+    max_grad_norm: float | Float[Array, ""],
+) -> tuple[Params, optax.OptState, Metrics]:
+    """One optimizer step (`optimizer.descend`) by (gradient, metrics); what it returns lies as what it was given."""
+    grads, metrics = gradient
+    params, opt_state, norm = descend(
+        params, constrain_params(grads), opt_state, optimizer, learning_rate, max_grad_norm
+    )
+    return constrain_params(params), constrain_params(opt_state), metrics | norm
+
+
+# -- the host's side -------------------------------------------------------------------------------------------------
+
+
+def learn(
+    params: Params,
+    make_step: Callable[[optax.GradientTransformation], Callable[..., tuple[Params, optax.OptState, Metrics]]],
+    batches: Callable[[int], Batch],
+    steps: int,
+    learning_rate: float,
+    write: Callable[[int, Mapping[str, float]], Any],
+) -> Params:
+    """Trains `params` (whose buffers are donated) by Adam for `steps` and returns them.
+
+    Args:
+      make_step: of an optimizer; its step(params, opt_state, batch, learning_rate) -> (params, opt_state, metrics).
+      batches: step -> rows on the host; a pure function of the step, and the same in every process.
+      learning_rate: of the first step; falls linearly to 0.
+      write: called after every step with the number of steps done and the means of the metrics, `learning_rate` added.
+
+    Raises:
+      FloatingPointError: the loss or the gradient is no longer finite.
+    """
+    optimizer = make_optimizer()
+    step, opt_state = make_step(optimizer), created(optimizer.init, params)
+    for number in range(steps):
+        rate = learning_rate * (1 - number / steps)
+        params, opt_state, metrics = step(params, opt_state, feed(batches(number)), rate)
+        values = means(metrics)
+        write(number + 1, values | {"learning_rate": rate})
+        # A batch that holds nothing to learn from has no loss, and changes nothing.
+        lost = float(metrics["loss"][1]) and not math.isfinite(values["loss"])
+        if lost or not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
+    return params
+
+
+def totals(measure: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, tuple[float, float]]:
+    """{name: (total, count)} of the metrics over all batches, which are the host's."""
+    found: dict[str, tuple[float, float]] = {}
+    for batch in batches:
+        for name, (total, count) in jax.device_get(measure(feed(batch))).items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + float(total), before[1] + float(count))
+    return found
+
+
+def in_order(rows: MaskedBatch, batch_size: int) -> Iterator[MaskedBatch]:
+    """All rows once, in batches of one size: the last one is filled up with rows whose loss mask is empty."""
+    count = len(rows.tokens)
+    for start in range(0, count, batch_size):
+        index = np.arange(start, start + batch_size)
+        piece = jax.tree.map(lambda x: np.asarray(x)[np.minimum(index, count - 1)], rows)  # noqa: B023 (called here)
+        real = (index < count).reshape(-1, *[1] * (piece.loss_mask.ndim - 1))
+        yield piece._replace(loss_mask=piece.loss_mask & real)
