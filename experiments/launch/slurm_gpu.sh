@@ -2,7 +2,8 @@
 # PPO on GPUs under Slurm, one task per GPU:   sbatch experiments/launch/slurm_gpu.sh [OPTIONS OF ppo-jax ppo]
 #
 # Needed on every node: this repository installed with a CUDA build of jax (pip install 'jax[cuda13]' or the one of your
-# driver), on a disk that all nodes see, as are run directory, model and prompts. Not measured: no GPU was at hand.
+# driver), on a disk that all nodes see, as are run directory, model and prompts. Run under Slurm 22.05 with two tasks on
+# one machine's CPUs (stopped by --signal, saved, queued again, resumed); not on GPUs: none was at hand.
 #SBATCH --job-name=ppo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
