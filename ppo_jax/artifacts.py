@@ -16,18 +16,20 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from ppo_jax import processes, sharding
 from ppo_jax.assets import sha256_of
 from ppo_jax.metrics import strict
-from ppo_jax.models import hf, weights
+from ppo_jax.models import hf, tensor_file, weights
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead, ValueHead
@@ -75,6 +77,9 @@ def save(
 ) -> Path:
     """Writes an artifact directory, whole or not at all: it is made beside `path` and renamed.
 
+    Of several processes, all of which have to call it, the first one writes. The arrays may be spread over them; the
+    host holds one piece of one of them at a time (`processes.pieces`).
+
     Args:
       adapter: any adapter of float32 and bfloat16 arrays, kept bitwise.
       head: of a ValueHead or a RewardHead; {} for a policy without values.
@@ -88,48 +93,60 @@ def save(
     Raises:
       ValueError: the trees do not fit `config`, or hold another dtype.
       FileExistsError: `path` is there already.
+      OSError: it cannot be written, also in the processes that do not write.
     """
     path, layers = Path(path), config.num_layers if layers is None else layers
     if wrong := problems(kind, adapter, head, config, layers):
         raise ValueError(f"{path} is not written: {'; '.join(wrong)}")
+    entries = [tensor_file.entry(name, leaf) for name, leaf in flatten(adapter, head).items()]
+    for entry in entries:
+        if str(entry.dtype) not in DTYPES.values():
+            raise ValueError(f"{path} is not written: {entry.name} is {entry.dtype}; supported: float32, bfloat16")
+    entries = tensor_file.in_order(entries)
+    description = {
+        "format": FORMAT,
+        "kind": kind,
+        "base": {"name": os.fspath(base), "sha256": base_fingerprint},
+        "model": model_facts(config),
+        "layers": layers,
+        "lora_scales": {name: float(lora.scale) for name, lora in adapter.get("lora", {}).items()},
+        "meta": strict(meta or {}),
+    }
+
+    write = functools.partial(_write, path, entries, description, overwrite)
+    processes.first_writes(write, tensor_file.pieces(entries))
+    return path
+
+
+def _write(
+    path: Path,
+    entries: Sequence[tensor_file.Entry],
+    description: dict[str, Any],
+    overwrite: bool,
+    pieces: tensor_file.Pieces,
+) -> None:
+    """Makes the directory beside `path` and renames it."""
     if path.exists() and not (overwrite and (path / DESCRIPTION).is_file()):
         advice = " or pass overwrite=True" if (path / DESCRIPTION).is_file() else ""
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(adapter, head).items()}
-    for name, array in arrays.items():
-        if str(array.dtype) not in DTYPES.values():
-            raise ValueError(f"{path} is not written: {name} is {array.dtype}; supported: float32, bfloat16")
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.parent / f".{path.name}.{word}-{uuid.uuid4().hex[:8]}" for word in ("partial", "old"))
     partial.mkdir()
     try:
-        save_file(arrays, partial / ARRAYS)
-        description = {
-            "format": FORMAT,
-            "kind": kind,
-            "base": {"name": os.fspath(base), "sha256": base_fingerprint},
-            "model": model_facts(config),
-            "layers": layers,
-            "lora_scales": {name: float(lora.scale) for name, lora in adapter.get("lora", {}).items()},
-            "arrays_sha256": sha256_of(partial / ARRAYS),
-            "meta": strict(meta or {}),
-        }
+        tensor_file.write(partial / ARRAYS, entries, pieces)
+        description = description | {"arrays_sha256": sha256_of(partial / ARRAYS)}
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        # The library makes files that only their owner can read; another run may be somebody else's.
-        shutil.copymode(partial / DESCRIPTION, partial / ARRAYS)
         if path.exists():
             os.replace(path, old)
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    return path
 
 
 def load(path: str | Path, kind: Kind | None = None) -> Artifact:
-    """Reads an artifact.
+    """Reads an artifact, one array at a time; onto the mesh of `jax.set_mesh`, where there is one, shard by shard.
 
     Args:
       kind: what it has to be; None: any.
@@ -303,17 +320,25 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 
 def _read_arrays(file: Path) -> dict[str, jax.Array]:
+    mesh = processes.current_mesh()
     try:
         with safe_open(file, framework="numpy") as handle:
-            arrays = {}
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                dtype = handle.get_slice(name).get_dtype()
-                if dtype not in DTYPES:
-                    raise ValueError(f"{name} is {dtype}; supported: {', '.join(DTYPES)}")
-                arrays[name] = jnp.asarray(handle.get_tensor(name))
-            return arrays
+            return {name: _read_array(handle, name, mesh) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, MemoryError) as error:
         raise ValueError(f"not a readable safetensors file ({error})") from error
+
+
+def _read_array(handle: Any, name: str, mesh: Mesh | None) -> jax.Array:
+    """On a mesh a process reads the slices that its devices need, and the host holds one of them at a time."""
+    found = handle.get_slice(name)
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is {dtype}; supported: {', '.join(DTYPES)}")
+    if mesh is None:
+        return jnp.asarray(handle.get_tensor(name))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype]))
+    to = NamedSharding(mesh, sharding.leaf_spec(tuple(map(jax.tree_util.DictKey, name.split("/"))), leaf, mesh))
+    return sharding.build(shape, to, lambda part: found[part] if part else handle.get_tensor(name))
 
 
 def _unflatten(arrays: dict[str, jax.Array], scales: dict[str, float]) -> tuple[PyTree, PyTree]:

@@ -27,7 +27,7 @@ from ppo_jax.processes import created, is_first
 from ppo_jax.reward_choice import choose_reward
 from ppo_jax.runs import Model, Setup, environment, load_model, run_ppo
 from ppo_jax.settings import PPOSettings, RunSettings, SFTSettings
-from ppo_jax.stages import MODEL, export_model, run_sft
+from ppo_jax.stages import MODEL, run_sft, write_model
 from ppo_jax.train.offline import OfflineConfig
 from ppo_jax.train.state import key_stream
 
@@ -123,7 +123,8 @@ def _ppo(settings: PPOSettings) -> None:
         for notice in chosen.notices:
             screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
-        exported = export_model(directory / rundir.EXPORT / MODEL, model, result.policy.adapter)
+        exported = directory / rundir.EXPORT / MODEL
+        write_model(exported, model, result.policy.adapter)
         facts = environment()
         summary: report.Summary = {
             "title": f"PPO on {settings.prompts.name}",
@@ -139,7 +140,7 @@ def _ppo(settings: PPOSettings) -> None:
         if "accuracy" in chosen.meta:
             summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
-        screen.message(f"the model is at {exported.name}; report: {page}")
+        screen.message(f"the model is at {exported}; report: {page}")
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:

@@ -16,13 +16,10 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
 import tyro
 
 from ppo_jax import card, trained
 from ppo_jax.models import families, hf, peft
-from ppo_jax.models.adapters import merge
 from ppo_jax.models.families import Dtype
 from ppo_jax.runs import load_model
 
@@ -83,9 +80,7 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
             (partial / "generation_config.json").write_text(text + "\n", encoding="utf-8")
         else:
             config = dataclasses.replace(model.config, dtype=settings.dtype)
-            params = merge(model.params, found.adapter, model.config)
-            params = jax.tree.map(lambda x: x.astype(jnp.dtype(settings.dtype)), params)
-            hf.save(partial, config, params, model.tokenizer)
+            hf.save(partial, config, model.params, model.tokenizer, adapter=found.adapter, dtype=settings.dtype)
         facts = card.Facts(
             title=target.name,
             format=settings.format,

@@ -5,19 +5,22 @@ needs beyond that, and with one process they do nothing. All of them but `is_fir
 every process has to call them, in the same order.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.sharding import create, place, row_shardings, shardings
 from ppo_jax.types import Scores
 
 Tree = TypeVar("Tree")
+PIECE = 2**28  # bytes of an array that are brought to the host at a time
+_WORDS = 4096  # bytes of a text that processes tell each other
 
 
 def is_first() -> bool:
@@ -80,6 +83,71 @@ def fetch(tree: Tree) -> Tree:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(whole, tree)
+
+
+def pieces(array: Any, most: int = PIECE) -> Iterator[np.ndarray | None]:
+    """A whole array (global, or numpy), cut along its first axis, piece after piece; nothing of it is kept.
+
+    Process 0 is given the pieces, the others None for each. A piece has at most `most` bytes, or is one row: one layer
+    of a stacked array. So neither a host nor a device holds more than the piece beside what it held.
+    """
+    if array.size == 0:
+        return
+    rows = array.shape[0] if array.ndim else 1
+    size = min(rows, max(1, most * rows // array.nbytes))
+    for start in range(0, rows, size):
+        yield _piece(array, start, min(size, rows - start))  # not bound to a name, which would keep it for too long
+
+
+def _piece(array: Any, start: int, size: int) -> np.ndarray | None:
+    if not isinstance(array, jax.Array) or array.ndim == 0:
+        part = array[start : start + size] if array.ndim else array
+        return np.asarray(part) if is_first() else None
+    # A new array always: what numpy is given of a jax array stays with that as long as it lives.
+    to = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+    part = jax.block_until_ready(_cutter(size, to)(array, start))
+    return np.asarray(part) if is_first() else None
+
+
+@functools.lru_cache(maxsize=128)
+def _cutter(size: int, to: NamedSharding | None) -> Callable[[jax.Array, int], jax.Array]:
+    """Rows [start, start + size), which all devices of `to` are given; None: as they lie."""
+    return jax.jit(lambda array, start: jax.lax.dynamic_slice_in_dim(array, start, size), out_shardings=to)
+
+
+def first_writes(
+    write: Callable[[Iterator[np.ndarray | None]], str | None], source: Iterable[np.ndarray | None] = ()
+) -> str | None:
+    """`write(source)` in process 0 alone; every process is given its result, at most 4 kB of text ("" is None).
+
+    To fetch what is written is collective, so the others go through `source` too; and so does process 0 to the end
+    where writing fails, so that nobody waits for it.
+
+    Raises:
+      Exception: in process 0, what `write` raised.
+      OSError: in the others, its message.
+    """
+    rest = iter(source)
+    if jax.process_count() == 1:
+        return write(rest)
+    said: str | None = None
+    failure: Exception | None = None
+    if is_first():
+        try:
+            said = write(rest)
+        except Exception as error:  # whatever it is, the others have to hear of it
+            failure = error
+    for _ in rest:
+        pass
+    words = np.zeros(_WORDS, np.uint8)
+    told = (f"-{type(failure).__name__}: {failure}" if failure else f"+{said or ''}").encode()[:_WORDS]
+    words[: len(told)] = np.frombuffer(told, np.uint8)
+    heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(words))).rstrip(b"\0").decode(errors="replace")
+    if failure is not None:
+        raise failure
+    if heard.startswith("-"):
+        raise OSError(f"process 0 could not write: {heard[1:]}")
+    return heard[1:] or None
 
 
 def gather_rows(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], slice]:

@@ -328,7 +328,8 @@ def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]
     artifacts.save(
         path,
         "policy",
-        *processes.fetch((policy.adapter, policy.value_head)),
+        policy.adapter,
+        policy.value_head,
         facts,
         config=model.config,
         base=model.name,

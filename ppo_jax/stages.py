@@ -9,10 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from ppo_jax import artifacts, processes, rundir
 from ppo_jax.data import EncodedSFT, SFTBatch, sft_batches
 from ppo_jax.display import Screen
@@ -132,7 +128,8 @@ def save_role(
     artifacts.save(
         path,
         kind,
-        *processes.fetch((adapter, head)),
+        adapter,
+        head,
         meta,
         config=model.config,
         base=model.name,
@@ -142,17 +139,21 @@ def save_role(
     )
 
 
+def write_model(path: Path, model: Model, adapter: PyTree) -> None:
+    """Writes base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
+    hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)
+
+
 def export_model(path: Path, model: Model, adapter: PyTree) -> Model:
     """Writes base and adapter, merged, as a Hugging Face directory with tokenizer; returns that model.
 
     All processes call it; the fingerprint is that of the files of the first.
     """
     params = processes.created(lambda base, tuned: merge(base, tuned, model.config), model.params, adapter)
-    hf.save(path, model.config, params, model.tokenizer, overwrite=True)
-    found = artifacts.fingerprint(path) if processes.is_first() else "0" * 64
-    if jax.process_count() > 1:
-        found = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(bytes.fromhex(found), np.uint8))).hex()
-    return model._replace(name=str(path), params=params, fingerprint=found)
+    merged = model._replace(name=str(path), params=params)
+    write_model(path, merged, {})
+    found = processes.first_writes(lambda _: artifacts.fingerprint(path))
+    return merged._replace(fingerprint=found or "")
 
 
 def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> PhaseWriter:

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ppo_jax import artifacts
+from ppo_jax import artifacts, sharding
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import LINEARS, Lora, init_full, init_lora, init_top_k
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.transformer import apply
+from ppo_jax.sharding import MeshConfig, make_mesh
 from ppo_jax.types import PyTree
+from tests.models.test_tensor_file import small_disk
 from tests.models.tiny import CONFIG, LLAMA3, equal, random_params
 
 PARAMS = random_params(CONFIG)
@@ -164,17 +166,37 @@ def test_nothing_is_replaced_unasked_and_only_artifacts_ever(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "thesis"]  # and nothing half-written
 
 
-def test_an_interrupted_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
     path = save(tmp_path / "a", meta={"n": 1})
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(artifacts, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        save(path, meta={"n": 2}, overwrite=True)
+    with small_disk(2000), pytest.raises(OSError, match="too large"):
+        save(path, adapter=ADAPTERS["full"], meta={"n": 2}, overwrite=True)
     assert artifacts.load(path).meta == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_on_a_mesh_the_same_arrays_lie_on_their_shards(name: str, tmp_path: Path) -> None:
+    """Written from one device and from the mesh: the same file; read shard by shard, where the table wants them."""
+    adapter, mesh = ADAPTERS[name], make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = sharding.shardings(adapter, mesh)
+    one, other = save(tmp_path / "a", adapter=adapter), save(tmp_path / "b", adapter=sharding.place(adapter, layout))
+    assert (one / artifacts.ARRAYS).read_bytes() == (other / artifacts.ARRAYS).read_bytes()
+    assert (one / artifacts.DESCRIPTION).read_bytes() == (other / artifacts.DESCRIPTION).read_bytes()
+    with jax.set_mesh(mesh):
+        again = artifacts.load(one)
+    assert same_leaves(again.adapter, adapter) and same_leaves(again.head, VALUE)
+    assert jax.tree.map(lambda x: x.sharding, again.adapter) == layout
+
+
+def test_on_a_mesh_the_host_reads_a_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, put = [], jax.device_put
+    monkeypatch.setattr(
+        sharding.jax, "device_put", lambda x, *more, **how: sizes.append(x.size) or put(x, *more, **how)
+    )
+    path = save(tmp_path / "a", adapter=ADAPTERS["full"], head={})
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=8))):
+        artifacts.load(path)
+    assert max(sizes) == 3 * 32 * 48 // 8 and len(sizes) > 8 * 9  # of the stacked MLP matrices
 
 
 def test_everybody_who_reads_the_description_reads_the_arrays(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ An adapter always touches the *last* n layers, n being the length of its stacked
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.struct
@@ -142,16 +143,36 @@ def shared_layers(adapter: PyTree, config: ModelConfig) -> int:
 
 def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
     """Parameters of a plain model that computes what `apply(params, adapter, ...)` does."""
-    layers = dict(params["layers"])
-    for name, new in adapter.get("layers", {}).items():
-        layers[name] = layers[name].at[-new.shape[0] :].set(new.astype(layers[name].dtype))
-    for name, lora in adapter.get("lora", {}).items():
-        update = lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)
-        base = layers[name][-update.shape[0] :]
-        layers[name] = layers[name].at[-update.shape[0] :].set((base + update).astype(base.dtype))
+    layers, touched = dict(params["layers"]), {**adapter.get("layers", {}), **adapter.get("lora", {})}
+    for name in touched:
+        count = jax.tree.leaves(touched[name])[0].shape[0]
+        layers[name] = layers[name].at[-count:].set(_merged(layers[name][-count:], adapter, name))
     dtype = params["embedding"].dtype
     whole = {name: _as(array, dtype) for name, array in adapter.items() if name not in ("lora", "layers")}
     return {**params, **whole, "layers": layers}
+
+
+def merge_one(params: PyTree, adapter: PyTree, key: str, layer: int = 0) -> Array:
+    """One array of `merge`, or one layer of it ("embedding", "layers.q"); nothing else is computed."""
+    group, _, name = key.rpartition(".")
+    if not group:
+        return _as(adapter[name], params["embedding"].dtype) if name in adapter else params[name]
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1)  # for every layer the same program
+    base = params["layers"][name]
+    changes = {kind: {name: adapter[kind][name]} for kind in ("layers", "lora") if name in adapter.get(kind, {})}
+    untouched = base.shape[0] - max((x.shape[0] for x in jax.tree.leaves(changes)), default=0)
+    if layer < untouched:
+        changes = {}
+    return _merged(take(base, layer), jax.tree.map(lambda x: take(x, layer - untouched), changes), name)[0]
+
+
+def _merged(base: Array, adapter: PyTree, name: str) -> Array:
+    """The stack `base` of the linear map `name` with what the adapter says of the same layers."""
+    new = adapter.get("layers", {}).get(name)
+    base = base if new is None else _as(new, base.dtype)
+    if lora := adapter.get("lora", {}).get(name):
+        base = (base + lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)).astype(base.dtype)
+    return base
 
 
 def unembedding(params: PyTree, adapter: PyTree) -> Float[Array, "V D"]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ppo_jax.models import families, gguf, weights
+from ppo_jax.models import families, gguf, tensor_file, weights
+from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import Dtype
-from ppo_jax.processes import fetch
+from ppo_jax.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTIAL = ".partial"  # folder in a model's directory while that is written
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_JSON = 10**8  # bytes; the index of the largest models has some 10**7
 # What a model needs from the hub: configs, weights, tokenizer files; no code, no pickles, no second copies.
@@ -93,18 +96,24 @@ def save(
     params: PyTree,
     tokenizer: Any = None,
     *,
+    adapter: PyTree = None,
+    dtype: Dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
     """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    config.json is written last: a directory that has one is complete.
+    Everything is written into `path`/.partial first and moved from there, config.json last: a directory that has one
+    is complete, and one that cannot be replaced stays as it was. Of several processes, all of which have to call it,
+    the first one writes. Adapters are merged, and arrays fetched, one tensor of one layer at a time.
 
     Args:
       path: made if absent.
       config: of the model.
-      params: the parameters, an adapter already merged in; stored in the dtype they have.
+      params: the parameters.
       tokenizer: a transformers tokenizer, saved beside the model.
+      adapter: merged into the parameters as `models.adapters.merge` does; None: there is none.
+      dtype: in which the merged parameters are stored; None: that which they have.
       max_shard_bytes: a model larger than this is split into files of at most this size (a larger tensor has one
         of its own).
       overwrite: replace a model that is already there.
@@ -112,25 +121,42 @@ def save(
     Raises:
       ValueError: the parameters do not fit the configuration, or the tokenizer has more ids than the model.
       FileExistsError: the directory holds a model, and `overwrite` is off.
+      OSError: it cannot be written, also in the processes that do not write.
     """
-    where = Path(path)
+    where, adapter = Path(path), adapter or {}
     raw = families.config_to_hf(config)
-    weights.check_params(config, params)
+    merged = jax.eval_shape(lambda params, adapter: merge(params, adapter, config), params, adapter)
+    weights.check_params(config, merged)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer)
-    where.mkdir(parents=True, exist_ok=True)
-    old = [where / "config.json", where / INDEX, *where.glob("model*.safetensors")]
-    if any(file.exists() for file in old) and not overwrite:
-        raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
-    for file in old:
-        file.unlink(missing_ok=True)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
-    if tokenizer is not None:
-        save_tokenizer(where, tokenizer)
-        generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
-    _write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-    _write_weights(where, config, params, max_shard_bytes)
-    _write_json(where / "config.json", raw)
+    stored = jax.tree.map(lambda leaf: jnp.dtype(dtype or leaf.dtype), merged)
+    files = _plan(config, params, adapter, stored, max_shard_bytes)
+
+    def write(source: tensor_file.Pieces) -> None:
+        where.mkdir(parents=True, exist_ok=True)
+        if any(file.exists() for file in _model_files(where)) and not overwrite:
+            raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
+        partial = where / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _write_texts(partial, config, raw, tokenizer)
+            _write_weights(partial, files, source)
+            for file in _model_files(where):
+                file.unlink(missing_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                if file.is_dir():  # a tokenizer may have a folder of chat templates
+                    shutil.rmtree(where / file.name, ignore_errors=True)
+                os.replace(file, where / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    first_writes(write, tensor_file.pieces(entry for entries in files.values() for entry in entries))
+
+
+def _model_files(where: Path) -> list[Path]:
+    """What makes a directory a model, config.json first."""
+    return [where / "config.json", where / INDEX, *where.glob("model*.safetensors")]
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -275,33 +301,47 @@ def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: 
             )
 
 
-def _write_weights(where: Path, config: ModelConfig, params: PyTree, max_bytes: int) -> None:
-    """Writes one shard at a time; the host holds one shard."""
-    plan: list[list[tuple[str, weights.Tensor, int]]] = [[]]
-    total = used = 0
-    for entry in weights.tensors(config):
-        size = int(np.prod(entry.shape)) * weights.leaf(params, entry.key).dtype.itemsize
-        for layer in range(config.num_layers if entry.stacked else 1):
-            if plan[-1] and used + size > max_bytes:
+def _plan(
+    config: ModelConfig, params: PyTree, adapter: PyTree, dtypes: PyTree, max_bytes: int
+) -> dict[str, list[tensor_file.Entry]]:
+    """{name of a file: what is in it}, each with at most `max_bytes`."""
+
+    def read(ours: weights.Tensor, layer: int) -> tensor_file.Pieces:
+        array = merge_one(params, adapter, ours.key, layer).astype(weights.leaf(dtypes, ours.key))
+        return pieces(array.T if ours.transpose else array)
+
+    plan: list[list[tensor_file.Entry]] = [[]]
+    used = 0
+
+    for ours in weights.tensors(config):
+        for layer in range(config.num_layers if ours.stacked else 1):
+            name, dtype = ours.name.format(layer), weights.leaf(dtypes, ours.key)
+            entry = tensor_file.Entry(name, dtype, ours.hf_shape, functools.partial(read, ours, layer))
+            if plan[-1] and used + entry.nbytes > max_bytes:
                 plan.append([])
                 used = 0
-            plan[-1].append((entry.name.format(layer), entry, layer))
-            used, total = used + size, total + size
-    weight_map = {}
-    for i, shard in enumerate(plan):
-        file = SINGLE if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
-        arrays = {}
-        for name, entry, layer in shard:
-            value = weights.leaf(params, entry.key)
-            value = fetch(value[layer] if entry.stacked else value)
-            arrays[name] = np.ascontiguousarray(value.T if entry.transpose else value)
-            weight_map[name] = file
-        # Under another name first, so that an interrupted write leaves nothing that looks like a model.
-        save_file(arrays, where / f"{file}.partial", metadata={"format": "pt"})
-        # The library makes files that only their owner can read; a server may run as somebody else.
-        shutil.copymode(where / "generation_config.json", where / f"{file}.partial")
-        os.replace(where / f"{file}.partial", where / file)
-    if len(plan) > 1:
+            plan[-1].append(entry)
+            used += entry.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    return dict(zip(names if len(plan) > 1 else [SINGLE], map(tensor_file.in_order, plan), strict=True))
+
+
+def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
+    if tokenizer is not None:
+        save_tokenizer(where, tokenizer)
+        generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
+    _write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    _write_json(where / "config.json", raw)
+
+
+def _write_weights(where: Path, files: dict[str, list[tensor_file.Entry]], source: tensor_file.Pieces) -> None:
+    for file, entries in files.items():
+        tensor_file.write(where / file, entries, source, {"format": "pt"})
+    if len(files) > 1:
+        total = sum(entry.nbytes for entries in files.values() for entry in entries)
+        weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
         _write_json(where / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

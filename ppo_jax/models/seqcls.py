@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ppo_jax import processes
 from ppo_jax.models import families, hf, weights
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.types import PyTree
@@ -122,6 +123,8 @@ def save(
 ) -> Path:
     """Writes a directory that `transformers.AutoModelForSequenceClassification` loads, whole or not at all.
 
+    Of several processes, all of which have to call it, the first one writes.
+
     Args:
       config, params: of the trunk, adapter merged in; an unembedding is left out.
       head: parameters of a RewardHead; its gain goes into score.weight, its bias to `ppo_jax_bias` of config.json.
@@ -135,9 +138,7 @@ def save(
       ValueError: parameters and configuration do not fit, or the tokenizer has neither pad nor EOS token.
     """
     path = Path(path)
-    if path.exists() and not (overwrite and is_sequence_classifier(path)):
-        advice = " or pass overwrite=True" if is_sequence_classifier(path) else ""
-        raise FileExistsError(f"{path} already exists; choose another directory{advice}")
+    processes.first_writes(lambda _: _check_target(path, overwrite))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token")
@@ -145,32 +146,44 @@ def save(
         tokenizer.pad_token = tokenizer.eos_token
     config = dataclasses.replace(config, tie_embeddings=True)
     params = {name: value for name, value in params.items() if name != "unembedding"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.parent / f".{path.name}.{word}-{uuid.uuid4().hex[:8]}" for word in ("partial", "old"))
+    kernel = np.asarray(head["reward"]["kernel"] * head["gain"], np.float32)
+    fields = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "num_labels": 1,
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+        "problem_type": "regression",
+        "pad_token_id": tokenizer.pad_token_id,
+        BIAS: float(head["bias"]),
+        META: dict(meta or {}),
+    }
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         hf.save(partial, config, params, tokenizer)
-        (partial / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
-        _add_score(partial, np.asarray(head["reward"]["kernel"] * head["gain"], np.float32))
-        raw = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        raw |= {
-            "architectures": [ARCHITECTURES[config.family]],
-            "num_labels": 1,
-            "id2label": {"0": "score"},
-            "label2id": {"score": 0},
-            "problem_type": "regression",
-            "pad_token_id": tokenizer.pad_token_id,
-            BIAS: float(head["bias"]),
-            META: dict(meta or {}),
-        }
-        text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
+        processes.first_writes(lambda _: _finish(partial, path, kernel, fields))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.exists() and not (overwrite and is_sequence_classifier(path)):
+        advice = " or pass overwrite=True" if is_sequence_classifier(path) else ""
+        raise FileExistsError(f"{path} already exists; choose another directory{advice}")
+
+
+def _finish(partial: Path, path: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
+    """Makes a classifier of a saved language model, and puts it in its place."""
+    (partial / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    _add_score(partial, kernel)
+    raw = json.loads((partial / "config.json").read_text(encoding="utf-8")) | fields
+    text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
+    (partial / "config.json").write_text(text, encoding="utf-8")
+    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_kind(raw: Mapping[str, Any]) -> None:
