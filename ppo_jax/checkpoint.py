@@ -5,8 +5,8 @@ with the caller's facts and a manifest {path: shape, dtype or key implementation
 structure is the target's on restore, so no class is looked up by a name that a file holds. Typed PRNG keys are stored
 as their words, empty arrays in the manifest alone (Orbax takes neither).
 
-An array that is spread over several processes has no checksum: no process holds its bytes, and bringing them together
-for a sum would cost what saving in parts saves. Of such a checkpoint only missing and truncated files are noticed.
+An array that is spread over several processes has one sum for each of its pieces (`checksums`). What fails in one
+process, fails in all of them, with the same error (`agreement`): those functions here that say so are collective.
 
     with checkpoint.open_manager(run / "checkpoints", keep=3) as manager:
         checkpoint.save(manager, step, state, {"config": config_yaml})
@@ -19,7 +19,7 @@ import functools
 import json
 import logging
 import sys
-import zlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ppo_jax import checksums, manifests
+from ppo_jax.agreement import agree, anywhere, save_barrier
+from ppo_jax.manifests import Manifest
 from ppo_jax.types import PyTree
 
 FORMAT = 2
-Manifest = dict[str, dict[str, Any]]
+LARGEST_META = 1 << 26  # bytes of a checkpoint's description that are read
 
 
 class CheckpointError(ValueError):
@@ -45,6 +48,10 @@ class DamagedCheckpoint(CheckpointError):
 
 class CheckpointSaveError(RuntimeError):
     """A save that failed, at once or in the background. What was saved before is untouched."""
+
+
+class CheckpointSaveBroken(CheckpointSaveError):
+    """One of several processes failed where the others cannot know of it: this one has to end."""
 
 
 class _Keep(ocp.checkpoint_managers.PreservationPolicy):
@@ -85,7 +92,7 @@ def open_manager(
     """An Orbax manager that writes steps under `directory` (made if absent) and deletes old ones.
 
     Leaving the block waits for the last save; a save that failed in the background raises `CheckpointSaveError`
-    there, unless the block is already being left by another error.
+    there, unless the block is already being left by another error. Entering is collective.
 
     Args:
       keep: the newest ones that stay; None: all.
@@ -100,12 +107,17 @@ def open_manager(
         preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
         # Made in the background, a directory that cannot be made leaves Orbax's threads waiting for it for minutes.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.AsyncOptions(
+            create_directories_asynchronously=False,
+            barrier_sync_fn=save_barrier if jax.process_count() > 1 else None,
+        ),
     )
+    _check_writable(path)
     try:
         manager = ocp.CheckpointManager(path, options=options)
     except OSError as error:
-        raise CheckpointSaveError(f"{path}: cannot hold checkpoints: {error}") from error
+        kind = CheckpointSaveBroken if jax.process_count() > 1 else CheckpointSaveError
+        raise kind(f"{path}: cannot hold checkpoints: {error}") from error
     try:
         yield manager
     except BaseException:
@@ -120,11 +132,12 @@ def open_manager(
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping[str, Any] | None = None) -> None:
     """Saves `state` as `step`; returns when the arrays may be donated, and writes to disk in the background.
 
-    The step appears under its name only when it is complete. `meta` is any JSON value, see `read_meta`.
+    The step appears under its name only when it is complete. `meta` is any JSON value, see `read_meta`. Collective.
 
     Raises:
         ValueError: `step` is not newer than what the directory holds, or the state has no array.
-        CheckpointSaveError: this save, or the one before it in the background, failed.
+        CheckpointSaveError: this save, or the one before it in the background, failed (in any process).
+      CheckpointSaveBroken: it failed in this one of several processes only, between two of Orbax's meetings.
     """
     latest = manager.latest_step()
     if latest is not None and step <= latest:
@@ -132,21 +145,29 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
             f"{manager.directory}: step {step} is not after the newest checkpoint, {latest}; "
             "save into another directory, or delete the newer checkpoints first"
         )
-    leaves = _flatten(state)
-    arrays = {path: _storable(leaf) for path, leaf in leaves.items() if np.size(leaf)}
+    leaves = manifests.flatten(state)
+    arrays = {path: manifests.storable(leaf) for path, leaf in leaves.items() if np.size(leaf)}
     if not arrays:
         raise ValueError(f"{manager.directory}: the state has no array to save")
-    manifest = {path: _describe(leaf) | _checksum(arrays.get(path)) for path, leaf in leaves.items()}
+    sums = checksums.sums(arrays)
+    manifest = {path: manifests.describe(leaf) | sums.get(path, {}) for path, leaf in leaves.items()}
     document = {"format": FORMAT, "manifest": manifest, "meta": dict(meta or {})}
-    document["checksum"] = _document_sum(document)
+    document["checksum"] = manifests.document_sum(document)
     args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(document))
-    with _save_errors(manager):
+    several = jax.process_count() > 1
+    if several:  # what can be known to fail fails here, where all hear of it
+        wait(manager)
+        _check_writable(Path(manager.directory))
+    with _save_errors(manager, CheckpointSaveBroken if several else CheckpointSaveError):
         manager.save(step, args=args, force=True)
 
 
 def poll(manager: ocp.CheckpointManager) -> bool:
-    """Whether the last save is on disk; raises `CheckpointSaveError` if it failed in the background. Does not wait."""
-    if manager.is_saving_in_progress():
+    """Whether the last save is on disk; raises `CheckpointSaveError` if it failed in the background. Does not wait.
+
+    Collective, as `wait` is.
+    """
+    if anywhere(manager.is_saving_in_progress()):
         return False
     wait(manager)
     return True
@@ -154,9 +175,13 @@ def poll(manager: ocp.CheckpointManager) -> bool:
 
 def wait(manager: ocp.CheckpointManager) -> None:
     """Blocks until the last save is on disk; raises `CheckpointSaveError` if it failed."""
-    with _save_errors(manager):
-        manager.wait_until_finished()
-        manager.check_for_errors()
+
+    def finish() -> None:
+        with _save_errors(manager):
+            manager.wait_until_finished()
+            manager.check_for_errors()
+
+    agree(finish, CheckpointSaveError)
 
 
 def all_steps(directory: str | Path) -> list[int]:
@@ -179,33 +204,30 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None) -> t
 
     A leaf of `target` is an array or a `jax.ShapeDtypeStruct`. Where it has a sharding (a committed array's, or the
     struct's) the leaf is read straight onto it, whatever mesh it was saved from; else it becomes an uncommitted
-    array. NumPy arrays and Python scalars come back as such. Values are bitwise those that were saved.
+    array. NumPy arrays and Python scalars come back as such. Values are bitwise those that were saved. Collective.
 
     Raises:
         FileNotFoundError: no such directory, no checkpoint in it, or not that step.
         CheckpointError: leaves are missing, unexpected, or differ in shape or dtype (all are listed).
       DamagedCheckpoint: files are missing or unreadable, or an array is not the one that was saved.
     """
-    path, step = _find(directory, step)
-    manifest: Manifest = _read_document(path, step)["manifest"]
-    leaves = _flatten(target)
-    wanted_manifest = {name: _describe(leaf) for name, leaf in leaves.items()}
-    if differences := _compare(manifest, wanted_manifest):
-        raise CheckpointError(f"{path / str(step)} does not fit the state:\n  " + "\n  ".join(differences))
-    wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
-    with _read_errors(path, step):
-        args = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
-        arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / str(step) / "arrays", args=args)
-    changed = [name for name, array in arrays.items() if not _intact(manifest[name], array)]
-    if changed:
-        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(sorted(changed))}")
-    read = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(target), read), step
+    leaves = manifests.flatten(target)
+
+    def read() -> tuple[dict[str, Any], int]:
+        path, found = _find(directory, step)
+        manifest: Manifest = _read_document(path, found)["manifest"]
+        wanted_manifest = {name: manifests.describe(leaf) for name, leaf in leaves.items()}
+        if differences := manifests.compare(manifest, wanted_manifest):
+            raise CheckpointError(f"{path / str(found)} does not fit the state:\n  " + "\n  ".join(differences))
+        wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
+        return _read_checked(path, found, manifest, wanted), found
+
+    arrays, number = agree(read, CheckpointError, DamagedCheckpoint, FileNotFoundError)
+    back = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(target), back), number
 
 
-def array_sum(array: Any) -> int:
-    """CRC-32 of an array's bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+array_sum = checksums.array_sum
 
 
 def preempted(step: int) -> str | None:
@@ -230,68 +252,30 @@ def read_arrays(directory: str | Path, paths: Sequence[str], step: int | None = 
     manifest: Manifest = _read_document(path, step)["manifest"]
     if missing := [name for name in paths if name not in manifest]:
         raise CheckpointError(f"{path / str(step)} has no {', '.join(missing)}")
-    with _read_errors(path, step):
-        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in paths}
-        args = ocp.args.PyTreeRestore(item=dict.fromkeys(paths, 0), restore_args=wanted, partial_restore=True)
-        arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / str(step) / "arrays", args=args)
-    changed = [name for name in paths if not _intact(manifest[name], arrays[name])]
-    if changed or any(list(arrays[name].shape) != manifest[name]["shape"] for name in paths):
-        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(sorted(changed))}")
-    return {name: arrays[name] for name in paths}
+    if (size := manifests.claimed(manifest, paths)) > manifests.memory():
+        raise CheckpointError(f"{path / str(step)}: claims {size} bytes of arrays, more than this machine's memory")
+    return _read_checked(path, step, manifest, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in paths})
 
 
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    """{path: leaf} in the tree's order; a path reads `params.layers.q`."""
-    pairs = [
-        (jax.tree_util.keystr(path, simple=True, separator=".") or "state", leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    leaves = dict(pairs)
-    if len(leaves) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"two leaves share a path: {sorted({name for name in names if names.count(name) > 1})}")
-    return leaves
+def _read_checked(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """The stored arrays, compared with their sums. The handler itself is asked: it waits for no other process."""
+    _quiet()
+    folder, handler = path / str(step) / "arrays", ocp.PyTreeCheckpointHandler()
 
+    def read(args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+        item = dict.fromkeys(args, 0)
+        with _read_errors(path, step):
+            # The headers first: an array without contents takes no place on a disk, whatever its size.
+            if wrong := manifests.other_than_stored(manifest, handler.metadata(folder).tree, args):
+                raise ValueError("; ".join(wrong[:3]))
+            request = ocp.args.PyTreeRestore(item=item, restore_args=dict(args), partial_restore=True)
+            return handler.restore(folder, args=request)
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(getattr(leaf, "dtype", np.dtype(float)), jax.dtypes.prng_key)
-
-
-def _key_impl(leaf: Any) -> Any:
-    """The implementation's name (`threefry2x32`), of a concrete key: the leaf may be abstract."""
-    return jax.random.key_impl(jnp.zeros((), leaf.dtype))
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    if _is_key(leaf):
-        return {"shape": list(leaf.shape), "dtype": f"key<{_key_impl(leaf)}>"}
-    if not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _checksum(array: Any) -> dict[str, int]:
-    """CRC-32 of an array's bytes in C order; {} where it is empty or this process does not hold all of it."""
-    if array is None or (isinstance(array, jax.Array) and not array.is_fully_addressable):
-        return {}
-    return {"crc32": array_sum(array)}
-
-
-def _intact(entry: Mapping[str, Any], array: Any) -> bool:
-    found = _checksum(array)
-    return "crc32" not in entry or not found or found["crc32"] == entry["crc32"]
-
-
-def _document_sum(document: Mapping[str, Any]) -> int:
-    """Of everything in the document but the sum itself."""
-    rest = {name: value for name, value in document.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def _storable(leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    arrays = read(wanted)
+    whole = lambda names: read({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})  # noqa: E731
+    if wrong := checksums.changed(manifest, arrays, whole):
+        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(wrong)}")
+    return arrays
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
@@ -299,7 +283,7 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # A key's words are one more axis, which a NamedSharding leaves replicated.
-    shape = jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape
+    shape = jax.eval_shape(jax.random.key_data, leaf).shape if manifests.is_key(leaf) else leaf.shape
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape)
 
 
@@ -311,8 +295,8 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
 
 def _as_target(leaf: Any, value: Any) -> Any:
     """The stored value (None: it is empty) in the kind of the target's leaf."""
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=_key_impl(leaf))
+    if manifests.is_key(leaf):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=manifests.key_impl(leaf))
     if isinstance(leaf, np.ndarray | np.generic):
         value = np.empty(leaf.shape, leaf.dtype) if value is None else value
         return value if isinstance(leaf, np.ndarray) else value[()]
@@ -321,23 +305,6 @@ def _as_target(leaf: Any, value: Any) -> Any:
     if value is None:
         return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), _sharding(leaf))
     return jnp.asarray(value)
-
-
-def _compare(saved: Manifest, wanted: Manifest) -> list[str]:
-    """One line for each leaf that is not the same in both, by path."""
-
-    def text(entry: dict[str, Any]) -> str:
-        return f"{entry['dtype']}{entry['shape']}"
-
-    lines = []
-    for path in sorted(saved.keys() | wanted.keys()):
-        if path not in saved:
-            lines.append(f"{path}: missing in the checkpoint, the state has {text(wanted[path])}")
-        elif path not in wanted:
-            lines.append(f"{path}: {text(saved[path])} in the checkpoint, not in the state")
-        elif text(saved[path]) != text(wanted[path]):
-            lines.append(f"{path}: {text(saved[path])} in the checkpoint, {text(wanted[path])} in the state")
-    return lines
 
 
 def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
@@ -353,13 +320,18 @@ def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
 
 
 def _read_document(path: Path, step: int) -> dict[str, Any]:
+    file = path / str(step) / "meta" / "metadata"  # as ocp.JsonCheckpointHandler names it
     with _read_errors(path, step):
-        document = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / str(step) / "meta")
+        if (size := file.stat().st_size) > LARGEST_META:
+            raise ValueError(f"meta has {size} bytes, the largest that is read is {LARGEST_META}")
+        document = json.loads(file.read_bytes())
     old = isinstance(document, dict) and "checksum" not in document and document.get("format") != FORMAT
-    if not old and (not isinstance(document, dict) or document.get("checksum") != _document_sum(document)):
+    if not old and (not isinstance(document, dict) or document.get("checksum") != manifests.document_sum(document)):
         raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not what was saved")
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{path / str(step)}: format {document.get('format')!r}, this version reads {FORMAT}")
+    if wrong := manifests.malformed(document.get("manifest")):
+        raise DamagedCheckpoint(f"{path / str(step)}: {wrong}")
     return document
 
 
@@ -385,16 +357,37 @@ def _passing(error: BaseException | None) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """Orbax adds pages of advice."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    """Orbax adds pages of advice; TensorStore says where in its own source, and has the reason at the end."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].split(" [source locations=")[0].strip()
+    return text if len(text) <= 400 else f"{text[:150]} ... {text[-200:]}"
 
 
 @contextlib.contextmanager
-def _save_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _save_errors(
+    manager: ocp.CheckpointManager, kind: type[CheckpointSaveError] = CheckpointSaveError
+) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a full disk, a vanished directory and the like, in Orbax's many kinds
-        raise CheckpointSaveError(
-            f"{manager.directory}: a checkpoint could not be saved: {_first_line(error)}"
-        ) from error
+        raise kind(f"{manager.directory}: a checkpoint could not be saved: {_first_line(error)}") from error
+
+
+def _check_writable(path: Path) -> None:
+    """With several processes: whether all of them can write there, before one fails where the others wait for it."""
+
+    def make() -> None:
+        if jax.process_index() == 0:
+            path.mkdir(parents=True, exist_ok=True)
+
+    def try_it() -> None:
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))
+
+    def guarded(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            raise CheckpointSaveError(f"{path}: cannot hold checkpoints: {error}") from error
+
+    for action in (make, try_it) if jax.process_count() > 1 else ():
+        agree(functools.partial(guarded, action), CheckpointSaveError)

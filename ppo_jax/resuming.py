@@ -1,5 +1,6 @@
 """Going on with a run: the newest checkpoint that is whole, the facts that must be the same, and where damage goes."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from ppo_jax import checkpoint, metrics, rundir
+from ppo_jax.agreement import agree, of_first
 from ppo_jax.types import PyTree
 
 Resume = Literal["no", "yes", "auto"]  # auto: go on with a run if there is one, else start one
@@ -46,33 +48,35 @@ def restore(
     `facts` (nested, of JSON values) are compared with those of the checkpoint under "facts". Damaged checkpoints are
     named through `notify` and, once an older one could be read, moved into the folder `damaged/`: none is deleted.
 
+    Collective. A checkpoint that is damaged for one of several processes is so for all: they take the newest that is
+    whole for each, and the first of them moves the others.
+
     Raises:
       IncompatibleRun: facts differ that may not.
-      CheckpointError: the state has another shape; or there are checkpoints, and all of them are damaged; or some are,
-        and this is one of several processes: none of these moves what the others read.
+      CheckpointError: the state has another shape; or there are checkpoints, and all of them are damaged.
+      OSError: a damaged checkpoint cannot be moved.
     """
     checkpoints = directory / rundir.CHECKPOINTS
     damaged: list[tuple[int, str]] = []
-    for step in reversed(checkpoint.all_steps(checkpoints)):
-        try:
+    for step in reversed(of_first(checkpoint.all_steps(checkpoints))):
+
+        def read_facts(step: int = step) -> dict[str, Any]:
             meta = checkpoint.read_meta(checkpoints, step)
             _check(checkpoints / str(step), meta.get("facts", {}), facts, notify)
+            return meta
+
+        try:
+            kinds = IncompatibleRun, checkpoint.CheckpointError, checkpoint.DamagedCheckpoint, FileNotFoundError
+            meta = agree(read_facts, *kinds)
             state, _ = checkpoint.restore(checkpoints, target, step)
         except checkpoint.DamagedCheckpoint as error:
             notify(f"damaged checkpoint: {error}")
             damaged.append((step, str(error)))
             continue
-        if damaged and jax.process_count() > 1:
-            shared = checkpoints.resolve()
-            moves = " ".join(str(shared / str(number)) for number, _ in damaged)
-            raise checkpoint.CheckpointError(
-                f"{shared}: damaged:\n  " + "\n  ".join(text for _, text in damaged) + "\n"
-                f"Several processes read these, so none moves them. Move {moves} to another place by hand; --resume "
-                f"then goes on from update {step}"
-            )
         for number, _ in damaged:
-            kept = set_aside(directory, number)
-            notify(f"the damaged checkpoint of update {number} was moved to {kept}; going on from update {step}")
+            kept = agree(functools.partial(_first_sets_aside, directory, number))
+            if kept is not None:
+                notify(f"the damaged checkpoint of update {number} was moved to {kept}; going on from update {step}")
         return Restored(state, step, meta)
     if damaged:
         raise checkpoint.CheckpointError(
@@ -80,6 +84,11 @@ def restore(
             "Bring one back from a copy, or start anew with --overwrite or in another run directory"
         )
     return None
+
+
+def _first_sets_aside(directory: Path, step: int) -> Path | None:
+    """None in every process but the first, whose directory is the run's."""
+    return set_aside(directory, step) if jax.process_index() == 0 else None
 
 
 def set_aside(directory: Path, step: int) -> Path:

@@ -1,4 +1,8 @@
-"""The checkpoints of a run that is under way: a save that fails is reported at once, tried again, and ends nothing."""
+"""The checkpoints of a run that is under way: a save that fails is reported at once, tried again, and ends nothing.
+
+With several processes a save that fails in one has failed in all, and all try it again at the same update; everything
+here is collective then, but for `close`.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +63,7 @@ class Saver:
         self.retry = self.pending = None
         with self._open() as manager:
             checkpoint.save(manager, step, state, self.meta)
+            checkpoint.wait(manager)
         self.good = step
 
     def close(self) -> None:
@@ -82,6 +87,8 @@ class Saver:
         """Runs `action`; a failure to save closes the manager, is reported, and sets the time of the next try."""
         try:
             action()
+        except checkpoint.CheckpointSaveBroken:
+            raise
         except (checkpoint.CheckpointSaveError, OSError) as error:
             self.pending = None
             self.close()

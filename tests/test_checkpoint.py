@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppo_jax import checkpoint
+from ppo_jax import checkpoint, checksums, manifests
 
 
 class Moments(NamedTuple):
@@ -60,7 +60,7 @@ def make_state(seed: int, on: Mesh | None = None, spec: P | None = None) -> Stat
 
 def bits(tree: Any) -> list[bytes]:
     """Every leaf as bytes: NaN equals itself, -0 differs from 0."""
-    return [np.asarray(jax.random.key_data(x) if checkpoint._is_key(x) else x).tobytes() for x in jax.tree.leaves(tree)]
+    return [np.asarray(jax.random.key_data(x) if manifests.is_key(x) else x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def save(directory: Path, step: int, state: Any, meta: Any = None) -> None:
@@ -198,14 +198,10 @@ def test_another_value_of_the_same_shape_is_noticed(tmp_path: Path, leaf: str, m
     state = {"w": jnp.ones((2, 3)), "key": jax.random.key(0), "half": jnp.ones(3, jnp.bfloat16), "zero": jnp.int32(0)}
     other = {"w": jnp.ones((2, 3)).at[1, 2].set(1.0000001), "key": jax.random.key(1)}
     other |= {"half": -state["half"], "zero": jnp.int32(1)}
-    known = checkpoint._checksum
-    sums = {name: known(checkpoint._storable(value)) for name, value in state.items()}
+    known = checksums.sums({name: manifests.storable(value) for name, value in state.items()})
     with monkeypatch.context() as patch:
-        order = iter(state)
-        patch.setattr(checkpoint, "_checksum", lambda array: sums[sorted(order_of)[next(count)]])
-        order_of, count = list(state), iter(range(4))
+        patch.setattr(checkpoint.checksums, "sums", lambda arrays: known)
         save(tmp_path, 1, state | {leaf: other[leaf]})
-        del order
     with pytest.raises(checkpoint.DamagedCheckpoint, match=rf"not the bytes that were saved: {leaf}$"):
         checkpoint.restore(tmp_path, state)
 
