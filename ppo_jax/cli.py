@@ -12,8 +12,8 @@ import jax
 
 from ppo_jax import commands, config, distributed, dpo_stage, export, reward_command, serve_command
 from ppo_jax.generate import GenerateSettings, generate_responses
-from ppo_jax.plan import plan
-from ppo_jax.plan_programs import PlanSettings
+from ppo_jax.plan.command import plan
+from ppo_jax.plan.programs import PlanSettings
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.train.loop import Interrupted
 

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ppo_jax.plan_hlo import ARRAY, Computation, Instruction, called, dimensions, parse, shape_bytes, trip_count
+from ppo_jax.plan.hlo import ARRAY, Computation, Instruction, called, dimensions, parse, shape_bytes, trip_count
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for what is there already, or bookkeeping.

@@ -1,6 +1,6 @@
 """The programs of a PPO iteration, compiled for devices that are not there, and what they would need.
 
-Run as a process of its own (`python -m ppo_jax.plan_programs PROGRAM < settings.yaml`): libtpu and the number of CPU
+Run as a process of its own (`python -m ppo_jax.plan.programs PROGRAM < settings.yaml`): libtpu and the number of CPU
 devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
 """
 
@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import config as configuration
-from ppo_jax import plan_count, sharding
+from ppo_jax import sharding
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.families import config_from_hf
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.known import known_config
 from ppo_jax.models.transformer import init_params
-from ppo_jax.plan_chips import GIB, topology
+from ppo_jax.plan.chips import GIB, topology
+from ppo_jax.plan.count import count
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.optimizer import make_optimizer
@@ -242,7 +243,7 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
                 raise
             return report | nothing | {"peak": claim, "compiled": False}
     memory = compiled.memory_analysis()
-    cost = plan_count.count(compiled.as_text())
+    cost = count(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return report | {
         "compiled": True,

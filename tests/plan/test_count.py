@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ppo_jax.plan_count import Cost, count, group_size
-from ppo_jax.plan_hlo import parse, shape_bytes
+from ppo_jax.plan.count import Cost, count, group_size
+from ppo_jax.plan.hlo import parse, shape_bytes
 
 N = 32
 PRODUCT = 2 * N**3  # FLOPs of a product of two [N, N] matrices

@@ -1,7 +1,7 @@
 """`ppo-jax plan`: does PPO of this model fit these devices, how long must it take at least, and what would help.
 
-Every program is compiled in a process of its own, one after the other; see `plan_programs` for what they are,
-`plan_count` for what is counted and `plan_chips` for the bounds. Nothing is run: the times are lower bounds.
+Every program is compiled in a process of its own, one after the other; see `plan.programs` for what they are,
+`plan.count` for what is counted and `plan.chips` for the bounds. Nothing is run: the times are lower bounds.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from rich.table import Table
 
 from ppo_jax import config
 from ppo_jax.models.config import Remat
-from ppo_jax.plan_chips import GIB, Topology, bound, topology
-from ppo_jax.plan_programs import PlanSettings, Program, check, micro_rows
+from ppo_jax.plan.chips import GIB, Topology, bound, topology
+from ppo_jax.plan.programs import PlanSettings, Program, check, micro_rows
 
 Report = dict[str, Any]
 Compile = Callable[[Program, PlanSettings], Report]
@@ -149,7 +149,7 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
 
 
 def compile_program(name: Program, settings: PlanSettings) -> Report:
-    """`plan_programs.measure` in a fresh process; raises PlanError with the end of its messages."""
+    """`plan.programs.measure` in a fresh process; raises PlanError with the end of its messages."""
     where = topology(settings.topology)
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_NUM_CPU_DEVICES=str(where.devices))
     if where.chip:
@@ -160,7 +160,7 @@ def compile_program(name: Program, settings: PlanSettings) -> Report:
                 "plan for CPUs, as in --topology cpu:8"
             )
     worker = subprocess.run(
-        [sys.executable, "-m", "ppo_jax.plan_programs", name],
+        [sys.executable, "-m", "ppo_jax.plan.programs", name],
         input=config.to_yaml(settings),
         capture_output=True,
         text=True,

@@ -14,9 +14,9 @@ from ppo_jax import cli, config
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.families import config_to_hf
-from ppo_jax.plan import PlanError, Report, compile_program, make_plan, show, smaller
-from ppo_jax.plan_chips import CHIPS, GIB, bound, topology
-from ppo_jax.plan_programs import PlanSettings, Program, arguments, check, claimed, held, measure, model_config
+from ppo_jax.plan.chips import CHIPS, GIB, bound, topology
+from ppo_jax.plan.command import PlanError, Report, compile_program, make_plan, show, smaller
+from ppo_jax.plan.programs import PlanSettings, Program, arguments, check, claimed, held, measure, model_config
 from ppo_jax.sharding import MeshConfig, make_mesh
 from ppo_jax.train.optimizer import OptimizerConfig
 from ppo_jax.train.options import CriticConfig
