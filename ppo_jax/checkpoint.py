@@ -199,12 +199,13 @@ def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
     return _read_document(*_find(directory, step))["meta"]
 
 
-def restore(directory: str | Path, target: PyTree, step: int | None = None) -> tuple[PyTree, int]:
+def restore(directory: str | Path, target: PyTree, step: int | None = None, part: bool = False) -> tuple[PyTree, int]:
     """Reads `step` (None: the newest) into the structure of `target`. Returns (state, step).
 
     A leaf of `target` is an array or a `jax.ShapeDtypeStruct`. Where it has a sharding (a committed array's, or the
     struct's) the leaf is read straight onto it, whatever mesh it was saved from; else it becomes an uncommitted
     array. NumPy arrays and Python scalars come back as such. Values are bitwise those that were saved. Collective.
+    A `part` of what was saved may be asked for, such as {"policy": ...}: nothing else is read.
 
     Raises:
         FileNotFoundError: no such directory, no checkpoint in it, or not that step.
@@ -216,8 +217,9 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None) -> t
     def read() -> tuple[dict[str, Any], int]:
         path, found = _find(directory, step)
         manifest: Manifest = _read_document(path, found)["manifest"]
+        asked = {name: entry for name, entry in manifest.items() if not part or name in leaves}
         wanted_manifest = {name: manifests.describe(leaf) for name, leaf in leaves.items()}
-        if differences := manifests.compare(manifest, wanted_manifest):
+        if differences := manifests.compare(asked, wanted_manifest):
             raise CheckpointError(f"{path / str(found)} does not fit the state:\n  " + "\n  ".join(differences))
         wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
         return _read_checked(path, found, manifest, wanted), found

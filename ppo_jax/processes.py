@@ -19,7 +19,7 @@ from ppo_jax.sharding import create, place, row_shardings, shardings
 from ppo_jax.types import Scores
 
 Tree = TypeVar("Tree")
-PIECE = 2**28  # bytes of an array that are brought to the host at a time
+PIECE = 2**24  # bytes of an array that are brought to the host at a time
 _WORDS = 4096  # bytes of a text that processes tell each other
 
 

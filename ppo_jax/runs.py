@@ -314,12 +314,12 @@ def _export(
     step = best.get("step", updates)
     if 0 < step < updates and step in checkpoint.all_steps(directory / rundir.CHECKPOINTS):
         try:
-            policy = checkpoint.restore(directory / rundir.CHECKPOINTS, state, step)[0].policy
+            part, _ = checkpoint.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
         except checkpoint.CheckpointError as error:  # the run is finished all the same
             notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
             return Result(state.policy, evaluations.get(0, {}), after)
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
-        _save_policy(directory / rundir.EXPORT / BEST, setup, policy, facts)
+        _save_policy(directory / rundir.EXPORT / BEST, setup, part["policy"], facts)
     return Result(state.policy, evaluations.get(0, {}), after)
 
 

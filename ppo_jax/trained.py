@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from ppo_jax import artifacts, checkpoint, config, metrics, rundir
+from ppo_jax import artifacts, checkpoint, config, metrics, processes, rundir, sharding
 from ppo_jax.models.adapters import AdapterConfig, Lora
 from ppo_jax.runs import Model, load_model
 from ppo_jax.types import PyTree
@@ -143,7 +143,11 @@ def _read(where: Path, step: int, model: str | None) -> Trained:
     manifest = checkpoint.read_manifest(folder, step)
     paths = [path for path in manifest if path.startswith(_PREFIX)]
     # Compared with the base before anything is allocated.
-    shapes = {path: jax.ShapeDtypeStruct(manifest[path]["shape"], jnp.float32) for path in paths}
+    dtypes = {path: manifest[path]["dtype"] for path in paths}
+    shapes = {
+        path: jax.ShapeDtypeStruct(manifest[path]["shape"], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+        for path, dtype in dtypes.items()
+    }
     scales = AdapterConfig()
     if any(".lora." in path for path in paths):
         if not isinstance(known.get("policy"), dict):
@@ -151,8 +155,7 @@ def _read(where: Path, step: int, model: str | None) -> Trained:
         scales = config.from_yaml(AdapterConfig, yaml.safe_dump(known["policy"]), f"{where / rundir.CONFIG}: policy")
     if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
         raise checkpoint.CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
-    arrays = checkpoint.read_arrays(folder, paths, step)
-    adapter = _tree({path: jnp.asarray(array) for path, array in arrays.items()}, scales.alpha)
+    adapter = _restored(folder, _tree(shapes, scales.alpha), step)
     return Trained(
         base,
         adapter,
@@ -163,6 +166,15 @@ def _read(where: Path, step: int, model: str | None) -> Trained:
         _evaluation(where, step),
         known,
     )
+
+
+def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
+    """The adapter, read straight onto the current mesh, or onto the default device."""
+    mesh = processes.current_mesh()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    layout = jax.tree.map(lambda x: device, shapes) if mesh is None else sharding.shardings(shapes, mesh)
+    target = {"policy": {"adapter": sharding.abstract(shapes, layout)}}
+    return checkpoint.restore(folder, target, step, part=True)[0]["policy"]["adapter"]
 
 
 def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:

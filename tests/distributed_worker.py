@@ -1,5 +1,6 @@
 """One process of a run of several: `python -m tests.distributed_worker JSON`. Also the same run in one process."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import checkpoint, cli, sharding
+from ppo_jax import artifacts, checkpoint, cli, sharding
 from ppo_jax.distributed import DistributedConfig, start
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
-from ppo_jax.processes import SplitReward, feed, fetch, is_first
+from ppo_jax.processes import SplitReward, created, current_mesh, feed, fetch, is_first
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.rewards.model import row_scorer, text_reward
 from ppo_jax.rollout import Sampling
@@ -26,6 +27,7 @@ from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import PPOConfig, make_host_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Scores
+from tests.disk import small_disk
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -100,6 +102,33 @@ def model_scores(model: Path, config: MeshConfig) -> list[float]:
     return np.where(scores.valid, scores.reward, -99.0).tolist()
 
 
+def exports(model: Path, config: MeshConfig, folder: Path) -> dict[str, Any]:
+    """Writes and reads back what a fully tuned run leaves; then tries it once more, on a disk that is full for one."""
+    with jax.set_mesh(make_mesh(config, jax.devices()[: config.size])):
+        model_config, base = hf.load(model, mesh=current_mesh())
+        tuned = created(lambda base: jax.tree.map(lambda w: 1.5 * w, base), base)
+        head = created(lambda key: {"value": {"kernel": jax.random.normal(key, (16, 1))}}, jax.random.key(0))
+        head["value"]["bias"] = created(lambda: jnp.ones(1))
+
+        def save(adapter: PyTree, overwrite: bool = False) -> None:
+            about = {"config": model_config, "base": "b", "base_fingerprint": "f" * 64, "overwrite": overwrite}
+            artifacts.save(folder / "policy", "policy", adapter, head, **about)
+            hf.save(folder / "model", model_config, base, adapter=adapter, overwrite=overwrite, max_shard_bytes=2000)
+
+        save(tuned)
+        shared = folder.parent / "0" / "policy"
+        found = artifacts.load(shared)
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding and bool((a == b).all()), tuned, found.adapter)
+        failures = []
+        for action in (lambda: save(base, True), lambda: save(tuned)):  # the second one: it is there already
+            with small_disk(3000) if is_first() and not failures else contextlib.nullcontext():
+                try:
+                    action()
+                except OSError as error:
+                    failures.append(f"{type(error).__name__}: {error}")
+        return {"same": all(jax.tree.leaves(same)), "failures": failures}
+
+
 def main(spec: dict[str, Any]) -> None:
     global FAILS
     start(DistributedConfig(**spec["distributed"]))
@@ -107,6 +136,12 @@ def main(spec: dict[str, Any]) -> None:
         FAILS = (1, {"ValueError": ValueError, "KeyError": KeyError}[spec["fails"]])
     if "score" in spec:
         found = [model_scores(Path(spec["model"]), MeshConfig(**mesh)) for mesh in spec["score"]]
+        Path(spec["out"]).write_text(json.dumps(found))
+        return
+    if "export" in spec:
+        found = exports(
+            Path(spec["model"]), MeshConfig(**spec["mesh"]), Path(spec["export"]) / str(jax.process_index())
+        )
         Path(spec["out"]).write_text(json.dumps(found))
         return
     record: dict[str, Any] = {"process": jax.process_index(), "metrics": []}

@@ -21,7 +21,7 @@ from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.transformer import apply
 from ppo_jax.sharding import MeshConfig, make_mesh
 from ppo_jax.types import PyTree
-from tests.models.test_tensor_file import small_disk
+from tests.disk import small_disk
 from tests.models.tiny import CONFIG, LLAMA3, equal, random_params
 
 PARAMS = random_params(CONFIG)

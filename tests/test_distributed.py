@@ -119,6 +119,23 @@ def test_a_reward_model_that_reads_text_gives_the_scores_of_one_process(tmp_path
             np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=2)], ids=str)
+def test_the_first_of_two_writes_what_one_writes(tmp_path: Path, model: Path, mesh: MeshConfig) -> None:
+    """Spread over both, arrays are saved bitwise and read shard by shard; a full disk fails both and harms nothing."""
+    worker.exports(model, MeshConfig(), tmp_path / "alone" / "0")
+    finish(launch(tmp_path, model, 2, 2, mesh, export=str(tmp_path / "several")), tmp_path)
+    expected, found = (
+        {file.relative_to(top).as_posix(): file.read_bytes() for file in top.rglob("*") if file.is_file()}
+        for top in (tmp_path / "alone", tmp_path / "several")
+    )
+    assert found == expected and len(expected) > 6  # all of them in the first one's folder
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert first["same"] and second["same"]
+    assert "File too large" in first["failures"][0] and first["failures"][1].startswith("FileExistsError")
+    for own, other in zip(second["failures"], first["failures"], strict=True):
+        assert own == f"OSError: process 0 could not write: {other}"
+
+
 def test_the_others_end_when_one_is_killed(tmp_path: Path, model: Path) -> None:
     started = launch(tmp_path, model, 2, 1, MeshConfig(data=2), updates=100_000, heartbeat=5)
     try:

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from ppo_jax import artifacts, checkpoint, rundir, trained
+from ppo_jax import artifacts, checkpoint, rundir, sharding, trained
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.sharding import MeshConfig, make_mesh
 from tests import finished_run
 from tests.finished_run import LORA, MODEL, policy
 from tests.models.tiny import equal, random_params
@@ -46,6 +47,21 @@ def test_a_step_is_the_checkpoint_of_that_update(whole: Path) -> None:
 def test_other_adapters_come_back_from_a_checkpoint(adapter: AdapterConfig, tmp_path: Path) -> None:
     run = finished_run.make(tmp_path, adapter, steps=(2,), final=None)
     assert equal(trained.find(run).adapter, policy(adapter, 2))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("adapter", [LORA, TOP_K, AdapterConfig(kind="full")], ids=["lora", "top_k", "full"])
+def test_on_a_mesh_base_and_policy_are_read_onto_their_shards(
+    adapter: AdapterConfig, step: int, tmp_path: Path
+) -> None:
+    """Update 2 from the checkpoint, with no more of it than the policy, update 3 from export/policy."""
+    run = finished_run.make(tmp_path, adapter, steps=(2,))
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = trained.find(run, step=step)
+    assert equal(found.adapter, policy(adapter, step))
+    for tree in (found.adapter, found.model.params):
+        assert jax.tree.map(lambda x: x.sharding, tree) == sharding.shardings(tree, mesh)
 
 
 def test_a_run_that_went_on_after_its_export(tmp_path: Path) -> None:

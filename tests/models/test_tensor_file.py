@@ -1,9 +1,10 @@
 """Safetensors files written piece by piece: the package's bytes, one piece in memory at a time, whole or not at all."""
 
-import contextlib
-import resource
+import json
+import os
+import subprocess
+import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,8 +22,10 @@ from ppo_jax import processes
 from ppo_jax.models import hf, tensor_file
 from ppo_jax.models.adapters import init_lora, init_top_k, merge
 from ppo_jax.sharding import MeshConfig, make_mesh, place, shardings
+from tests.disk import small_disk
 from tests.models.tiny import CONFIG, equal, random_params
 
+ROOT = Path(__file__).parent.parent.parent
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")] + [jnp.dtype("bfloat16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 
@@ -31,17 +34,6 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | 
     entries = tensor_file.in_order(tensor_file.entry(name, array) for name, array in arrays.items())
     tensor_file.write(path, entries, tensor_file.pieces(entries), metadata)
     return path.read_bytes()
-
-
-@contextlib.contextmanager
-def small_disk(limit: int) -> Iterator[None]:
-    """No file grows past `limit` bytes: writes fail as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,6 +100,17 @@ def test_only_one_piece_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert largest == params["embedding"].nbytes  # and no stacked array
     assert equal(hf.load(tmp_path / "m")[1]["layers"]["q"], params["layers"]["q"])  # b is 0
     assert all(leaf._npy_value is None for leaf in jax.tree.leaves(there))
+
+
+def test_saving_takes_the_memory_of_an_array_and_not_of_the_model() -> None:
+    """The kernel's own measure, in a process of its own: the piece, its copy on the devices, what is compiled."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-m", "tests.export_memory"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 3 * found["largest"] < 0.7 * found["parameters"]
+    assert found["artifact"] < 3 * found["largest"] and found["model"] < 3 * found["largest"], found
 
 
 def test_merging_by_layer_is_merging(tmp_path: Path) -> None:
