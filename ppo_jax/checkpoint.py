@@ -17,8 +17,6 @@ import contextlib
 import errno
 import functools
 import json
-import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ import orbax.checkpoint as ocp
 from ppo_jax import checksums, manifests
 from ppo_jax.agreement import agree, anywhere, save_barrier
 from ppo_jax.manifests import Manifest
+from ppo_jax.quiet import quiet
 from ppo_jax.types import PyTree
 
 FORMAT = 2
@@ -68,23 +67,6 @@ class _Keep(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
 
 
-@functools.cache
-def _quiet() -> None:
-    """Keeps off the screen what a failed save says besides the error that is raised here as `CheckpointSaveError`.
-
-    Orbax logs the failures of its threads with tracebacks, and what TensorStore had not yet written calls back an event
-    loop that has ended, hundreds of times.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    earlier = sys.unraisablehook
-
-    def hook(problem: Any) -> None:
-        if problem.exc_type is not RuntimeError or str(problem.exc_value) != "Event loop is closed":
-            earlier(problem)
-
-    sys.unraisablehook = hook
-
-
 @contextlib.contextmanager
 def open_manager(
     directory: str | Path, keep: int | None = 3, every: int = 0, best: Callable[[], int | None] = lambda: None
@@ -102,7 +84,7 @@ def open_manager(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     path = Path(directory).resolve()
-    _quiet()
+    quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
@@ -261,7 +243,7 @@ def read_arrays(directory: str | Path, paths: Sequence[str], step: int | None = 
 
 def _read_checked(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
     """The stored arrays, compared with their sums. The handler itself is asked: it waits for no other process."""
-    _quiet()
+    quiet()
     folder, handler = path / str(step) / "arrays", ocp.PyTreeCheckpointHandler()
 
     def read(args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:

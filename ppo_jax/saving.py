@@ -94,7 +94,8 @@ class Saver:
             self.close()
             self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
             last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"
-            self.notify(f"{error}; {last}. Training goes on, and saving is tried again at update {self.retry}")
+            again = f"saving is tried again at update {self.retry} at the latest"
+            self.notify(f"{error}; {last}. Training goes on, and {again}")
 
 
 @contextlib.contextmanager
