@@ -85,7 +85,7 @@ class _Counter:
             return Cost()
         if one.op in ("fusion", "async-start"):
             inner = self.computations[called(one, "calls")]
-            return self.inside(inner, channels) + Cost(bytes=_fusion_bytes(one, computation, inner))
+            return self.inside(inner, channels) + Cost(bytes=_fusion_bytes(one, computation, inner, self.computations))
         return self.plain(one, computation, channels) + Cost(bytes=_bytes(one, computation))
 
     def inside(self, computation: Computation, channels: set[str]) -> Cost:
@@ -212,46 +212,54 @@ def _bytes(one: Instruction, computation: Computation) -> float:
     return written + read
 
 
-def _fusion_bytes(one: Instruction, computation: Computation, inner: Computation) -> float:
+def _fusion_bytes(
+    one: Instruction, computation: Computation, inner: Computation, computations: dict[str, Computation]
+) -> float:
     """HBM bytes of a fusion: a slice of a parameter reads the slice, an update in place writes the update."""
-    users: dict[str, list[Instruction]] = {}
-    for user in inner.values():
-        for name in user.operands:
-            users.setdefault(name, []).append(user)
     total = 0.0
-    for parameter in (i for i in inner.values() if i.op == "parameter"):
-        number = int(parameter.argument or 0)
-        outer = computation.get(one.operands[number]) if number < len(one.operands) else None
+    for number, name in enumerate(one.operands):
+        outer = computation.get(name)
         if outer is not None and shape_bytes(outer.shape, hbm=True):
-            total += _read(parameter, users)
+            total += _read(_parameter(inner, number), inner, computations)
     written = 0.0
-    for root in _roots(inner):
-        update = inner[root.operands[1]] if root.op == "dynamic-update-slice" else root
+    for root, home in _roots(inner, computations):
+        update = home[root.operands[1]] if root.op == "dynamic-update-slice" else root
         written += shape_bytes(update.shape)
     whole = shape_bytes(one.shape)  # a TPU may keep some outputs in its own memory
     return total + written * shape_bytes(one.shape, hbm=True) / whole if whole else total
 
 
-def _read(source: Instruction, users: dict[str, list[Instruction]]) -> float:
-    """Bytes of an array that its users look at."""
+def _parameter(inner: Computation, number: int) -> Instruction:
+    return next(i for i in inner.values() if i.op == "parameter" and int(i.argument or 0) == number)
+
+
+def _read(source: Instruction, inner: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes of an array that its users look at, those in fusions within the fusion included."""
     total, whole = 0.0, shape_bytes(source.shape)
-    for user in users.get(source.name, []):
+    for user in (i for i in inner.values() if source.name in i.operands):
         if user.op in ("bitcast", "reshape"):
-            total += _read(user, users)
+            total += _read(user, inner, computations)
         elif user.op in ("dynamic-slice", "slice", "gather"):
             total += shape_bytes(user.shape)
+        elif user.op == "fusion":
+            nested = computations[called(user, "calls")]
+            places = (number for number, name in enumerate(user.operands) if name == source.name)
+            total += sum(_read(_parameter(nested, number), nested, computations) for number in places)
         elif not (user.op == "dynamic-update-slice" and user.operands[0] == source.name):
             return whole
     return min(total, whole)
 
 
-def _roots(inner: Computation) -> list[Instruction]:
-    """The instructions that make a fusion's outputs, seen through tuples and bitcasts."""
-    found, waiting = [], [i for i in inner.values() if i.root]
+def _roots(inner: Computation, computations: dict[str, Computation]) -> list[tuple[Instruction, Computation]]:
+    """What makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
+    found, waiting = [], [(i, inner) for i in inner.values() if i.root]
     while waiting:
-        one = waiting.pop()
+        one, home = waiting.pop()
         if one.op in ("tuple", "bitcast") and one.operands:
-            waiting += [inner[name] for name in one.operands]
+            waiting += [(home[name], home) for name in one.operands]
+        elif one.op == "fusion":
+            nested = computations[called(one, "calls")]
+            waiting += [(i, nested) for i in nested.values() if i.root]
         else:
-            found.append(one)
+            found.append((one, home))
     return found

@@ -172,6 +172,54 @@ ENTRY %main (a0: bf16[32,64], a1: bf16[16,64]) -> bf16[32,64] {
 """
 
 
+# A product that reads one layer of a stack and writes one layer of another, both in fusions within its fusion.
+NESTED = """HloModule m
+
+%layer (s: f32[32,8,16], i: s32[]) -> f32[8,16] {
+  %s = f32[32,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,8,16]{2,1,0} dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%cut)
+}
+
+%store (o: f32[32,8,4], y: f32[1,8,4], k: s32[]) -> f32[32,8,4] {
+  %o = f32[32,8,4]{2,1,0} parameter(0)
+  %y = f32[1,8,4]{2,1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %nil = s32[] constant(0)
+  ROOT %put = f32[32,8,4]{2,1,0} dynamic-update-slice(%o, %y, %k, %nil, %nil)
+}
+
+%product (stack: f32[32,8,16], w: f32[16,4], out: f32[32,8,4], at: s32[]) -> f32[32,8,4] {
+  %stack = f32[32,8,16]{2,1,0} parameter(0)
+  %w = f32[16,4]{1,0} parameter(1)
+  %out = f32[32,8,4]{2,1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %x = f32[8,16]{1,0} fusion(%stack, %at), kind=kLoop, calls=%layer
+  %dot = f32[8,4]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %one = f32[1,8,4]{2,1,0} bitcast(%dot)
+  ROOT %put.1 = f32[32,8,4]{2,1,0} fusion(%out, %one, %at), kind=kLoop, calls=%store
+}
+
+ENTRY %main (a: f32[32,8,16], b: f32[16,4], c: f32[32,8,4], d: s32[]) -> f32[32,8,4] {
+  %a = f32[32,8,16]{2,1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  %c = f32[32,8,4]{2,1,0} parameter(2)
+  %d = s32[] parameter(3)
+  ROOT %f = f32[32,8,4]{2,1,0} fusion(%a, %b, %c, %d), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_and_writes_its_slice_alone() -> None:
+    found = count(NESTED)
+    assert found.flops == 2 * 8 * 16 * 4
+    assert found.bytes == 4 * (8 * 16 + 16 * 4 + 8 * 4 + 1)  # the layer, the weights, the result, the index
+    whole = count(NESTED.replace("dynamic-slice(%s, %i, %zero, %zero)", "dynamic-reduce(%s)"))  # another use reads all
+    assert whole.bytes == found.bytes + 4 * (32 - 1) * 8 * 16
+
+
 def test_a_loop_as_a_tpu_compiler_writes_it() -> None:
     found = count(TPU)
     assert found.flops == 11 * 2 * 32 * 64 * 64
