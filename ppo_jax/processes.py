@@ -135,6 +135,8 @@ def first_writes(
     if is_first():
         try:
             said = write(rest)
+        except jax.errors.JaxRuntimeError:  # of a program that all run: they fail too, or end since this one does
+            raise
         except Exception as error:  # whatever it is, the others have to hear of it
             failure = error
     for _ in rest:

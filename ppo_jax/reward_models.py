@@ -15,7 +15,6 @@ import numpy as np
 
 from ppo_jax import artifacts, processes, rundir
 from ppo_jax.models import hf, seqcls
-from ppo_jax.models.adapters import merge
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import DeviceReward, HostReward
@@ -163,9 +162,10 @@ def save_full(
     out: str | Path, model: Model, role: RewardRole, trunk: ModelConfig, meta: dict[str, Any], overwrite: bool = False
 ) -> Path:
     """A role on a base as one sequence-classification directory: base cut to the role's trunk, adapter merged."""
-    cut = model.params | {"layers": jax.tree.map(lambda w: w[: trunk.num_layers], model.params["layers"])}
-    params = merge(cut, role.adapter, trunk)
-    return seqcls.save(out, trunk, params, role.head, model.tokenizer, meta, overwrite)
+    cut = model.params
+    if trunk.num_layers < model.config.num_layers:
+        cut = cut | {"layers": jax.tree.map(lambda w: w[: trunk.num_layers], cut["layers"])}
+    return seqcls.save(out, trunk, cut, role.head, model.tokenizer, meta, overwrite, role.adapter)
 
 
 def find_reward(path: str | Path) -> Path:

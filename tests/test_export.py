@@ -134,8 +134,9 @@ def test_a_bare_model_and_its_dtype(run: Path, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == MODEL.num_layers
 
 
-def test_layers_that_were_trained_whole(tmp_path: Path, mistake: Callable[..., str]) -> None:
-    run = finished_run.make(tmp_path, AdapterConfig(kind="top_k", layers=1), steps=())
+@pytest.mark.parametrize("adapter", [AdapterConfig(kind="top_k", layers=1), AdapterConfig(kind="full")], ids=str)
+def test_layers_that_were_trained_whole(adapter: AdapterConfig, tmp_path: Path, mistake: Callable[..., str]) -> None:
+    run = finished_run.make(tmp_path, adapter, steps=())
     export(run, "--to", tmp_path / "m")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     assert theirs(merged, AutoTokenizer.from_pretrained(tmp_path / "m")) == ours(run)

@@ -4,17 +4,18 @@ peft computes W x + (lora_alpha / r) B A x with A [r, in] and B [out, r]; ours i
 b [r, out], so A = a', B = b' and lora_alpha = scale * r.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from ppo_jax.models import weights
+from ppo_jax.models import tensor_file, weights
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.processes import pieces
 from ppo_jax.types import PyTree
 
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,10 +33,10 @@ def save(path: str | Path, adapter: PyTree, config: ModelConfig, base: str) -> N
     """
     where = Path(path)
     where.mkdir(parents=True, exist_ok=True)
-    save_file(arrays(adapter, config), where / ARRAYS, metadata={"format": "pt"})
+    entries = _entries(adapter, config)
+    tensor_file.write(where / ARRAYS, entries, tensor_file.pieces(entries), {"format": "pt"})
     text = json.dumps(settings(adapter, config, base), indent=2) + "\n"
     (where / CONFIG).write_text(text, encoding="utf-8")
-    (where / ARRAYS).chmod((where / CONFIG).stat().st_mode)  # the library makes files that only their owner can read
 
 
 def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
@@ -70,17 +71,18 @@ def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
     }
 
 
-def arrays(adapter: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
-    """{name in adapter_model.safetensors: matrix}, float32."""
+def _entries(adapter: PyTree, config: ModelConfig) -> list[tensor_file.Entry]:
+    """What is in adapter_model.safetensors: one matrix of one layer at a time, float32."""
     _check(adapter)
-    first, found = first_layer(adapter, config), {}
+    first, found = first_layer(adapter, config), []
     for name, lora in adapter["lora"].items():
-        a, b = (np.asarray(jax.device_get(x), np.float32) for x in (lora.a, lora.b))
-        for i in range(len(a)):
-            module = "base_model.model." + _module(name, config).format(first + i)
-            found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
-            found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
-    return found
+        for side, stack in (("A", lora.a), ("B", lora.b)):
+            for i in range(stack.shape[0]):
+                module = "base_model.model." + _module(name, config).format(first + i)
+                read = functools.partial(lambda stack, i: pieces(stack[i].astype(jnp.float32).T), stack, i)
+                shape = tuple(stack.shape[:0:-1])
+                found.append(tensor_file.Entry(f"{module}.lora_{side}.weight", np.dtype(np.float32), shape, read))
+    return tensor_file.in_order(found)
 
 
 def _module(name: str, config: ModelConfig) -> str:

@@ -120,18 +120,20 @@ def save(
     tokenizer: Any,
     meta: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    adapter: PyTree = None,
 ) -> Path:
     """Writes a directory that `transformers.AutoModelForSequenceClassification` loads, whole or not at all.
 
     Of several processes, all of which have to call it, the first one writes.
 
     Args:
-      config, params: of the trunk, adapter merged in; an unembedding is left out.
+      config, params: of the trunk; an unembedding is left out.
       head: parameters of a RewardHead; its gain goes into score.weight, its bias to `ppo_jax_bias` of config.json.
       tokenizer: saved beside the model. Without a pad token it gets its EOS as one, since transformers needs one to
         score a batch, and finds the last token by it: a text must not end with the pad token.
       meta: any JSON object, kept in config.json.
       overwrite: replace a sequence classifier that is there; anything else is never replaced.
+      adapter: merged into the parameters; None: there is none.
 
     Raises:
       FileExistsError: `path` is there already.
@@ -145,7 +147,9 @@ def save(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     config = dataclasses.replace(config, tie_embeddings=True)
-    params = {name: value for name, value in params.items() if name != "unembedding"}
+    params, adapter = (
+        {name: value for name, value in tree.items() if name != "unembedding"} for tree in (params, adapter or {})
+    )
     kernel = np.asarray(head["reward"]["kernel"] * head["gain"], np.float32)
     fields = {
         "architectures": [ARCHITECTURES[config.family]],
@@ -159,7 +163,7 @@ def save(
     }
     partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        hf.save(partial, config, params, tokenizer)
+        hf.save(partial, config, params, tokenizer, adapter=adapter)
         processes.first_writes(lambda _: _finish(partial, path, kernel, fields))
     finally:
         shutil.rmtree(partial, ignore_errors=True)

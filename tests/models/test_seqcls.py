@@ -131,7 +131,7 @@ def test_a_model_in_several_files_is_read_by_both(
 ) -> None:
     path, arrays = ours
     real = seqcls.hf.save
-    monkeypatch.setattr(seqcls.hf, "save", lambda *args: real(*args, max_shard_bytes=4000))
+    monkeypatch.setattr(seqcls.hf, "save", lambda *args, **more: real(*args, **more, max_shard_bytes=4000))
     seqcls.save(path, CONFIG, arrays.params, arrays.head, make_tokenizer(), overwrite=True)
     assert len(list(path.glob("*.safetensors"))) > 3
     found = seqcls.load(path)
