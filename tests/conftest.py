@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 # Tests run tiny programs once: compiling them lightly is several times faster. XLA aborts on a flag it does not know,
 # so the flags are for the versions they were tried with.
@@ -40,6 +41,23 @@ def _bounded_memory() -> Iterator[None]:
     if psutil.Process().memory_info().rss > 4 * 2**30:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Of a module that compiles tiny programs many times and runs them once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def screen() -> Any:
+    """A `display.Screen` that shows nothing."""
+    from ppo_jax.display import progress  # after the hook
+
+    with progress("test", main_process=False) as screen:
+        return screen
 
 
 # Those that wait for processes of their own for minutes begin first, so that no worker is left alone with them.

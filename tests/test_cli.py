@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,22 +18,12 @@ import transformers
 from ppo_jax import artifacts, checkpoint, cli, config, metrics, rundir
 from ppo_jax.commands import set_apart
 from ppo_jax.models import hf
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.transformer import init_params
 from ppo_jax.settings import PPOSettings
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import EOS
+from tests.small import SAMPLED, save_sampled
 
-MODEL = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMMAND = Path(sys.executable).with_name("ppo-jax")
 SMALL_PPO = (
     "--loop.updates 2 --loop.batch-size 8 --ppo.sampling.response-length 5 --ppo.epochs 1 --ppo.num-minibatches 2 "
@@ -41,20 +31,11 @@ SMALL_PPO = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and the three files of data."""
     path = tmp_path_factory.mktemp("cli")
-    params = jax.tree.map(lambda x: 4 * x, init_params(jax.random.key(0), MODEL))
-    hf.save(path / "model", MODEL, params, make_tokenizer())
+    save_sampled(path / "model")
     rng = np.random.default_rng(0)
     ask = lambda: {"role": "user", "content": str(rng.choice(["a", "ab", "abc"]))}
     say = lambda text: {"role": "assistant", "content": text}
@@ -260,7 +241,7 @@ def test_a_run_directory_is_not_used_twice_and_survives_a_mistake(trained: Path,
 
 def test_a_tokenizer_of_another_model(world: Path, mistake: Callable[[str], str]) -> None:
     path = Path(shutil.copytree(world / "model", world / "small"))
-    small = dataclasses.replace(MODEL, vocab_size=20)
+    small = dataclasses.replace(SAMPLED, vocab_size=20)
     hf.save(path, small, init_params(jax.random.key(0), small), overwrite=True)
     assert "the model's vocab_size is 20" in mistake("sft --model small --data sft.jsonl --run-dir x")
 

@@ -1,49 +1,28 @@
 """`ppo-jax dpo`: pairs with their response starts, a run directory, the command, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from ppo_jax import artifacts, cli, metrics, rundir
 from ppo_jax.data import PairBatch, PairRecord, right_pad
-from ppo_jax.display import progress
+from ppo_jax.display import Screen
 from ppo_jax.dpo_stage import Pairs, encode, in_order, preferences, run_dpo
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.runs import Model, load_model
 from ppo_jax.train.dpo import DPOConfig, counted
 from tests.data.tokenizer import EOS, make_tokenizer
-from tests.models.tiny import random_params
+from tests.small import SMALL, small_model
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model("random", CONFIG, random_params(CONFIG), make_tokenizer(), "f" * 64)
+    return small_model()
 
 
 def records(count: int = 24) -> list[PairRecord]:
@@ -101,11 +80,10 @@ def test_all_pairs_once_in_batches_of_one_shape() -> None:
     assert [int(counted(piece).sum()) for piece in batches] == [3, 3, 1]
 
 
-def test_a_run_leaves_policy_and_model(model: Model, tmp_path: Path) -> None:
+def test_a_run_leaves_policy_and_model(model: Model, screen: Screen, tmp_path: Path) -> None:
     pairs = encode(records(), model.tokenizer, 32)
     dpo = DPOConfig(batch_size=8, steps=12, learning_rate=1e-2, accumulate=2)
-    with progress("test", main_process=False) as screen:
-        result = run_dpo(tmp_path, model, AdapterConfig(rank=4), pairs, pairs, dpo, 0, screen)
+    result = run_dpo(tmp_path, model, AdapterConfig(rank=4), pairs, pairs, dpo, 0, screen)
     assert result.before["accuracy"] == 0.5 and result.after["accuracy"] > 0.9 and result.after["pairs"] == 24
     values = metrics.read_jsonl(tmp_path / rundir.METRICS)
     assert {r["phase"] for r in values} == {"dpo"} and [r["step"] for r in values] == [0, *range(1, 13), 12]
@@ -117,7 +95,7 @@ def test_a_run_leaves_policy_and_model(model: Model, tmp_path: Path) -> None:
 
 def test_the_command(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    hf.save(tmp_path / "base", CONFIG, model.params, model.tokenizer)
+    hf.save(tmp_path / "base", SMALL, model.params, model.tokenizer)
     lines = [json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) for r in records(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     args = "dpo --model base --pairs pairs.jsonl --run-dir run --dpo.batch-size {} --dpo.steps 2".format

@@ -1,10 +1,9 @@
 """`ppo-jax reward` on ratings and choices, `export-reward`, and what is refused before the run directory is touched."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -14,24 +13,17 @@ from ppo_jax.models import hf
 from ppo_jax.reward_models import load_scorer
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
-from tests.test_reward_stage import CONFIG
+from tests.small import SMALL
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ANSWERS = ["good day", "bad day", "bad"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and files of every form; "good day" is preferred to the rest."""
     path = tmp_path_factory.mktemp("reward")
-    hf.save(path / "model", CONFIG, random_params(CONFIG), make_tokenizer())
+    hf.save(path / "model", SMALL, random_params(SMALL), make_tokenizer())
     rng = np.random.default_rng(0)
     records: dict[str, list[dict]] = {"choices": [], "ratings": [], "reference": [], "flat": []}
     for _ in range(40):

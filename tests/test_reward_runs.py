@@ -17,26 +17,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax import artifacts, checkpoint, cli, metrics
-from ppo_jax.models import hf, seqcls
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models import seqcls
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.transformer import init_params
 from tests.compilation import compile_once
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import make_tokenizer
 from tests.rewards import faulty_server as faulty
 from tests.rewards.faulty_server import Handler, serving
+from tests.small import SAMPLED, save_sampled
 
-MODEL = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
 # Batches of 8 in 4 requests, and so the held-out prompts; requests in order.
 OPTIONS = (
     "--model model --prompts prompts.jsonl --held-out 8 --loop.batch-size 8 --ppo.sampling.response-length 5 "
@@ -62,8 +51,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a model and 40 prompts; 8 of them are held out."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    params = jax.tree.map(lambda x: 4 * x, init_params(jax.random.key(0), MODEL))
-    hf.save(tmp_path / "model", MODEL, params, make_tokenizer())
+    save_sampled(tmp_path / "model")
     lines = [json.dumps({"prompt": "abcdefgh"[: 2 + i % 6], "metadata": {"n": i}}) for i in range(40)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     return tmp_path
@@ -207,10 +195,10 @@ def swapped() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("retokenised", [False, True])
 def test_a_reward_model_of_its_own(world: Path, capsys: pytest.CaptureFixture, retokenised: bool):
     """On the device where its tokenizer is the policy's, else on the text; the logged mean is that of its scores."""
-    head = RewardHead().init(jax.random.key(2), jnp.zeros((1, MODEL.hidden_size)))["params"]
-    params = jax.tree.map(lambda x: 4 * x, init_params(jax.random.key(1), MODEL))
+    head = RewardHead().init(jax.random.key(2), jnp.zeros((1, SAMPLED.hidden_size)))["params"]
+    params = jax.tree.map(lambda x: 4 * x, init_params(jax.random.key(1), SAMPLED))
     seqcls.save(
-        world / "rm", MODEL, params, head | {"bias": jnp.float32(7.0)}, swapped() if retokenised else make_tokenizer()
+        world / "rm", SAMPLED, params, head | {"bias": jnp.float32(7.0)}, swapped() if retokenised else make_tokenizer()
     )
     assert cli.main(f"ppo --reward rm --run-dir run --loop.updates 2 {OPTIONS}".split()) == 0
     said = " ".join(capsys.readouterr().out.split())

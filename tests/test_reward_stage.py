@@ -1,6 +1,5 @@
 """The reward stage: batches of pairs, ratings and choices by hand, LoRA and full models trained and loaded."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,49 +9,26 @@ import pytest
 from ppo_jax import artifacts, metrics, rundir
 from ppo_jax.data import EncodedPairs, PairBatch
 from ppo_jax.data.preferences import EncodedChoices, EncodedRatings
-from ppo_jax.display import Screen, progress
+from ppo_jax.display import Screen
 from ppo_jax.models import hf
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.reward_models import load_reward, load_scorer
 from ppo_jax.reward_stage import check_batch, choices, compared, comparisons, run_reward, training_batches
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.runs import Model, load_model
 from ppo_jax.train.reward_model import RewardConfig
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
+from tests.small import SMALL
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    eos_token_ids=(EOS,),
-)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEAD_ONLY = RewardConfig(lora_layers=0, batch_size=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("base") / "model"
-    hf.save(path, CONFIG, random_params(CONFIG), make_tokenizer())
+    hf.save(path, SMALL, random_params(SMALL), make_tokenizer())
     return load_model(path)
-
-
-@pytest.fixture
-def screen() -> Screen:
-    with progress("test", main_process=False) as screen:
-        return screen
 
 
 def pairs(count: int, seed: int = 0) -> EncodedPairs:

@@ -1,53 +1,28 @@
 """Supervised fine-tuning in a run directory, and models as exports."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from ppo_jax import metrics, rundir
 from ppo_jax.data import EncodedSFT
-from ppo_jax.display import Screen, progress
+from ppo_jax.display import Screen
 from ppo_jax.models.adapters import AdapterConfig
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.runs import Model, load_model
 from ppo_jax.stages import export_model, run_sft
 from ppo_jax.train.sft import SFTConfig
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import EOS
 from tests.models.tiny import random_params
+from tests.small import SMALL, small_model
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    eos_token_ids=(EOS,),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model("random", CONFIG, random_params(CONFIG), make_tokenizer(), "f" * 64)
-
-
-@pytest.fixture
-def screen() -> Screen:
-    with progress("test", main_process=False) as screen:
-        return screen
+    return small_model()
 
 
 def test_too_few_rows_for_a_batch(model: Model, screen: Screen, tmp_path: Path) -> None:
@@ -69,7 +44,7 @@ def test_sft_measures_before_and_after(model: Model, screen: Screen, tmp_path: P
     again = load_model(tmp_path / "export" / "model")
     assert again.fingerprint == result.model.fingerprint != model.fingerprint
     np.testing.assert_array_equal(again.params["layers"]["q"], result.model.params["layers"]["q"])
-    np.testing.assert_array_equal(model.params["layers"]["q"], random_params(CONFIG)["layers"]["q"])  # left alone
+    np.testing.assert_array_equal(model.params["layers"]["q"], random_params(SMALL)["layers"]["q"])  # left alone
 
 
 def test_an_export_replaces_an_earlier_one(model: Model, tmp_path: Path) -> None:
@@ -77,4 +52,4 @@ def test_an_export_replaces_an_earlier_one(model: Model, tmp_path: Path) -> None
     changed = model._replace(params=model.params | {"final_norm": model.params["final_norm"] + 1})
     second = export_model(tmp_path / "m", changed, {})
     assert first.fingerprint != second.fingerprint == load_model(tmp_path / "m").fingerprint
-    assert dataclasses.asdict(load_model(tmp_path / "m").config) == dataclasses.asdict(CONFIG)
+    assert dataclasses.asdict(load_model(tmp_path / "m").config) == dataclasses.asdict(SMALL)

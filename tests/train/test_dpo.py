@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,17 +33,10 @@ from ppo_jax.train.dpo import (
 from tests.models.tiny import CONFIG, random_params
 from tests.train.toy import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BASE = random_params(CONFIG)
 B, S = 8, 11
 SCALARS = DPOScalars(1e-2, 1e9, 0.3, 0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @partial(jax.jit, static_argnums=3)

@@ -1,4 +1,4 @@
-"""Reward models: the loss pair by pair, the head's fit against torch, buckets that lose no text, and that it learns."""
+"""Reward models: the loss pair by pair, that it learns, what it may be told, and the losses of choices."""
 
 import dataclasses
 import functools
@@ -9,53 +9,14 @@ import numpy as np
 import optax
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ppo_jax.models.adapters import first_layer
-from ppo_jax.rewards.adapter import score_tokens
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.reward_model import (
-    RewardConfig,
-    comparison_loss,
-    fit_head,
-    init_role,
-    make_reward_step,
-    normalise_head,
-    train_role,
-)
-from ppo_jax.train.reward_texts import (
-    Comparisons,
-    bucket_texts,
-    head_scores,
-    keep_prefix,
-    rated_batches,
-    text_features,
-)
-from tests.models.tiny import CONFIG, random_params
-from tests.train.toy import assert_close, noisy
-
-BASE = random_params(CONFIG)
-REWARD = RewardConfig(depth=2, lora_layers=1, rank=2, alpha=4.0, batch_size=4)
-TRUNK = REWARD.trunk(CONFIG)
-PAD = 0
-scores_of = jax.jit(score_tokens, static_argnums=(2, 6))
-
-
-def role():
-    return noisy(init_role(jax.random.key(0), CONFIG, REWARD), scale=0.2)
-
-
-def texts(count: int = 11, longest: int = 9, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(1, CONFIG.vocab_size, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def comparisons(better: np.ndarray, margin: np.ndarray | None = None) -> Comparisons:
-    (bucket,) = bucket_texts(texts(len(better)), [9], PAD)
-    margin = np.zeros(better.shape) if margin is None else margin
-    arrays = (bucket.tokens, bucket.mask, better, margin.astype(np.float32))
-    return Comparisons(*map(jnp.asarray, arrays))
+from ppo_jax.train.reward_model import RewardConfig, comparison_loss, init_role, make_reward_step, train_role
+from ppo_jax.train.reward_texts import bucket_texts, rated_batches, text_features
+from tests.models.tiny import CONFIG
+from tests.train.reward_toy import BASE, PAD, REWARD, TRUNK, comparisons, groups_of, role, scores_of, texts
+from tests.train.toy import assert_close
 
 
 def test_loss_is_the_mean_over_the_ordered_pairs():
@@ -129,155 +90,6 @@ def test_reward_gradients_are_clipped():
     assert_close(after.head["reward"]["kernel"], expected, rtol=1e-4)
 
 
-# -- the head on fixed features ----------------------------------------------------------------------------------------
-
-
-def features_and_pairs():
-    rng = np.random.default_rng(2)
-    features = (rng.normal(0, 1, (60, 5)) * [0.1, 1, 3, 10, 1] + [5, 0, -2, 0, 1]).astype(np.float32)
-    quality = features @ np.array([4.0, 0.5, -0.3, 0.02, 0.0]) + rng.normal(0, 0.4, 60)
-    i, j = rng.integers(60, size=(2, 300))
-    i, j = i[i != j], j[i != j]
-    return features, np.where(quality[i] > quality[j], i, j), np.where(quality[i] > quality[j], j, i)
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.5])
-def test_head_is_the_optimum_that_torch_finds(margin: float):
-    """Same convex objective, another optimiser (L-BFGS), another precision (float64)."""
-    features, better, worse = features_and_pairs()
-    l2 = 0.02
-    z = torch.from_numpy((features / (features.std(axis=0) + 1e-6)).astype(np.float64))
-    w = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
-    margins = np.linspace(0, 2 * margin, len(better)).astype(np.float32)
-    optimizer = torch.optim.LBFGS(
-        [w], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        difference = (z[better] - z[worse]) @ w - torch.from_numpy(margins)
-        loss = -torch.nn.functional.logsigmoid(difference).mean() + l2 * (w**2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    closure()
-    assert w.grad.abs().max() < 1e-9
-    head = fit_head(features, better, worse, l2, steps=1500, margin=margins)
-    kernel = np.asarray(head["reward"]["kernel"])[:, 0] * (features.std(axis=0) + 1e-6)
-    np.testing.assert_allclose(kernel, w.detach().numpy(), rtol=2e-3, atol=2e-3)
-
-
-def test_head_reads_raw_features_and_its_scores_have_mean_0():
-    features, better, worse = features_and_pairs()
-    head = fit_head(features, better, worse, 1e-2, steps=300)
-    scores = head_scores(head, features)
-    assert abs(scores.mean()) < 1e-4
-    assert np.mean(scores[better] > scores[worse]) > 0.85
-    assert head["gain"] == 1
-
-
-def test_normalised_scores_have_mean_0_and_std_1():
-    features, better, worse = features_and_pairs()
-    head = fit_head(features, better, worse, 1e-2, steps=50) | {"gain": jnp.asarray(3.0), "bias": jnp.asarray(-7.0)}
-    scores = head_scores(head, features)
-    normalised = head_scores(normalise_head(head, scores), features)
-    assert abs(normalised.mean()) < 1e-4
-    assert normalised.std(ddof=1) == pytest.approx(1, rel=1e-4)
-    np.testing.assert_array_equal(np.argsort(normalised), np.argsort(scores))
-
-
-@pytest.mark.parametrize("scores", [np.ones(5), np.array([1.0, np.nan, 2.0])])
-def test_scores_without_a_spread_cannot_be_normalised(scores: np.ndarray):
-    head = {"reward": {"kernel": jnp.ones((2, 1))}, "gain": jnp.ones(()), "bias": jnp.zeros(())}
-    with pytest.raises(ValueError, match="standard deviation (0.0|nan)"):
-        normalise_head(head, scores)
-
-
-# -- texts of different lengths ----------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=20))
-def test_every_text_is_in_exactly_one_bucket_the_shortest_that_fits(rows: list[list[int]]):
-    lengths = [12, 3, 7]
-    buckets = bucket_texts(rows, lengths, PAD)
-    found = {}
-    for bucket in buckets:
-        assert bucket.tokens.shape == bucket.mask.shape
-        for place, tokens, mask in zip(bucket.index, bucket.tokens, bucket.mask, strict=True):
-            assert place not in found
-            found[int(place)] = tokens[mask].tolist()
-            assert mask.tolist() == sorted(mask, reverse=True), "padding on the right"
-            assert len(mask) == min(length for length in lengths if length >= mask.sum())
-    assert found == dict(enumerate(rows))
-    sizes = [bucket.tokens.shape[1] for bucket in buckets]
-    assert len(set(sizes)) == len(sizes), "one program a length"
-
-
-@pytest.mark.parametrize(("rows", "sizes"), [([[1, 2], []], "0 to 2"), ([[1], [1, 2, 3, 4, 5]], "1 to 5")])
-def test_texts_that_fit_no_bucket_are_refused(rows: list[list[int]], sizes: str):
-    with pytest.raises(ValueError, match=rf"texts have {sizes} tokens; allowed are 1 to 4"):
-        bucket_texts(rows, [2, 4], PAD)
-
-
-def test_features_come_in_the_order_of_the_texts_and_a_kept_prefix_changes_nothing():
-    rows = texts()
-    buckets = bucket_texts(rows, [4, 9], PAD)
-    assert len(buckets) == 2
-    layers = first_layer(role().adapter, TRUNK)
-    assert layers == 1
-    kept = list(keep_prefix(BASE, TRUNK, buckets, layers, batch_size=4))
-    assert [bucket.prefix.shape for bucket in kept] == [(*b.tokens.shape, CONFIG.hidden_size) for b in buckets]
-    plain = text_features(BASE, role(), TRUNK, buckets, batch_size=4)
-    np.testing.assert_allclose(text_features(BASE, role(), TRUNK, kept, 4, layers), plain, rtol=1e-4, atol=1e-5)
-    scores = head_scores(role().head, plain)
-    for i in (0, 5, 10):  # one text at a time, without padding
-        tokens = jnp.asarray([rows[i]], jnp.int32)
-        alone = scores_of(BASE, role(), TRUNK, tokens, jnp.ones(tokens.shape, bool))[0]
-        assert scores[i] == pytest.approx(float(alone), rel=1e-4, abs=1e-5)
-
-
-def test_a_prefix_of_no_layers_is_no_prefix():
-    buckets = bucket_texts(texts(), [9], PAD)
-    assert list(keep_prefix(BASE, TRUNK, buckets, 0, 4)) == buckets
-
-
-def test_the_loss_from_kept_prefixes_is_the_loss():
-    layers = first_layer(role().adapter, TRUNK)
-    buckets = bucket_texts(texts(4), [9], PAD)
-    kept = list(keep_prefix(BASE, TRUNK, buckets, layers, 4))
-    ratings = np.array([1.0, 2.0, 3.0, 4.0])
-    (plain,), (shared,) = (rated_batches(b, ratings, 4, np.random.default_rng(0)) for b in (buckets, kept))
-    loss = jax.jit(jax.value_and_grad(comparison_loss, has_aux=True), static_argnums=2)
-    assert_close(loss(role(), BASE, TRUNK, shared), loss(role(), BASE, TRUNK, plain), rtol=1e-3, atol=1e-5)
-
-
-@given(st.integers(1, 23), st.integers(2, 6), st.integers(0, 99))
-def test_batches_hold_every_text_and_compare_no_filler(count: int, size: int, seed: int):
-    """Every pair of *different* texts of a batch that the ratings order is compared exactly once."""
-    rng = np.random.default_rng(seed)
-    rows = [[i + 1] * int(rng.integers(1, 5)) for i in range(count)]  # a text's first token names it
-    ratings = rng.integers(0, 4, count).astype(float)
-    batches = rated_batches(bucket_texts(rows, [2, 4], PAD), ratings, size, rng)
-    seen: list[int] = []
-    for batch in batches:
-        names = np.asarray(batch.tokens)[:, 0] - 1
-        better = np.asarray(batch.better)
-        assert len(names) == size and not np.any(batch.margin)
-        pairs = [(names[i], names[j]) for i, j in zip(*np.nonzero(better), strict=True)]
-        members = set(names.tolist())
-        assert sorted(pairs) == sorted((a, b) for a in members for b in members if ratings[a] > ratings[b])
-        seen += members
-    assert sorted(seen) == list(range(count))
-
-
-def test_every_epoch_cuts_other_batches():
-    buckets = bucket_texts(texts(20), [9], PAD)
-    rng = np.random.default_rng(0)
-    first, second = (rated_batches(buckets, np.arange(20.0), 4, rng) for _ in range(2))
-    assert any(np.any(a.tokens != b.tokens) for a, b in zip(first, second, strict=True))
-
-
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
@@ -327,15 +139,6 @@ def test_a_head_that_nothing_would_train_is_an_error(fields: dict):
 # -- other losses ------------------------------------------------------------------------------------------------------
 
 
-def groups_of(*sizes: int) -> np.ndarray:
-    """The first row of each group is better than the rest of it."""
-    better, start = np.zeros((sum(sizes), sum(sizes)), bool), 0
-    for size in sizes:
-        better[start, start + 1 : start + size] = True
-        start += size
-    return better
-
-
 def test_best_of_n_is_softmax_cross_entropy():
     """Against torch's cross_entropy on the scores of each group."""
     batch = comparisons(groups_of(3, 2, 4))
@@ -382,31 +185,6 @@ def test_centring_holds_the_scores_around_0():
     assert ends[1] < 0.3 * ends[0]
 
 
-def test_the_head_is_fitted_to_choices_by_their_own_loss():
-    """Against L-BFGS of torch on the cross-entropy of groups of 2 to 5, in float64."""
-    rng = np.random.default_rng(4)
-    sizes = rng.integers(2, 6, 40)
-    features = rng.normal(0, 1, (int(sizes.sum()), 4)).astype(np.float32)
-    starts = np.cumsum(sizes) - sizes
-    pairs = [(start, start + other) for start, size in zip(starts, sizes, strict=True) for other in range(1, size)]
-    better, worse = np.array(pairs).T
-    head = fit_head(features, better, worse, 0.02, steps=1500, loss="best")
-    z = torch.from_numpy((features / (features.std(axis=0) + 1e-6)).astype(np.float64))
-    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        terms = [-torch.log_softmax(z[a : a + n] @ w, 0)[0] for a, n in zip(starts, sizes, strict=True)]
-        loss = torch.stack(terms).mean() + 0.02 * (w**2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    kernel = np.asarray(head["reward"]["kernel"])[:, 0] * (features.std(axis=0) + 1e-6)
-    np.testing.assert_allclose(kernel, w.detach().numpy(), rtol=2e-3, atol=2e-3)
-
-
 def test_a_loss_that_is_not_finite_stops_the_training():
     broken = BASE | {"embedding": BASE["embedding"] * jnp.nan}
     batch = comparisons(groups_of(5))
@@ -432,16 +210,3 @@ def test_the_full_kind_trains_a_copy_and_reads_no_base():
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
     grads = jax.grad(lambda r: comparison_loss(r, {}, TRUNK, batch)[0])(whole)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads.adapter)) > 0
-
-
-def test_features_of_equal_shapes_are_compiled_once(caplog: pytest.LogCaptureFixture):
-    """A second measurement, of a role with other values, reuses the program of the first."""
-    buckets = bucket_texts(texts(), [9], PAD)
-    first = text_features(BASE, role(), TRUNK, buckets, batch_size=4)
-    list(keep_prefix(BASE, TRUNK, buckets, 1, 4))
-    other = jax.tree.map(lambda x: 2 * x, role())
-    caplog.clear()
-    with jax.log_compiles():
-        assert not np.array_equal(first, text_features(BASE, other, TRUNK, buckets, batch_size=4))
-        list(keep_prefix(BASE, TRUNK, buckets, 1, 4))
-    assert not [record for record in caplog.records if "ompiling" in record.getMessage()]

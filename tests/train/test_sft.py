@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -29,16 +28,9 @@ from ppo_jax.train.sft import (
 )
 from tests.models.tiny import CONFIG, random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BASE = random_params(CONFIG)
 B, S = 8, 11
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @partial(jax.jit, static_argnums=3)

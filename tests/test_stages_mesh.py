@@ -1,0 +1,198 @@
+"""Fine-tuning, preferences and reward models: what one device leaves, eight devices leave, on every mesh."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax import artifacts, cli, metrics, rundir, sharding
+from ppo_jax.data import EncodedSFT, PairRecord
+from ppo_jax.data.preferences import EncodedRatings
+from ppo_jax.display import progress
+from ppo_jax.distributed import use_mesh
+from ppo_jax.dpo_stage import encode, run_dpo
+from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.processes import created, current_mesh, feed, fetch, laid_out
+from ppo_jax.reward_stage import run_reward, training_batches
+from ppo_jax.sharding import MeshConfig
+from ppo_jax.stages import run_sft
+from ppo_jax.train.dpo import DPOConfig, DPOScalars, Preferences, make_dpo_step
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.reward_model import RewardConfig, init_role, make_reward_step
+from ppo_jax.train.sft import Demonstrations, SFTConfig, make_sft_step
+from ppo_jax.types import PyTree
+from tests.data.tokenizer import EOS
+from tests.small import SMALL, small_model, write_stage_files
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CONFIG = dataclasses.replace(SMALL, num_kv_heads=2)
+ONE = MeshConfig()
+MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
+MESHES = [MeshConfig(data=8), MeshConfig(fsdp=8), MIXED]
+LORA, FULL = AdapterConfig(rank=2, layers=1), AdapterConfig("full")
+SFT = SFTConfig(batch_size=16, accumulate=2, steps=3, learning_rate=1e-3, logprob_chunk=16)
+DPO = DPOConfig(batch_size=16, accumulate=2, steps=3, learning_rate=1e-3, logprob_chunk=16)
+REWARD = RewardConfig(lora_layers=1, rank=2, batch_size=8, head_steps=20, learning_rate=1e-3)
+
+
+class Left(NamedTuple):
+    """What a run leaves and says."""
+
+    metrics: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray]  # of the role that was trained
+    measured: dict[str, float]  # on the held-out data, after training
+    layout: tuple[PyTree, PyTree]  # shardings of what was left on the devices, and those of the table
+
+
+def texts(count: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [[*rng.integers(2, 32, rng.integers(3, 9)).tolist(), EOS] for _ in range(count)]
+
+
+def demonstrations(count: int, seed: int) -> EncodedSFT:
+    return EncodedSFT(texts(count, seed), [1 + i % 3 for i in range(count)], list(range(count)), 0)
+
+
+def answers(count: int, seed: int) -> list[PairRecord]:
+    rng = np.random.default_rng(seed)
+    say = lambda letter: letter * int(rng.integers(1, 4))
+    return [PairRecord("cdefg"[: 1 + i % 4], say("a"), say("b"), 0.0, f"pairs:{i}") for i in range(count)]
+
+
+def ratings(count: int, seed: int) -> EncodedRatings:
+    return EncodedRatings(texts(count, seed), [float(i % 5) for i in range(count)], 0)
+
+
+@functools.cache
+def left(stage: str, kind: str, config: MeshConfig) -> Left:
+    """One run in a directory of its own."""
+    model, folder = small_model(CONFIG), Path(tempfile.mkdtemp())
+    with progress("test", main_process=False) as screen, use_mesh(config):
+        if stage == "sft":
+            adapter = FULL if kind == "full" else LORA
+            result = run_sft(folder, model, adapter, demonstrations(40, 0), demonstrations(11, 1), SFT, 0, screen)
+            tree, after = result.model.params, result.after
+        elif stage == "dpo":
+            pairs, unseen = (encode(answers(count, count), model.tokenizer, 32) for count in (40, 11))
+            adapter = AdapterConfig("top_k", layers=1) if kind == "full" else LORA
+            result = run_dpo(folder, model, adapter, pairs, unseen, DPO, 0, screen)
+            tree, after = result.model.params, result.after
+        else:
+            make = ratings if kind == "ratings" else None
+            encoded = lambda count: encode(answers(count, count), model.tokenizer, 32).encoded
+            train, unseen = (make(30, 0), make(11, 1)) if make else (encoded(30), encoded(11))  # type: ignore[assignment]
+            reward = dataclasses.replace(REWARD, kind="full", lora_layers=0) if kind == "full" else REWARD
+            found = run_reward(folder, model, reward, train, unseen, 0, screen)  # type: ignore[arg-type]
+            tree, after = found.role, found.heldout
+        mesh = current_mesh()
+        layout = (None, None)
+        if mesh is not None:
+            layout = jax.tree.map(lambda x: x.sharding, tree), sharding.shardings(tree, mesh)
+        if stage != "reward":  # in the merged model an adapter is hard to see
+            tree = artifacts.load(folder / rundir.EXPORT / "policy").adapter
+        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(fetch(tree))}
+    return Left(metrics.read_jsonl(folder / rundir.METRICS), arrays, after, layout)
+
+
+CASES = [(stage, "lora", mesh) for stage in ("sft", "dpo", "reward") for mesh in MESHES] + [
+    (stage, kind, MIXED)
+    for stage, kind in [("sft", "full"), ("dpo", "full"), ("reward", "full"), ("reward", "ratings")]
+]
+
+
+@pytest.mark.parametrize(("stage", "kind", "config"), CASES, ids=str)
+def test_every_mesh_leaves_what_one_device_leaves(stage: str, kind: str, config: MeshConfig) -> None:
+    expected, found = left(stage, kind, ONE), left(stage, kind, config)
+    assert [(r["step"], r["phase"]) for r in found.metrics] == [(r["step"], r["phase"]) for r in expected.metrics]
+    for record, other in zip(found.metrics, expected.metrics, strict=True):
+        assert record.keys() == other.keys()
+        for name in record.keys() - {"step", "phase", "time"}:
+            np.testing.assert_allclose(record[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, value in expected.measured.items():  # `accuracy` among them
+        assert found.measured[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert found.arrays.keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        assert np.linalg.norm(found.arrays[name] - array) <= 1e-5 * np.linalg.norm(array), name
+    assert found.layout[0] == found.layout[1], "not laid out as the table says"
+
+
+TASKS = ["sft", "dpo", "reward"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_keeps_what_it_trains_and_its_optimizer_on_their_shards(task: str) -> None:
+    """Born as the table says, and the same after the step: nothing drifts, and nothing is whole on one device."""
+    model, optimizer = small_model(CONFIG), make_optimizer()
+    with use_mesh(MeshConfig(fsdp=8)):
+        mesh = current_mesh()
+        assert mesh is not None
+        base = laid_out(model.params)
+        full = dataclasses.replace(REWARD, kind="full", lora_layers=0)
+        fresh = {"reward": lambda key, base: init_role(key, CONFIG, full, base)}.get(
+            task, lambda key, base: init_adapter(key, base, CONFIG, FULL)
+        )
+        params = created(fresh, jax.random.key(0), base)
+        opt_state = created(optimizer.init, params)
+        before = sharding.shardings((params, opt_state), mesh)
+        assert jax.tree.map(lambda x: x.sharding, (params, opt_state)) == before
+        rows = Demonstrations(*map(np.asarray, (np.full((16, 5), 3), np.ones((16, 5), bool), np.ones((16, 5), bool))))
+        if task == "sft":
+            step = make_sft_step(CONFIG, SFT, optimizer)
+            after = step(params, opt_state, base, feed(rows), 1e-3, 1.0)
+        elif task == "dpo":
+            pairs = Preferences(*(np.stack([x, x], axis=1) for x in rows))
+            after = make_dpo_step(CONFIG, DPO, optimizer)(
+                params, opt_state, base, feed(pairs), DPOScalars(1e-3, 1.0, 0.1, 0.0)
+            )
+        else:
+            batch, steps = training_batches(ratings(30, 0), full, 0, 0)
+            assert steps and all(isinstance(x, np.ndarray) for x in jax.tree.leaves(batch(0)))  # the host's until then
+            after = make_reward_step(CONFIG, optimizer)(params, opt_state, base, feed(batch(0)), 1e-3)
+        assert jax.tree.map(lambda x: x.sharding, after[:2]) == before
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(after[:2]))
+        total = sum(x.nbytes for x in jax.tree.leaves(after[:2]))
+        assert held < 1.2 * total / 8
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_stage_files(tmp_path, CONFIG)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            "sft --data sft.jsonl --mesh.data 8 --sft.batch-size 24 --sft.accumulate 2",
+            "a micro-batch (--sft.batch-size 24 / --sft.accumulate 2) has 12 rows, which mesh.data x mesh.fsdp = 8",
+        ),
+        (
+            "dpo --pairs pairs.jsonl --mesh.fsdp 4 --mesh.data 2 --dpo.batch-size 12",
+            "a micro-batch (--dpo.batch-size 12 / --dpo.accumulate 1) has 12 rows, which mesh.data x mesh.fsdp = 8",
+        ),
+        (
+            "reward --ratings ratings.jsonl --mesh.fsdp 8 --reward.lora-layers 1",
+            "a batch (--reward.batch-size 50) has 50 rows, which mesh.data x mesh.fsdp = 8 does not divide",
+        ),
+        ("sft --data sft.jsonl --mesh.data 2", "needs 2 devices, but there are 8; --mesh.data 8 would use all"),
+        ("dpo --pairs pairs.jsonl --mesh.tensor 8", "--mesh.tensor 8 does not divide num_kv_heads=2"),
+        ("reward --ratings ratings.jsonl --distributed.process 1", "distributed.coordinator, .processes and .process"),
+    ],
+)
+def test_meshes_that_do_not_fit_leave_nothing_behind(
+    args: str, message: str, files: Path, capsys: pytest.CaptureFixture
+) -> None:
+    try:
+        code = cli.main([*args.split(), "--model", "model", "--run-dir", "x"])
+    except SystemExit as wrong:  # tyro's, of one option alone
+        code = wrong.code  # type: ignore[assignment]
+    assert code == cli.MISTAKE
+    assert message.replace(" ", "") in "".join(capsys.readouterr().err.replace("│", "").split())
+    assert not (files / "x").exists()
