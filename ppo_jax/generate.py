@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ppo_jax import artifacts, rundir, trained
+from ppo_jax import artifacts, distributed, processes, rundir, trained
 from ppo_jax.data import PromptRecord, TooLong, encode_prompts, left_pad, read_prompts, render
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs import Model, PromptSet, decode_responses, load_model
+from ppo_jax.sharding import MeshConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Policy, Prompts
 
@@ -53,6 +55,10 @@ class GenerateSettings:
     """Longest prompt, in tokens."""
     too_long: TooLong = "error"
     """What to do with longer ones."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices of this machine work on what; by default one. The responses are the same on all meshes."""
 
 
 def generate_responses(settings: GenerateSettings) -> None:
@@ -67,6 +73,11 @@ def generate_responses(settings: GenerateSettings) -> None:
         raise ValueError("nothing to answer: give --prompt TEXT or --prompts FILE")
     if settings.output and settings.output.exists():
         raise FileExistsError(f"{settings.output} already exists; choose another --output")
+    with distributed.use_mesh(settings.mesh):
+        _generate(settings)
+
+
+def _generate(settings: GenerateSettings) -> None:
     model, policy = _policy(settings)
     sampling = with_stops(settings.sampling, model)
     texts = [[{"role": "user", "content": text}] if settings.chat else text for text in settings.prompt]
@@ -97,13 +108,13 @@ def responses(
     model: Model, policy: Policy, prompts: PromptSet, sampling: Sampling, settings: GenerateSettings
 ) -> Iterator[Response]:
     """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
-    run = jax.jit(partial(generate, config=model.config, sampling=sampling))
+    run, policy = jax.jit(partial(generate, config=model.config, sampling=sampling)), processes.laid_out(policy)
     key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
     size = min(settings.batch_size, count)
     tokens, mask = left_pad(prompts.rows, max(map(len, prompts.rows)), model.pad_id)
     for number, start in enumerate(range(0, count, size)):
         index = np.minimum(np.arange(start, start + size), count - 1)  # the last batch is filled up
-        batch = Prompts(jnp.asarray(tokens[index]), jnp.asarray(mask[index]), jnp.asarray(index))
+        batch = processes.feed(Prompts(tokens[index], mask[index], index))  # type: ignore[arg-type]  # numpy till here
         batch_key = jax.random.fold_in(key, number)
         rollout = run(model.params, policy, prompts=batch, key=batch_key, temperature=settings.temperature)
         texts, finished = decode_responses(model, sampling, rollout), np.asarray(rollout.terminated)
@@ -147,8 +158,8 @@ def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
             raise ValueError("--step chooses an update of a run; give RUN too")
         if settings.model is None:
             raise ValueError("nobody to answer: give a run, --model, or both")
-        return (model := load_model(settings.model)), Policy({}, _no_values(model))
-    found = trained.find(run, settings.step, settings.model)
+        return (model := load_model(settings.model, settings.compute)), Policy({}, _no_values(model))
+    found = trained.find(run, settings.step, settings.model, settings.compute)
     return found.model, Policy(found.adapter, found.head or _no_values(found.model))
 
 

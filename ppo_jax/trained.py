@@ -11,6 +11,7 @@ import yaml
 
 from ppo_jax import artifacts, checkpoint, config, metrics, processes, rundir, sharding
 from ppo_jax.models.adapters import AdapterConfig, Lora
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.runs import Model, load_model
 from ppo_jax.types import PyTree
 
@@ -32,13 +33,16 @@ class Trained(NamedTuple):
     settings: dict[str, Any]  # the run's config.yaml; {}: there is none
 
 
-def find(run: str | Path, step: int | None = None, model: str | None = None) -> Trained:
+def find(
+    run: str | Path, step: int | None = None, model: str | None = None, options: ModelOptions | None = None
+) -> Trained:
     """The newest policy of a run, or that of update `step`, with its base.
 
     A run directory's export/policy counts unless a newer checkpoint is whole; `run` may also be an artifact itself.
 
     Args:
       model: the base, where the run's own name for it is no longer right.
+      options: how the base is run (`runs.load_model`).
 
     Raises:
       FileNotFoundError: there is no such run, no policy in it, no such step, or the base is gone.
@@ -47,9 +51,9 @@ def find(run: str | Path, step: int | None = None, model: str | None = None) -> 
     where = Path(run).expanduser()
     found = _stored(where, step)
     if found is None:
-        return _from_checkpoint(where, step, model)
+        return _from_checkpoint(where, step, model, options)
     try:
-        base = load_model(model or found.base)
+        base = load_model(model or found.base, options)
     except FileNotFoundError as error:
         if model:
             raise
@@ -111,22 +115,22 @@ def _updates(found: artifacts.Artifact) -> int | None:
     return done if isinstance(done, int) and not isinstance(done, bool) else None
 
 
-def _from_checkpoint(where: Path, step: int | None, model: str | None) -> Trained:
+def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
     """The policy of one checkpoint, or of the newest that is whole."""
     folder = where / rundir.CHECKPOINTS
     if step is not None:
-        return _read(where, step, model)
+        return _read(where, step, model, options)
     damaged = []
     for number in reversed(checkpoint.all_steps(folder)):
         try:
-            return _read(where, number, model)
+            return _read(where, number, model, options)
         except checkpoint.DamagedCheckpoint as error:
             warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
             damaged.append(str(error))
     raise checkpoint.CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
 
 
-def _read(where: Path, step: int, model: str | None) -> Trained:
+def _read(where: Path, step: int, model: str | None, options: ModelOptions | None) -> Trained:
     folder = where / rundir.CHECKPOINTS
     at, meta = folder / str(step), checkpoint.read_meta(folder, step)
     named = meta.get("facts", {}).get("base", {})
@@ -134,7 +138,7 @@ def _read(where: Path, step: int, model: str | None) -> Trained:
     name = model or named.get("name")
     if not name:
         raise ValueError(f"{at} does not name its base; give it with --model")
-    base = load_model(name)
+    base = load_model(name, options)
     if "fingerprint" in named and named["fingerprint"] != base.fingerprint:
         raise ValueError(
             f"{at} was trained on other weights: those of {named.get('name')} (sha256 {named['fingerprint'][:12]}...), "

@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(run: Path, *args: str, prompts: tuple[str, ...] = ("ab", "hello")) -> list[dict]:
     output = run.parent / "answers.jsonl"
     output.unlink(missing_ok=True)
-    assert cli.main(["generate", *args, "--prompt", *prompts, *REST, "--output", str(output)]) == 0
+    assert cli.main(["generate", *REST, *args, "--prompt", *prompts, "--output", str(output)]) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -68,3 +68,19 @@ def test_texts_are_cut_where_the_tokens_are(bos: bool) -> None:
     assert found.rows[0] == start + ids(world) and found.texts[0] == world
     assert found.texts[1:3] == prompts[1:3] and too_long == 2
     assert len(found.rows[3]) == 6 and found.texts[3] == ("ant: " if bos else "tant: ")
+
+
+@pytest.mark.parametrize("mesh", ["--mesh.data 8", "--mesh.data 2 --mesh.fsdp 4"])
+def test_every_mesh_says_the_same(run: Path, mesh: str) -> None:
+    """Sampled, from a run and from a checkpoint; one full batch, and one that does not divide over the devices."""
+    prompts = ("ab", "hello", "one two", "a", "xyz", "b", "c", "do", "re", "mi")
+    for who in ([str(run)], [str(run), "--step", "2"]):
+        args = [*who, "--temperature", "1.5", "--batch-size", "8"]
+        assert answers(run, *args, *mesh.split(), prompts=prompts) == answers(run, *args, prompts=prompts)
+
+
+def test_how_the_model_is_run(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert answers(run, str(run), "--compute.dtype", "bfloat16", "--compute.attention", "xla")
+    assert answers(run, "--model", str(run.parent / "model"), "--compute.dtype", "bfloat16")
+    assert cli.main(["generate", str(run), "--prompt", "ab", "--mesh.data", "3"]) == cli.MISTAKE
+    assert "needs 3 devices, but there are 8" in capsys.readouterr().err
