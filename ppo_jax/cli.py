@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax import commands, config, distributed, dpo_stage, export, reward_command, serve_command
+from ppo_jax import commands, config, distributed, dpo_stage, export, reward_command
 from ppo_jax.generate import GenerateSettings, generate_responses
 from ppo_jax.plan.command import plan
 from ppo_jax.plan.programs import PlanSettings
+from ppo_jax.serve.command import serve_reward
+from ppo_jax.serve.settings import ServeSettings
 from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.train.loop import Interrupted
 
@@ -37,7 +39,7 @@ COMMANDS = {
     "dpo": Command(dpo_stage.DPOSettings, dpo_stage.dpo),
     "plan": Command(PlanSettings, plan),
     "export-reward": Command(reward_command.ExportRewardSettings, reward_command.export_reward),
-    "serve-reward": Command(serve_command.ServeSettings, serve_command.serve_reward),
+    "serve-reward": Command(ServeSettings, serve_reward),
 }
 
 

@@ -18,7 +18,7 @@ from ppo_jax.rewards.api import APIConfig
 from ppo_jax.runs import Model, load_model
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import CONFIG, random_params
-from tests.test_serve import running, score_rows
+from tests.serve.test_server import running, score_rows
 
 MODEL = Model("tiny", CONFIG, random_params(CONFIG), make_tokenizer(), "0" * 64)
 

@@ -28,10 +28,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ppo_jax.batching import Batcher, Full
 from ppo_jax.reward_models import Scorer, load_scorer
-from ppo_jax.serve_command import ServeSettings
-from ppo_jax.serve_protocol import Refused, entry, read_json, read_messages, read_samples
+from ppo_jax.serve.batching import Batcher, Full
+from ppo_jax.serve.protocol import Refused, entry, read_json, read_messages, read_samples
+from ppo_jax.serve.settings import ServeSettings
 
 Handle = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 OPEN_PATHS = ("/health",)  # need no token

@@ -1,4 +1,4 @@
-"""`ppo-jax serve-reward`: its options. The server itself needs the packages of the extra `serve`."""
+"""The options of `ppo-jax serve-reward`."""
 
 import dataclasses
 from pathlib import Path
@@ -47,14 +47,3 @@ class ServeSettings:
             raise ValueError(f"max_rows={self.max_rows} must not be above max_waiting={self.max_waiting}")
         if self.token_env and self.token_file:
             raise ValueError("give token_env or token_file, not both")
-
-
-def serve_reward(settings: ServeSettings) -> None:
-    """`ppo-jax serve-reward`."""
-    try:
-        from ppo_jax import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn"):
-            raise
-        raise ValueError("the reward server needs two more packages: pip install 'ppo_jax[serve]'") from error
-    serve.serve(settings)

@@ -19,8 +19,8 @@ import uvicorn
 from experiments import serve_load
 from ppo_jax import cli
 from ppo_jax.reward_models import Scorer, load_scorer
-from ppo_jax.serve import make_app, read_token
-from ppo_jax.serve_command import ServeSettings
+from ppo_jax.serve.server import make_app, read_token
+from ppo_jax.serve.settings import ServeSettings
 from tests.data.tokenizer import make_tokenizer
 
 ROWS = [("the film", " is lovely"), ("a", " very dull plot and a boring cast"), ("really", "")]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ppo_jax.batching import Batcher, Full
+from ppo_jax.serve.batching import Batcher, Full
 
 
 def sums(rows: Sequence[Sequence[int]]) -> np.ndarray:
