@@ -18,10 +18,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ppo_jax import card, trained
+from ppo_jax import card, distributed, trained
 from ppo_jax.models import families, hf, peft
 from ppo_jax.models.families import Dtype
 from ppo_jax.runs import load_model
+from ppo_jax.sharding import MeshConfig
 
 MARK = "ppo_jax_export.json"  # {"format": "merged" or "peft", "files": what was written}
 
@@ -44,10 +45,17 @@ class ExportSettings:
     """Of the merged weights."""
     overwrite: bool = False
     """Replace an earlier export in that directory."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices of this machine that base and adapter are spread over; the host then holds no whole model."""
 
 
 def export(settings: ExportSettings) -> None:
     """`ppo-jax export`."""
+    with distributed.use_mesh(settings.mesh):
+        _export(settings)
+
+
+def _export(settings: ExportSettings) -> None:
     target = settings.to.expanduser()
     check_target(target, settings)
     if settings.run is None:

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_jax import artifacts, cli, trained
@@ -143,6 +145,23 @@ def test_layers_that_were_trained_whole(adapter: AdapterConfig, tmp_path: Path, 
     said = mistake("export", run, "--to", tmp_path / "p", "--format", "peft")
     assert "the peft format holds LoRA alone" in said and "choose the merged format" in said
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_on_a_mesh_the_same_model_is_written(step: int, tmp_path: Path) -> None:
+    """Of a policy trained whole, from a checkpoint and from export/policy; of a LoRA adapter up to rounding."""
+    full = finished_run.make(tmp_path, AdapterConfig(kind="full"), steps=(2,))
+    lora = finished_run.make(tmp_path / "lora", steps=(2,))
+    for run in (full, lora):
+        for name, mesh in (("one", ""), ("eight", "--mesh.fsdp 8")):
+            export(run, "--step", step, "--to", tmp_path / run.parent.name / name, *mesh.split())
+        one, eight = (load_file(tmp_path / run.parent.name / name / "model.safetensors") for name in ("one", "eight"))
+        assert one.keys() == eight.keys()
+        for name in one:
+            np.testing.assert_allclose(
+                eight[name], one[name], rtol=0 if run is full else 1e-6, atol=1e-7 * (run is lora)
+            )
+    assert (tmp_path / "lora" / "one" / "model.safetensors").stat().st_size > 10_000
 
 
 def test_nothing_of_the_users_is_replaced(run: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
