@@ -75,7 +75,7 @@ def _sft(settings: SFTSettings) -> None:
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
-            f"the model is at {result.model.name}"
+            f"the model is at {result.path}"
         )
 
 

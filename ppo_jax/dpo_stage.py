@@ -55,7 +55,7 @@ def _dpo(settings: DPOSettings) -> None:
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
         screen.message(
             f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
-            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.model.name}"
+            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}"
         )
 
 

@@ -5,6 +5,8 @@
 The fine-tuned base is merged into one model: it is the reference of PPO and what the reward model's adapter sits on.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +26,23 @@ MODEL, POLICY, REWARD = "model", "policy", "reward"  # folders in a run's export
 PhaseWriter = Callable[[int, Mapping[str, float]], None]
 
 
-class StageResult(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StageResult:
     """A policy that was trained on fixed data."""
 
-    model: Model  # the trained one, merged; saved at export/model
+    base: Model
+    adapter: PyTree
+    path: Path  # of the model: both merged, a Hugging Face directory
     before: dict[str, float]  # what the stage measures on the held-out data
     after: dict[str, float]
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The model at `path`, merged in memory; made when it is first asked for, by all processes together."""
+        fresh = lambda params, adapter: merge(params, adapter, self.base.config)  # noqa: E731
+        params = processes.created(fresh, self.base.params, self.adapter)
+        fingerprint = processes.first_writes(lambda _: artifacts.fingerprint(self.path))
+        return self.base._replace(name=str(self.path), params=params, fingerprint=fingerprint or "")
 
 
 def run_sft(
@@ -105,7 +118,8 @@ def run_offline(
     after = measured(phase.steps, tuned)
     export = directory / rundir.EXPORT
     save_role(export / POLICY, "policy", tuned, {}, model, meta={"steps": phase.steps, "heldout": after})
-    return StageResult(export_model(export / MODEL, model, tuned), before, after)
+    write_model(export / MODEL, model, tuned)
+    return StageResult(model, tuned, export / MODEL, before, after)
 
 
 def filling(rows: int) -> int:
@@ -142,18 +156,6 @@ def save_role(
 def write_model(path: Path, model: Model, adapter: PyTree) -> None:
     """Writes base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
     hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)
-
-
-def export_model(path: Path, model: Model, adapter: PyTree) -> Model:
-    """Writes base and adapter, merged, as a Hugging Face directory with tokenizer; returns that model.
-
-    All processes call it; the fingerprint is that of the files of the first.
-    """
-    params = processes.created(lambda base, tuned: merge(base, tuned, model.config), model.params, adapter)
-    merged = model._replace(name=str(path), params=params)
-    write_model(path, merged, {})
-    found = processes.first_writes(lambda _: artifacts.fingerprint(path))
-    return merged._replace(fingerprint=found or "")
 
 
 def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> PhaseWriter:

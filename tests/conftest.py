@@ -66,6 +66,7 @@ LONGEST = (
     "test_preemption",
     "test_launch",
     "test_distributed",
+    "test_stages_processes",
     "test_cli",
     "test_sharding",
     "test_pipeline",
