@@ -250,6 +250,11 @@ def _read_checked(path: Path, step: int, manifest: Manifest, wanted: Mapping[str
         item = dict.fromkeys(args, 0)
         with _read_errors(path, step):
             # The headers first: an array without contents takes no place on a disk, whatever its size.
+            large = [
+                file for file in folder.rglob("*") if file.parent.name != "d" and file.stat().st_size > LARGEST_META
+            ]
+            if large:
+                raise ValueError(f"{large[0].name} has {large[0].stat().st_size} bytes, {LARGEST_META} are allowed")
             if wrong := manifests.other_than_stored(manifest, handler.metadata(folder).tree, args):
                 raise ValueError("; ".join(wrong[:3]))
             request = ocp.args.PyTreeRestore(item=item, restore_args=dict(args), partial_restore=True)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_jax import plain_json
+
 Writer = Callable[[int, str, Mapping[str, float]], None]
 
 RESERVED = ("step", "phase", "time")  # the columns of metrics.jsonl that are not values
@@ -244,7 +246,7 @@ def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(plain_json.loads(line), dict)
     except ValueError:  # JSONDecodeError and UnicodeDecodeError are both one
         return False
 

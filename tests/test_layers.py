@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import from its own layer and from those below; what is not named here is an edge.
 LAYERS = ["types", "ops", "models", "rollout", "rewards", "train"]
 # The mesh and the table of logical axes belong to the model, and so does what several processes share.
-SAME_LAYER = {"sharding": "models", "processes": "models"}
+SAME_LAYER = {"sharding": "models", "processes": "models", "plain_json": "types"}
 OPS_MAY_IMPORT = {"jax", "chex", "jaxtyping"}
 # HTTP, files of models, tokenizers, checkpoints and screens stay at the edges.
 EDGE_ONLY = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "yaml"}

@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_jax import plain_json
+
 Text = str | list[dict[str, str]]  # plain text, or chat messages
 
+LONGEST_LINE = 1 << 24  # bytes of one record
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGES = '[{"role": ..., "content": ...}, ...]'
 
@@ -123,28 +126,39 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    blank: list[int] = []  # lines that are skipped unless another follows
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{where}: longer than {LONGEST_LINE} bytes; a line holds one record")
+            if not line.strip():
+                blank.append(number)
+                continue
+            yield from ((f"{path}:{skipped}", "") for skipped in blank)
+            blank.clear()
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield where, line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}; "
+                    "convert the file, for example with `iconv -t UTF-8`"
+                ) from error
+    if number == len(blank):
         raise ValueError(f"{path}: the file is empty")
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        try:
-            yield where, line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{where}: not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}; "
-                "convert the file, for example with `iconv -t UTF-8`"
-            ) from error
 
 
 def _objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) for each line of a JSON Lines file."""
     for where, line in _lines(path):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+            value = plain_json.loads(line)
+        except ValueError as error:  # also an integer of thousands of digits
             raise ValueError(
                 f"{where}: not JSON ({error}); each line must be one JSON object: {_shown(line)}"
             ) from error

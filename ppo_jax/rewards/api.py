@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from ppo_jax import plain_json
 from ppo_jax.rewards.base import HostReward
 from ppo_jax.rewards.failures import Report, number, printable, to_scores
 from ppo_jax.types import Scores
@@ -312,8 +313,8 @@ def _bodies(
 def _json(answer: tuple[bytes, str], show: _Show) -> Any:
     body, kind = answer
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested a thousand deep
+        return plain_json.loads(body)
+    except ValueError:  # not UTF-8, not JSON, nested a thousand deep
         named = show(kind, 40) or "no content type"
         detail = show(body.decode("utf-8", "replace"), 80)
         raise _Failed(
