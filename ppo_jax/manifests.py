@@ -7,6 +7,7 @@ and dtype that the manifest names, and where all that is to be read together fit
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from ppo_jax.types import PyTree
 
 Manifest = dict[str, dict[str, Any]]
+_DTYPE = re.compile(r"(bool|u?int\d{1,2}|b?float\d{1,2}(_\w{1,10})?|complex\d{2,3})")
 WORDS = 8  # a typed key is stored as at most so many 32-bit words
 
 
@@ -127,6 +129,8 @@ def other_than_stored(manifest: Manifest, stored: Mapping[str, Any], names: Coll
 def _itemsize(dtype: str) -> int | None:
     if dtype.startswith("key<"):
         return 4 * WORDS
+    if not _DTYPE.fullmatch(dtype):  # numpy's parser of such names takes more, and Python's literals too
+        return None
     try:
         return jnp.dtype(dtype).itemsize
     except TypeError:
