@@ -9,11 +9,12 @@ import pytest
 from experiments import smoke
 from experiments.sentiment import SentimentConfig, world
 from ppo_jax import config
+from ppo_jax.generate import GenerateSettings
 from ppo_jax.models import hf
 from ppo_jax.models.adapters import init_full
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.runs import load_model
-from ppo_jax.settings import PPOSettings, RewardSettings, SFTSettings
+from ppo_jax.settings import DPOSettings, PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import make_iteration
 from ppo_jax.train.state import init_state
@@ -28,7 +29,9 @@ FLAGS = ["--compute.dtype", "bfloat16", "--compute.remat", "dots", "--compute.at
     ("settings", "needed"),
     [
         (SFTSettings, ["--model", "m", "--data", "d"]),
+        (DPOSettings, ["--model", "m", "--pairs", "d"]),
         (RewardSettings, ["--model", "m", "--pairs", "d"]),
+        (GenerateSettings, []),
         (PPOSettings, ["--model", "m", "--prompts", "d", "--reward", "r"]),
         (SentimentConfig, []),
     ],

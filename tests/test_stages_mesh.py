@@ -28,6 +28,7 @@ from ppo_jax.train.sft import Demonstrations, SFTConfig, make_sft_step
 from ppo_jax.types import PyTree
 from tests.data.tokenizer import EOS
 from tests.small import SMALL, small_model, write_stage_files
+from tests.test_sharding import gathered
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = dataclasses.replace(SMALL, num_kv_heads=2)
@@ -121,42 +122,47 @@ def test_every_mesh_leaves_what_one_device_leaves(stage: str, kind: str, config:
     assert found.layout[0] == found.layout[1], "not laid out as the table says"
 
 
-TASKS = ["sft", "dpo", "reward"]
+def step_and_arguments(task: str, base: PyTree) -> tuple[Any, tuple]:
+    """A jitted step of full tuning, and what it is given."""
+    optimizer, full = make_optimizer(), dataclasses.replace(REWARD, kind="full", lora_layers=0)
+    fresh = {"reward": lambda key, base: init_role(key, CONFIG, full, base)}.get(
+        task, lambda key, base: init_adapter(key, base, CONFIG, FULL)
+    )
+    params = created(fresh, jax.random.key(0), base)
+    state = (params, created(optimizer.init, params), base)
+    ones = np.ones((16, 9), bool)
+    rows = Demonstrations(*map(np.asarray, (np.full(ones.shape, 3), ones, ones)))
+    if task == "sft":
+        return make_sft_step(CONFIG, SFT, optimizer), (*state, feed(rows), 1e-3, 1.0)
+    if task == "dpo":
+        pairs = Preferences(*(np.stack([x, x], axis=1) for x in rows))
+        return make_dpo_step(CONFIG, DPO, optimizer), (*state, feed(pairs), DPOScalars(1e-3, 1.0, 0.1, 0.0))
+    batches, steps = training_batches(ratings(30, 0), dataclasses.replace(full, batch_size=16), 0, 0)
+    assert steps and all(isinstance(x, np.ndarray) for x in jax.tree.leaves(batches(0)))  # the host's until now
+    return make_reward_step(CONFIG, optimizer), (*state, feed(batches(0)), 1e-3)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_step_keeps_what_it_trains_and_its_optimizer_on_their_shards(task: str) -> None:
-    """Born as the table says, and the same after the step: nothing drifts, and nothing is whole on one device."""
-    model, optimizer = small_model(CONFIG), make_optimizer()
-    with use_mesh(MeshConfig(fsdp=8)):
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=8), MIXED], ids=str)
+@pytest.mark.parametrize("task", ["sft", "dpo", "reward"])
+def test_a_step_keeps_what_it_trains_and_its_optimizer_on_their_shards(task: str, config: MeshConfig) -> None:
+    """Born as the table says and the same after the step; nothing larger than one matrix is gathered on the way."""
+    with use_mesh(config):
         mesh = current_mesh()
         assert mesh is not None
-        base = laid_out(model.params)
-        full = dataclasses.replace(REWARD, kind="full", lora_layers=0)
-        fresh = {"reward": lambda key, base: init_role(key, CONFIG, full, base)}.get(
-            task, lambda key, base: init_adapter(key, base, CONFIG, FULL)
-        )
-        params = created(fresh, jax.random.key(0), base)
-        opt_state = created(optimizer.init, params)
-        before = sharding.shardings((params, opt_state), mesh)
-        assert jax.tree.map(lambda x: x.sharding, (params, opt_state)) == before
-        rows = Demonstrations(*map(np.asarray, (np.full((16, 5), 3), np.ones((16, 5), bool), np.ones((16, 5), bool))))
-        if task == "sft":
-            step = make_sft_step(CONFIG, SFT, optimizer)
-            after = step(params, opt_state, base, feed(rows), 1e-3, 1.0)
-        elif task == "dpo":
-            pairs = Preferences(*(np.stack([x, x], axis=1) for x in rows))
-            after = make_dpo_step(CONFIG, DPO, optimizer)(
-                params, opt_state, base, feed(pairs), DPOScalars(1e-3, 1.0, 0.1, 0.0)
-            )
-        else:
-            batch, steps = training_batches(ratings(30, 0), full, 0, 0)
-            assert steps and all(isinstance(x, np.ndarray) for x in jax.tree.leaves(batch(0)))  # the host's until then
-            after = make_reward_step(CONFIG, optimizer)(params, opt_state, base, feed(batch(0)), 1e-3)
-        assert jax.tree.map(lambda x: x.sharding, after[:2]) == before
-        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(after[:2]))
-        total = sum(x.nbytes for x in jax.tree.leaves(after[:2]))
-        assert held < 1.2 * total / 8
+        step, arguments = step_and_arguments(task, laid_out(small_model(CONFIG).params))
+        before = sharding.shardings(arguments[:2], mesh)
+        assert jax.tree.map(lambda x: x.sharding, arguments[:2]) == before
+        program = step.lower(*arguments).compile()
+        after = program(*arguments)[:2]
+    assert jax.tree.map(lambda x: x.sharding, after) == before
+    held, total = (
+        sum(map(size, jax.tree.leaves(after)))
+        for size in (lambda x: x.addressable_shards[0].data.nbytes, lambda x: x.nbytes)
+    )
+    assert held < 1.2 * total / (config.fsdp * config.tensor)
+    shapes, matrix = gathered(program.as_text()), CONFIG.vocab_size * CONFIG.hidden_size
+    assert shapes and not {shape: size for shape, size in shapes.items() if size > matrix}
+    assert 8 * 9 * CONFIG.hidden_size > matrix  # activations of all rows of a micro-batch would be seen
 
 
 @pytest.fixture
