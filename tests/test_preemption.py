@@ -1,4 +1,5 @@
-"""SIGTERM of one process of two: both stop after the same update, save, and say so; one alone goes on from it."""
+"""SIGTERM of one process of two: both stop after the same update, save, and say so. What they saved is damaged: both go
+on from the checkpoint before. One alone goes on from that."""
 
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from ppo_jax import checkpoint, metrics, rundir
 from ppo_jax.cli import PREEMPTED
 from tests.test_launch import make_world, options
+from tests.test_resuming import arrays_file, flip
 
 LIMIT = 400.0  # seconds until a wait has failed
 
@@ -27,13 +29,18 @@ def updates(folder: Path) -> list[int]:
     return [r["step"] for r in metrics.read_jsonl(path) if r["phase"] == "ppo"]
 
 
-def test_one_is_evicted_and_all_stop_together(tmp_path: Path) -> None:
-    make_world(tmp_path)
+def start_both(folder: Path, last: int) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         joined = ["--distributed.coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--distributed.processes", "2"]
-    joined += ["--mesh.fsdp", "2", "--resume", "auto", "--loop.updates", "100000", "--loop.schedule", "constant"]
-    both = [start(tmp_path, [*joined, "--distributed.process", str(i)]) for i in range(2)]
+    joined += ["--mesh.fsdp", "2", "--resume", "auto", "--loop.updates", str(last), "--loop.schedule", "constant"]
+    joined += ["--loop.checkpoint-every", "1"]
+    return [start(folder, [*joined, "--distributed.process", str(i)]) for i in range(2)]
+
+
+def test_one_is_evicted_and_all_stop_together(tmp_path: Path) -> None:
+    make_world(tmp_path)
+    both = start_both(tmp_path, 100_000)
     logs = lambda: "\n".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("log-*")))
     try:
         end = time.monotonic() + LIMIT
@@ -49,6 +56,18 @@ def test_one_is_evicted_and_all_stop_together(tmp_path: Path) -> None:
     done = updates(tmp_path)[-1]
     assert checkpoint.latest_step(tmp_path / "run" / rundir.CHECKPOINTS) == done
     assert f"after update {done}; update {done} is saved" in logs()
+
+    flip(arrays_file(tmp_path / "run", done))
+    again = start_both(tmp_path, done)
+    try:
+        assert [process.wait(LIMIT) for process in again] == [0, 0], logs()
+    finally:
+        for process in again:
+            process.kill()
+            process.wait()
+    kept = Path("run") / rundir.DAMAGED / str(done)
+    assert f"the damaged checkpoint of update {done} was moved to {kept}; going on from update {done - 1}" in logs()
+    assert (tmp_path / kept).is_dir() and updates(tmp_path) == list(range(1, done + 1))
 
     alone = start(
         tmp_path, ["--resume", "auto", "--loop.updates", str(done + 1), "--loop.schedule", "constant"]
