@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax import artifacts, checkpoint, metrics
+from ppo_jax import artifacts, checkpoint, cli, metrics
 from ppo_jax.models import hf
 from ppo_jax.models.config import ModelConfig
 from tests.data.tokenizer import EOS, make_tokenizer
@@ -88,7 +89,13 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path) -> None:
     policies = [artifacts.load(tmp_path / name / "export" / "policy", "policy").adapter for name in ("one", "two")]
     for left, right in zip(*map(jax.tree.leaves, policies), strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=1e-3, atol=1e-5)
-    hf.load(tmp_path / "two" / "export" / "model")
+    # What the run has left is what the command writes, from the policy and from the checkpoint of both.
+    left = (tmp_path / "two" / "export" / "model" / "model.safetensors").read_bytes()
+    for folder in ("from policy", "from checkpoint"):
+        given = ["--model", str(tmp_path / "model"), "--to", str(tmp_path / folder)]
+        assert cli.main(["export", str(tmp_path / "two"), *given]) == 0
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == left
+        shutil.rmtree(tmp_path / "two" / "export" / "policy", ignore_errors=True)
 
 
 def test_the_scripts_are_shell() -> None:
