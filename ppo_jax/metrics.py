@@ -108,18 +108,20 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
 
     # Written in this thread: tensorboardX's own dies of a full disk, and then blocks whoever adds to its queue.
     open_phases: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
     flushed: dict[str, float] = {}
 
     def start(phase: str, step: int) -> Any:
         folder = Path(directory) / phase
         folder.mkdir(parents=True, exist_ok=True)
         # Two processes that start within one second must not share a file.
-        events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        events = EventsWriter(str(folder / "events"), suffix := f".{time.time_ns()}")
+        paths[phase] = next(folder.glob(f"*{suffix}"))
         events.write_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
         return events
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
-        if phase not in open_phases:
+        if phase not in open_phases or not paths[phase].exists():  # the run directory may have been removed
             open_phases[phase] = start(phase, int(step))
         events = open_phases[phase]
         try:

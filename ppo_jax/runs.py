@@ -103,6 +103,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
             if due:  # what the checkpoint takes for written is tried once more
                 for again in (put_samples, *files):
                     again()
+                _keep_config(directory, setup.config)
             keep(step, state, due)
 
         def note_best(step: int, state: TrainState, values: Mapping[str, float] | None) -> None:
@@ -169,6 +170,13 @@ def _introduce(directory: Path, setup: Setup, screen: Screen) -> FailureLog:
     failures = setup.failures or FailureLog()
     failures.notify = screen.message
     return failures
+
+
+def _keep_config(directory: Path, config: str) -> None:
+    """Writes config.yaml again where the directory was removed; that it cannot be written, the other files report."""
+    if config and directory.is_dir() and not (directory / rundir.CONFIG).exists():
+        with contextlib.suppress(OSError):
+            metrics.replace_file(directory / rundir.CONFIG, config.encode())
 
 
 def _batches(setup: Setup) -> Callable[[int], Prompts]:

@@ -64,9 +64,12 @@ def screen() -> Any:
 LONGEST = (
     "test_kill",
     "test_preemption",
+    "test_disk",
     "test_launch",
     "test_distributed",
     "test_stages_processes",
+    "test_asked",
+    "test_stages_mesh",
     "test_cli",
     "test_sharding",
     "test_pipeline",

@@ -90,6 +90,7 @@ def test_a_directory_that_is_removed_is_made_again_and_the_run_ends_well(folder:
     assert last_good(folder) == 40 and (folder / "run" / rundir.EXPORT / "policy").is_dir()
     done = updates(folder)
     assert done and done == list(range(done[0], 41))  # what was written before is gone, the rest is all there
+    assert (folder / "run" / rundir.CONFIG).is_file() and list((folder / "run" / rundir.TENSORBOARD).rglob("events*"))
 
 
 def test_where_a_file_has_taken_its_place_training_goes_on_and_the_end_is_no_success(folder: Path) -> None:
