@@ -1,7 +1,5 @@
 """Checkpoints: bitwise round trips (keys, shardings, odd leaves), refusals that name the leaf, faults on disk."""
 
-import contextlib
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ppo_jax import checkpoint, checksums, manifests
+from tests.disk import small_disk
 
 
 class Moments(NamedTuple):
@@ -66,17 +65,6 @@ def bits(tree: Any) -> list[bytes]:
 def save(directory: Path, step: int, state: Any, meta: Any = None) -> None:
     with checkpoint.open_manager(directory) as manager:
         checkpoint.save(manager, step, state, meta)
-
-
-@contextlib.contextmanager
-def small_disk(limit: int) -> Iterator[None]:
-    """No file grows past `limit` bytes: writes fail as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_round_trip_is_bitwise_and_the_key_goes_on(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """metrics: files survive a crash, the writers write what they were given."""
 
 import json
-import resource
 import struct
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import metrics
+from tests.disk import small_disk
 
 
 def test_jsonl_is_strict_json_with_null_for_nan(tmp_path: Path):
@@ -174,27 +174,17 @@ def test_a_writer_that_fails_for_a_while_loses_nothing(tmp_path: Path):
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     metrics.append_jsonl(path, [{"step": 1}])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
-        with pytest.raises(OSError, match="File too large"):
-            metrics.append_jsonl(path, [{"step": 2, "text": "x" * 100}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_disk(60), pytest.raises(OSError, match="File too large"):
+        metrics.append_jsonl(path, [{"step": 2, "text": "x" * 100}])
     assert path.read_text() == '{"step": 1}\n'
 
 
 def test_tensorboard_on_a_full_disk_raises_here_and_goes_on_later(tmp_path: Path):
     write = metrics.tensorboard_writer(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     write(1, "ppo", {"reward": 1.0})
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
-        with pytest.raises(OSError):
-            for step in range(2, 2000):  # more than a buffer holds
-                write(step, "ppo", {"reward": float(step)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_disk(50), pytest.raises(OSError):
+        for step in range(2, 2000):  # more than a buffer holds
+            write(step, "ppo", {"reward": float(step)})
     write(3, "ppo", {"reward": 3.0})  # in a file of its own
     newest = max((tmp_path / "ppo").iterdir(), key=lambda file: file.name.rsplit(".", 1)[1])
     assert newest.stat().st_size and len(list((tmp_path / "ppo").iterdir())) == 2
