@@ -113,6 +113,10 @@ def start(config: DistributedConfig = DistributedConfig()) -> None:
             f"the processes did not come together at {where}: {error}. Give --distributed.coordinator, .processes and "
             ".process where the platform does not tell, and the same coordinator to all"
         ) from error
+    if jax.default_backend() == "cpu":
+        # One process may find a program in the cache that another compiles; the two do not order gloo's collectives
+        # alike, and each waits for the other for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def use_mesh(config: MeshConfig) -> contextlib.AbstractContextManager[object]:

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from ppo_jax.distributed import start
 start()
 seen = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 10))
-print(json.dumps([jax.process_index(), jax.process_count(), jax.local_device_count(), seen.tolist()]), flush=True)
+here = jax.process_index(), jax.process_count(), jax.local_device_count()
+print(json.dumps([*here, seen.tolist(), jax.config.jax_enable_compilation_cache]), flush=True)
 """
 OTHERS = ("SLURM_", "TPU_", "MEGASCALE_")
 JOB = random.randrange(1, 4096)  # jax takes the coordinator's port from the job's number
@@ -89,7 +90,7 @@ def test_processes_find_each_other_without_arguments(platform: Callable[[int], d
     found = run([platform(i) | {"GCE_METADATA_IP": metadata} for i in range(2)])
     for i, (code, out, errors) in enumerate(found):
         assert code == 0, errors
-        assert json.loads(out.splitlines()[-1]) == [i, 2, 1, [10, 11]]
+        assert json.loads(out.splitlines()[-1]) == [i, 2, 1, [10, 11], False]
 
 
 def test_a_platform_that_does_not_answer_is_an_error_that_says_what_to_give() -> None:
