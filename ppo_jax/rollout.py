@@ -15,7 +15,7 @@ from ppo_jax.models.heads import value
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import penalise_repetition, sample
-from ppo_jax.sharding import constrain
+from ppo_jax.sharding import constrain, gathered
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 
 
@@ -33,6 +33,8 @@ class Sampling:
     """Sample from tokens at least this fraction as probable as the most probable one; 0: off."""
     repetition_penalty: float = 1.0
     """Divides positive logits, and multiplies negative ones, of tokens that prompt or response hold already; 1: off."""
+    gather_weights: bool = False
+    """On a mesh, bring what fsdp has cut together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a response; the stop token belongs to it."""
     pad_id: int = 0
@@ -87,6 +89,8 @@ def generate(
     batch, prompt_length = prompts.tokens.shape
     length = sampling.response_length
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if sampling.gather_weights:
+        base, policy = gathered(base), policy._replace(adapter=gathered(policy.adapter))
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     stop_ids = jnp.array(sampling.stop_ids, jnp.int32)

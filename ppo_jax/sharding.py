@@ -306,6 +306,19 @@ def constrain_rows(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(("batch",), x.shape[:1], mesh)), tree)
 
 
+def gathered(tree: Tree) -> Tree:
+    """Parameters cut over "tensor" alone: what "fsdp" has spread, every device gets; the same tree without a mesh."""
+    mesh = _mesh()
+    if mesh is None or mesh.shape.get("fsdp", 1) == 1:
+        return tree
+
+    def whole(path: tuple, x: Any) -> Any:
+        cut = (axis if axis != "fsdp" else None for axis in leaf_spec(path, x, mesh))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*cut))
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
 def constrain_params(tree: Tree) -> Tree:
     """Parameters, gradients or a whole state laid out as the table says; the same tree without a mesh.
 
