@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the store of keys that Orbax's own barriers use; there is no public name for it
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
@@ -89,6 +88,8 @@ def save_barrier(*, key: str, timeout_ms: int) -> None:
     Raises:
       Elsewhere: another process has failed, so the save has.
     """
+    from jax._src import distributed  # the store of keys that Orbax's own barriers use; there is no public name for it
+
     client, own = distributed.global_state.client, jax.process_index()
     assert client is not None
     number = next(_arrived)

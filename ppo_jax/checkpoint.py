@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo_jax import checksums, manifests
-from ppo_jax.agreement import agree, anywhere, save_barrier
+from ppo_jax import checksums, manifests, plain_json
+from ppo_jax.agreement import agree, anywhere, of_first, save_barrier
 from ppo_jax.manifests import Manifest
 from ppo_jax.quiet import quiet
 from ppo_jax.types import PyTree
@@ -117,7 +117,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
     The step appears under its name only when it is complete. `meta` is any JSON value, see `read_meta`. Collective.
 
     Raises:
-        ValueError: `step` is not newer than what the directory holds, or the state has no array.
+        ValueError: `step` is not newer than what the directory holds, the state has no array, or `meta` is too large.
         CheckpointSaveError: this save, or the one before it in the background, failed (in any process).
       CheckpointSaveBroken: it failed in this one of several processes only, between two of Orbax's meetings.
     """
@@ -135,6 +135,8 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
     manifest = {path: manifests.describe(leaf) | sums.get(path, {}) for path, leaf in leaves.items()}
     document = {"format": FORMAT, "manifest": manifest, "meta": dict(meta or {})}
     document["checksum"] = manifests.document_sum(document)
+    if (size := len(json.dumps(document))) > LARGEST_META:
+        raise ValueError(f"{manager.directory}: meta and manifest are {size} bytes; at most {LARGEST_META} are read")
     args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(document))
     several = jax.process_count() > 1
     if several:  # what can be known to fail fails here, where all hear of it
@@ -195,6 +197,7 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None, part
       DamagedCheckpoint: files are missing or unreadable, or an array is not the one that was saved.
     """
     leaves = manifests.flatten(target)
+    step = of_first(latest_step(directory)) if step is None else step
 
     def read() -> tuple[dict[str, Any], int]:
         path, found = _find(directory, step)
@@ -313,7 +316,7 @@ def _read_document(path: Path, step: int) -> dict[str, Any]:
     with _read_errors(path, step):
         if (size := file.stat().st_size) > LARGEST_META:
             raise ValueError(f"meta has {size} bytes, the largest that is read is {LARGEST_META}")
-        document = json.loads(file.read_bytes())
+        document = plain_json.loads(file.read_bytes())
     old = isinstance(document, dict) and "checksum" not in document and document.get("format") != FORMAT
     if not old and (not isinstance(document, dict) or document.get("checksum") != manifests.document_sum(document)):
         raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not what was saved")

@@ -29,7 +29,7 @@ def make_evaluator(
     setup: Setup,
     frozen: Frozen,
     write: metrics.Writer,
-    put_samples: Callable[..., None],
+    put_samples: Callable[..., object],
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,

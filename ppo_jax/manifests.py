@@ -19,7 +19,8 @@ import numpy as np
 from ppo_jax.types import PyTree
 
 Manifest = dict[str, dict[str, Any]]
-_DTYPE = re.compile(r"(bool|u?int\d{1,2}|b?float\d{1,2}(_\w{1,10})?|complex\d{2,3})")
+_DTYPE = re.compile(r"(bool|u?int\d{1,2}|b?float\d{1,2}(_\w{1,12})?|complex\d{2,3})")
+_BOUNDS = re.compile(r"(\d{1,15}:\d{1,15}(,\d{1,15}:\d{1,15})*)?")  # of a piece: "0:4,8:16"
 WORDS = 8  # a typed key is stored as at most so many 32-bit words
 
 
@@ -92,7 +93,20 @@ def malformed(manifest: object) -> str | None:
             return f"the shape of {name[:60]!r} in its manifest is {str(shape)[:60]}"
         if not isinstance(dtype, str) or _itemsize(dtype) is None:
             return f"the dtype of {name[:60]!r} in its manifest is {str(dtype)[:60]}"
+        if not _are_sums(entry, len(shape) + dtype.startswith("key<")):
+            return f"the sums of {name[:60]!r} in its manifest are no CRC-32 of it or of its pieces"
     return None
+
+
+def _are_sums(entry: Mapping[str, Any], axes: int) -> bool:
+    """Whether what an entry says besides shape and dtype has the form of `checksums.Sums`."""
+    pieces = entry.get("pieces", {})
+    return (
+        type(entry.get("crc32", 0)) is int
+        and isinstance(pieces, dict)
+        and all(type(total) is int for total in pieces.values())
+        and all(_BOUNDS.fullmatch(bounds) and bounds.count(":") == axes for bounds in pieces)
+    )
 
 
 def claimed(manifest: Manifest, names: Collection[str]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ppo_jax import plain_json
 
-Writer = Callable[[int, str, Mapping[str, float]], None]
+Writer = Callable[[int, str, Mapping[str, float]], object]
 
 RESERVED = ("step", "phase", "time")  # the columns of metrics.jsonl that are not values
 
@@ -33,12 +33,12 @@ def combine(writers: Iterable[Writer]) -> Writer:
 
 
 def resilient(
-    call: Callable[..., None],
+    call: Callable[..., object],
     notify: Callable[[str], None],
     what: str,
     errors: tuple[type[Exception], ...] = (OSError,),
-) -> Callable[..., None]:
-    """`call`, which writes something, as a function that lets no failure through.
+) -> Callable[..., int]:
+    """`call`, which writes something, as a function that lets no failure through; returns how many calls are kept.
 
     What could not be written (a full disk, a directory that is gone) is kept in memory and written, in order, with the
     next call that succeeds; a call without arguments only tries again. `notify` hears of the first failure of each
@@ -47,7 +47,7 @@ def resilient(
     waiting: list[tuple[Any, ...]] = []
     failed = False
 
-    def attempt(*arguments: Any) -> None:
+    def attempt(*arguments: Any) -> int:
         nonlocal failed
         if arguments:
             waiting.append(arguments)
@@ -58,11 +58,12 @@ def resilient(
                 if not failed:
                     notify(f"{what} cannot be written: {error}. Training goes on, and the lines are kept in memory")
                 failed = True
-                return
+                return len(waiting)
             waiting.pop(0)
         if failed:
             notify(f"{what} is written again, and nothing of it is missing")
         failed = False
+        return 0
 
     return attempt
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 DEPTH = 100
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)  # strings may hold brackets
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)  # strings may hold brackets
 
 
 def loads(data: str | bytes, depth: int = DEPTH) -> Any:

@@ -6,6 +6,7 @@ samples, the live display, and the policy saved at the end.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,12 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
             note_best(step, state, values)
             return values
 
+        write_again = functools.partial(_write_again, directory, setup.config, (put_samples, *files))
+
         def save(step: int, state: TrainState, due: bool) -> None:
             given[:] = [(step, state)]
             if due:  # what the checkpoint takes for written is tried once more
-                for again in (put_samples, *files):
-                    again()
-                _keep_config(directory, setup.config)
+                write_again()
             keep(step, state, due)
 
         def note_best(step: int, state: TrainState, values: Mapping[str, float] | None) -> None:
@@ -138,8 +139,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
             leave(error, keep, given)
         if keep.settle() != loop.updates:
             keep.insist(loop.updates, state)
-    if failures.counts:
-        screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
+        _last_words(screen, write_again(), failures)  # the last save may have made a removed directory again
     return _export(directory, setup, state, evaluations, best, screen.message)
 
 
@@ -172,11 +172,19 @@ def _introduce(directory: Path, setup: Setup, screen: Screen) -> FailureLog:
     return failures
 
 
-def _keep_config(directory: Path, config: str) -> None:
-    """Writes config.yaml again where the directory was removed; that it cannot be written, the other files report."""
+def _write_again(directory: Path, config: str, writers: Sequence[Callable[[], int]]) -> int:
+    """Tries what could not be written once more, and config.yaml where it was removed; the records still unwritten."""
     if config and directory.is_dir() and not (directory / rundir.CONFIG).exists():
         with contextlib.suppress(OSError):
             metrics.replace_file(directory / rundir.CONFIG, config.encode())
+    return sum(again() for again in writers)
+
+
+def _last_words(screen: Screen, lost: int, failures: FailureLog) -> None:
+    if lost:
+        screen.message(f"{lost} records of metrics and samples could not be written to the run directory, and are lost")
+    if failures.counts:
+        screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
 
 
 def _batches(setup: Setup) -> Callable[[int], Prompts]:
@@ -200,7 +208,9 @@ def run_writer(directory: Path, screen: Screen, total: int | None = None) -> met
     return _shown(_files(directory, screen), screen, total)
 
 
-def _shown(writers: Sequence[metrics.Writer], screen: Screen, total: int | None) -> metrics.Writer:
+def _shown(
+    writers: Sequence[metrics.Writer], screen: Screen, total: int | None
+) -> Callable[[int, str, Mapping[str, float]], None]:
     files = metrics.combine(writers)
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
@@ -211,7 +221,7 @@ def _shown(writers: Sequence[metrics.Writer], screen: Screen, total: int | None)
     return write
 
 
-def _files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -> list[Callable[..., None]]:
+def _files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -> list[Callable[..., int]]:
     """One writer for each place; called without arguments it tries again what it could not write."""
     if jax.process_index():
         return []

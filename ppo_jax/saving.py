@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ppo_jax import checkpoint
+from ppo_jax.agreement import of_first
 from ppo_jax.train.loop import Exploded, LoopConfig, Stopped
 from ppo_jax.types import PyTree
 
@@ -61,9 +62,14 @@ class Saver:
         """Saves and waits, at the end of a run. Raises `CheckpointSaveError`."""
         self.close()
         self.retry = self.pending = None
-        with self._open() as manager:
-            checkpoint.save(manager, step, state, self.meta)
-            checkpoint.wait(manager)
+        try:
+            if not self._published(step):
+                with self._open() as manager:
+                    checkpoint.save(manager, step, state, self.meta)
+                    checkpoint.wait(manager)
+        except checkpoint.CheckpointSaveError as error:
+            if isinstance(error, checkpoint.CheckpointSaveBroken) or not self._published(step):
+                raise
         self.good = step
 
     def close(self) -> None:
@@ -80,6 +86,13 @@ class Saver:
         checkpoint.save(self.manager, step, state, self.meta)
         self.pending, self.retry = step, None
 
+    def _published(self, step: int | None) -> bool:
+        """Whether it is on disk, whole: what failed may have come after that, the deletion of an older one."""
+        steps: list[int] = []
+        with contextlib.suppress(OSError):  # there may be no directory
+            steps = checkpoint.all_steps(self.directory)
+        return step in of_first(steps)
+
     def _open(self) -> contextlib.AbstractContextManager[Any]:
         return checkpoint.open_manager(self.directory, self.loop.keep, self.loop.keep_every, lambda: self.best)
 
@@ -90,8 +103,12 @@ class Saver:
         except checkpoint.CheckpointSaveBroken:
             raise
         except (checkpoint.CheckpointSaveError, OSError) as error:
-            self.pending = None
+            tried, self.pending = self.pending, None
             self.close()
+            if self._published(tried):
+                self.good, self.patience = tried, 1
+                self.notify(f"update {tried} is saved, but an older checkpoint could not be deleted: {error}")
+                return
             self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
             last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"
             again = f"saving is tried again at update {self.retry} at the latest"

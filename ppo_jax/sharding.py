@@ -256,7 +256,7 @@ def build(shape: Sequence[int], to: NamedSharding, read: Callable[[tuple[slice, 
         holders.setdefault(bounds, []).append(device)
     shards: list[jax.Array] = []
     for bounds, devices in holders.items():
-        host = np.ascontiguousarray(read(tuple(slice(*bound) for bound in bounds)))
+        host = np.asarray(read(tuple(slice(*bound) for bound in bounds)), order="C")  # a scalar stays one
         for device in devices:
             there = jax.device_put(host, device)
             if device.platform == "cpu":  # there it may share the numpy buffer; once more from a jax array does not

@@ -44,7 +44,7 @@ def growth(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    mesh = make_mesh(MeshConfig(fsdp=8))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = sharding.create(lambda key: init_params(key, CONFIG), mesh, jax.random.key(0))

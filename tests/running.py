@@ -50,9 +50,8 @@ class Run:
             str(Path(sys.executable).with_name("ppo-jax")),
             "ppo",
             *options("run"),
-            *more,
         ]
-        command += ["--loop.eval-every", "0", "--loop.checkpoint-every", "1", "--loop.schedule", "constant"]
+        command += ["--loop.eval-every", "0", "--loop.checkpoint-every", "1", "--loop.schedule", "constant", *more]
         self.process = subprocess.Popen(
             command,
             cwd=folder,

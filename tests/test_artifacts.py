@@ -184,7 +184,9 @@ def test_on_a_mesh_the_same_arrays_lie_on_their_shards(name: str, tmp_path: Path
     assert (one / artifacts.DESCRIPTION).read_bytes() == (other / artifacts.DESCRIPTION).read_bytes()
     with jax.set_mesh(mesh):
         again = artifacts.load(one)
+        reward = artifacts.load(save(tmp_path / "r", "reward", adapter, REWARD))
     assert same_leaves(again.adapter, adapter) and same_leaves(again.head, VALUE)
+    assert same_leaves(reward.head, REWARD) and reward.head["gain"].shape == ()
     assert jax.tree.map(lambda x: x.sharding, again.adapter) == layout
 
 

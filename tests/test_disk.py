@@ -93,6 +93,21 @@ def test_a_directory_that_is_removed_is_made_again_and_the_run_ends_well(folder:
     assert (folder / "run" / rundir.CONFIG).is_file() and list((folder / "run" / rundir.TENSORBOARD).rglob("events*"))
 
 
+def test_what_was_kept_in_memory_is_written_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No save is due before the end, and nothing else (TensorBoard) makes the directory again."""
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "tensorboardX.py").write_text("raise ImportError('not installed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder / "hidden"))
+    with running(folder, "--loop.updates", "20", "--loop.checkpoint-every", "100") as run:
+        run.goes_on()
+        (folder / "run").rename(folder / "gone")
+        assert run.ends() == 0, run.text
+    assert "metrics.jsonl cannot be written" in run.text and "metrics.jsonl is written again" in run.text
+    assert last_good(folder) == 20 and (folder / "run" / rundir.CONFIG).is_file()
+    done = updates(folder)
+    assert done and done == list(range(done[0], 21)) and done[0] <= 10
+
+
 def test_where_a_file_has_taken_its_place_training_goes_on_and_the_end_is_no_success(folder: Path) -> None:
     with running(folder, "--loop.updates", "40") as run:
         saved(folder)

@@ -1,5 +1,7 @@
 """Checkpoints of a run under way: a full disk, a directory that is gone or in the way, and what is said of it."""
 
+import dataclasses
+import errno
 import shutil
 import time
 from pathlib import Path
@@ -8,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from ppo_jax import checkpoint
 from ppo_jax.saving import leave, saver
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped
-from tests.test_checkpoint import small_disk
+from tests.disk import small_disk
 
 LOOP = LoopConfig(updates=100, keep=2)
 BIG = {"x": jax.random.normal(jax.random.key(0), (200_000,))}
@@ -99,6 +102,32 @@ def test_a_file_in_the_way_does_not_end_the_run(tmp_path: Path):
         (tmp_path / "checkpoints").unlink()
         keep.insist(2, BIG)
     assert restored(tmp_path / "checkpoints") == 2
+
+
+def test_an_old_one_that_cannot_be_deleted_makes_no_new_one_unsaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where somebody has it open on NFS. It is deleted after the new one is whole, and in the same thread."""
+    kinds = [kind for kind in type(epath.Path(tmp_path)).__mro__ if "rmtree" in vars(kind)]
+    delete = kinds[0].rmtree
+
+    def refuse(path: epath.Path, *more: bool, **options: bool) -> None:
+        if path.name == "2":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        delete(path, *more, **options)
+
+    monkeypatch.setattr(kinds[0], "rmtree", refuse)
+    said: list[str] = []
+    with saver(tmp_path, dataclasses.replace(LOOP, keep=1), {}, said.append, None) as keep:
+        keep(2, BIG, True)
+        keep(4, BIG, True)
+        assert keep.settle() == 4
+        assert len(said) == 1 and "update 4 is saved, but an older checkpoint could not be deleted" in said[0]
+        keep(6, BIG, False)
+        keep.insist(6, BIG)  # nor does it harm the last one
+        with pytest.raises(Interrupted, match="stopped; update 6 is saved"):
+            leave(Interrupted("stopped"), keep, [(6, BIG)])
+        with pytest.raises(Interrupted, match="stopped; update 7 is saved"):
+            leave(Interrupted("stopped"), keep, [(7, BIG)])
+    assert restored(tmp_path) == 7
 
 
 def test_a_stop_request_is_only_done_when_the_state_is_on_disk(tmp_path: Path):

@@ -131,7 +131,9 @@ def flash(
         key_value_seq_lengths=lengths,
         implementation=implementation,
     )
-    return jnp.take_along_axis(attended, back[..., None, None], axis=1)
+    # Nothing is said of a padding slot's result; what follows puts it into the cache, and 0 x NaN is no 0.
+    found = jnp.take_along_axis(attended, back[..., None, None], axis=1)
+    return jnp.where((positions >= 0)[..., None, None], found, 0)
 
 
 def _cudnn_problem(q: Array, k: Array) -> str | None:

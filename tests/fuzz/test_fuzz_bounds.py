@@ -106,6 +106,43 @@ def test_a_description_of_a_terabyte(path: Path, name: str) -> None:
         checkpoint.restore(path, STATE)
 
 
+SUMS: dict[str, Any] = {
+    "a list": [1],
+    "nothing": None,
+    "no bounds": {"a:b": 1},
+    "of another array": {"0:1,0:1,0:1": 1},
+    "of no axis": {"": 1},
+    "half an axis": {"0:9" * 2000: 1},
+    "5,000 digits": {"0:" + "9" * 5000 + ",0:60": 1},
+    "a sum that is none": {"0:50,0:60": "x"},
+    "another sum": {"0:50,0:60": 1},
+    "out of the array": {"70:80,0:60": 1},
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_pieces_are_not_believed(path: Path, name: str) -> None:
+    claim(path, lambda manifest: (manifest["w"].pop("crc32"), manifest["w"].update(pieces=SUMS[name])))
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"2: .*w"):
+        checkpoint.restore(path, STATE)
+
+
+@pytest.mark.parametrize("depth", [101, 900, 991, 995, 10**6])
+def test_a_description_of_nesting(path: Path, depth: int) -> None:
+    nested = '{"format": 2, "checksum": 1, "manifest": {}, "meta": ' + "[" * depth + "]" * depth + "}"
+    (path / "2" / "meta" / "metadata").write_text(nested)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="nested more than 100 deep"):
+        checkpoint.restore(path, STATE)
+
+
+def test_what_could_not_be_read_is_not_saved(tmp_path: Path) -> None:
+    with checkpoint.open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError, match="at most 67108864 are read"):
+            checkpoint.save(manager, 1, STATE, {"note": "a" * (1 << 26)})
+        checkpoint.save(manager, 1, STATE)
+    assert checkpoint.restore(tmp_path, STATE)[1] == 1
+
+
 @settings(max_examples=100)
 @given(data=st.data())
 def test_any_manifest(saved: Path, data: st.DataObject) -> None:
@@ -114,6 +151,7 @@ def test_any_manifest(saved: Path, data: st.DataObject) -> None:
     shutil.copytree(saved, path)
     file = path / "2" / "meta" / "metadata"
     document = json.loads(file.read_text())
+    document["manifest"]["step"]["pieces"] = {"": document["manifest"]["step"].pop("crc32")}
     document["manifest"] = data.draw(mutated(document["manifest"]) | hostile)
     document = json.loads(to_json(document)) if plain(document) else document | {"manifest": [[]]}
     document["checksum"] = manifests.document_sum(document)
@@ -153,6 +191,13 @@ def test_a_file_of_nesting(opening: bytes, tmp_path: Path) -> None:
             read_prompts(path)
         with pytest.raises(ValueError, match=f"{path}, line 1: not a JSON object"):
             metrics.read_jsonl(path)
+
+
+def test_a_line_of_one_long_string_costs_a_few_times_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"prompt": "a' + rb"\n" * (7 * MB) + b'"}\n')
+    with memory_below(100 * MB):
+        assert len(read_prompts(path)) == 1
 
 
 @given(hostile)

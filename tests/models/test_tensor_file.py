@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -67,13 +68,27 @@ def test_a_transposed_array_is_written_in_c_order(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("spec", [("fsdp",), (None, "fsdp"), ("tensor", "fsdp"), (("fsdp", "tensor"),), ()], ids=str)
 def test_pieces_of_a_sharded_array_are_its_rows(spec: tuple) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    host = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
+    host = np.arange(8 * 6, dtype=np.float32).reshape(8, 6) * -1.0  # a zero with its sign
     array = jax.device_put(host, NamedSharding(mesh, PartitionSpec(*spec)))
     for most, sizes in ((1, [1] * 8), (3 * 24, [3, 3, 2]), (10**6, [8])):
         found = list(processes.pieces(array, most))
         assert [len(piece) for piece in found] == sizes
-        np.testing.assert_array_equal(np.concatenate(found), host)
+        assert np.concatenate(found).tobytes() == host.tobytes()
     assert array._npy_value is None  # jax keeps no copy on the host
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("spec", [("tensor",), ("tensor", "fsdp"), (("data", "tensor"),)], ids=str)
+def test_a_piece_of_an_axis_that_is_cut_does_not_bring_the_axis_together(spec: tuple, dtype: str) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows, width, size = 4096, 64, 16
+    layout = NamedSharding(mesh, PartitionSpec(*spec))
+    array = jax.ShapeDtypeStruct((rows, width), jnp.dtype(dtype), sharding=layout)
+    for to in (None, NamedSharding(mesh, PartitionSpec())):
+        program = processes._cutter(size, to).lower(array, 0).compile()  # type: ignore[attr-defined]
+        gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program.as_text())
+        assert all(np.prod([int(n) for n in shape.split(",")]) <= size * width for shape in gathered)
+        assert program.memory_analysis().temp_size_in_bytes < 8 * size * width * jnp.dtype(dtype).itemsize
 
 
 def test_only_one_piece_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
