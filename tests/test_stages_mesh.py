@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,3 +203,28 @@ def test_meshes_that_do_not_fit_leave_nothing_behind(
     assert code == cli.MISTAKE
     assert message.replace(" ", "") in "".join(capsys.readouterr().err.replace("│", "").split())
     assert not (files / "x").exists()
+
+
+def test_a_chain_of_commands_on_meshes_is_the_chain_on_one_device(files: Path) -> None:
+    """Fine-tuning, a reward model and PPO with it, each command reading what the one before left."""
+    lines = [{"prompt": "cdefg"[: 1 + i % 4]} for i in range(24)]
+    (files / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def chain(name: str, mesh: str) -> list[dict[str, Any]]:
+        stages = f"""
+            sft --model model --data sft.jsonl --run-dir {name}/sft --adapter.kind full --sft.steps 2 --sft.batch-size 8
+            reward --model {name}/sft/export/model --ratings ratings.jsonl --run-dir {name}/lora --held-out 8
+                --reward.batch-size 8 --reward.lora-layers 1 --reward.head-steps 5
+            ppo --model {name}/sft/export/model --prompts prompts.jsonl --run-dir {name}/ppo --held-out 8
+                --reward {name}/lora --loop.updates 2 --loop.batch-size 8 --loop.eval-every 0
+                --ppo.num-minibatches 1 --ppo.epochs 2 --ppo.sampling.response-length 4"""
+        for words in stages.replace("\n                ", " ").strip().splitlines():
+            assert cli.main([*words.split(), *mesh.split()]) == 0, words
+        return metrics.read_jsonl(files / name / "ppo" / rundir.METRICS)
+
+    one, eight = chain("one", ""), chain("eight", "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2")
+    assert [r["phase"] for r in eight] == [r["phase"] for r in one] and len(one) >= 4
+    for record, expected in zip(eight, one, strict=True):
+        for key in ("reward", "kl", "policy_loss", "response_length", "entropy"):
+            if key in expected:
+                np.testing.assert_allclose(record[key], expected[key], rtol=1e-3, atol=1e-4, err_msg=key)
