@@ -33,6 +33,7 @@ from ppo_jax.models import hf, tensor_file, weights
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead, ValueHead
+from ppo_jax.models.replacing import swap
 from ppo_jax.types import PyTree
 
 FORMAT = 1
@@ -130,19 +131,16 @@ def _write(
         advice = " or pass overwrite=True" if (path / DESCRIPTION).is_file() else ""
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.parent / f".{path.name}.{word}-{uuid.uuid4().hex[:8]}" for word in ("partial", "old"))
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     try:
         tensor_file.write(partial / ARRAYS, entries, pieces)
         description = description | {"arrays_sha256": sha256_of(partial / ARRAYS)}
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
+        swap(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path, kind: Kind | None = None) -> Artifact:

@@ -9,7 +9,6 @@ files, ppo_jax_export.json, by which an export is known as one: only such a dire
 
 import dataclasses
 import json
-import os
 import shutil
 import uuid
 from datetime import date
@@ -21,6 +20,7 @@ import tyro
 from ppo_jax import card, distributed, trained
 from ppo_jax.models import families, hf, peft
 from ppo_jax.models.families import Dtype
+from ppo_jax.models.replacing import swap
 from ppo_jax.runs import load_model
 from ppo_jax.sharding import MeshConfig
 
@@ -42,7 +42,7 @@ class ExportSettings:
     model: str | None = None
     """The base, where the run's name for it is no longer right: directory, name on the hub, or .gguf file."""
     dtype: Dtype = "float32"
-    """Of the merged weights."""
+    """Of the merged weights; the peft format holds float32."""
     overwrite: bool = False
     """Replace an earlier export in that directory."""
     mesh: MeshConfig = MeshConfig()
@@ -51,6 +51,8 @@ class ExportSettings:
 
 def export(settings: ExportSettings) -> None:
     """`ppo-jax export`."""
+    if settings.format == "peft" and settings.dtype != "float32":
+        raise ValueError(f"--format peft writes float32; leave out --dtype {settings.dtype}")
     with distributed.use_mesh(settings.mesh):
         _export(settings)
 
@@ -77,7 +79,7 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
     """Makes the directory beside `target` and renames it: it is there whole or not at all."""
     model = found.model
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (target.parent / f".{target.name}.{word}-{uuid.uuid4().hex[:8]}" for word in ("partial", "old"))
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         if settings.format == "peft":
             peft.save(partial, found.adapter, model.config, base_name(found, settings))
@@ -100,10 +102,9 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
         files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
         mark = json.dumps({"format": settings.format, "files": files}, indent=2)
         (partial / MARK).write_text(mark + "\n", encoding="utf-8")
-        swap(partial, target, old)
+        swap(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def base_name(found: trained.Trained, settings: ExportSettings) -> str:
@@ -153,16 +154,3 @@ def foreign_files(target: Path) -> list[str]:
         path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir() or path.is_symlink()
     )
     return sorted(name for name in files if name not in known)
-
-
-def swap(partial: Path, target: Path, old: Path) -> None:
-    """Puts `partial` in the place of `target`, which becomes `old`; where that fails, all is as it was."""
-    replaced = target.exists()
-    if replaced:
-        os.replace(target, old)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if replaced:
-            os.replace(old, target)
-        raise

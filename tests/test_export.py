@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_jax import artifacts, cli, trained
-from ppo_jax.export import MARK, swap
+from ppo_jax.export import MARK
 from ppo_jax.models.adapters import AdapterConfig
 from tests import finished_run
 from tests.data.tokenizer import CHAT, EOS
@@ -207,21 +207,14 @@ def test_the_base_is_not_replaced_by_what_was_made_from_it(
     assert (base / "model.safetensors").is_file()
 
 
-def test_an_export_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "m"
-    target.mkdir()
-    (target / "a").write_text("old")
-    with pytest.raises(OSError):
-        swap(tmp_path / "gone", target, tmp_path / "old")
-    assert (target / "a").read_text() == "old" and not (tmp_path / "old").exists()
-
-
 def test_wrong_options(run: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
     to = ("--to", tmp_path / "x")
     assert "--to" in mistake("export", run)
     assert "nothing to export: give a run" in mistake("export", *to)
     assert "need a run" in mistake("export", "--model", run.parent / "model", "--format", "peft", *to)
     assert "merged" in mistake("export", run, "--format", "gguf", *to)
+    said = mistake("export", run, "--format", "peft", "--dtype", "bfloat16", *to)
+    assert "--format peft writes float32; leave out --dtype bfloat16" in said
     assert "no policy of --step 4; its checkpoints: 2, 3" in mistake("export", run, "--step", 4, *to)
     assert "no such run directory" in mistake("export", tmp_path / "none", *to)
     assert "give RUN too" in mistake("generate", "--step", 3, "--prompt", "a")

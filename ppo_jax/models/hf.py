@@ -58,7 +58,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         return gguf.load(where, dtype, mesh)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
-    config = _read_config(where, dtype)
+    config = read_config(where, dtype)
     shards = weight_files(where)
     with contextlib.ExitStack() as stack:
         source: dict[str, tuple[Path, Any]] = {}
@@ -229,11 +229,14 @@ def resolve(path: str | Path) -> Path:
         ) from error
 
 
-def _read_config(where: Path, dtype: Dtype) -> ModelConfig:
-    """config.json, and the stop tokens of generation_config.json where it names some (they win, as in transformers)."""
+def read_config(where: Path, dtype: Dtype = "float32") -> ModelConfig:
+    """config.json, and the stop tokens of generation_config.json where it names some (they win, as in transformers).
+
+    Raises what `load` raises; the message names the file.
+    """
     file, generation = where / "config.json", where / "generation_config.json"
     try:
-        config = families.config_from_hf(_read_json(file), dtype)
+        config = families.config_from_hf(read_json(file), dtype)
     except FileNotFoundError:
         raise
     except ValueError as error:
@@ -241,7 +244,7 @@ def _read_config(where: Path, dtype: Dtype) -> ModelConfig:
     if not generation.is_file():
         return config
     try:
-        ids = families.token_ids(_read_json(generation), "eos_token_id")
+        ids = families.token_ids(read_json(generation), "eos_token_id")
     except ValueError as error:
         raise ValueError(f"{generation}: {error}") from error
     return dataclasses.replace(config, eos_token_ids=ids or config.eos_token_ids)
@@ -257,7 +260,7 @@ def weight_files(where: Path) -> list[Path]:
         hint = f" ({pickles[0]} is a pickle, which is not read: convert it to safetensors)" if pickles else ""
         raise FileNotFoundError(f"{where} has neither {SINGLE} nor {INDEX}{hint}")
     try:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
     except ValueError as error:
         raise ValueError(f"{index}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -350,12 +353,12 @@ def save_tokenizer(where: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(where)
     # transformers 5 writes a class name that version 4 does not know; both know this one, its old name.
     file = where / "tokenizer_config.json"
-    if (content := _read_json(file)).get("tokenizer_class") == "TokenizersBackend":
+    if (content := read_json(file)).get("tokenizer_class") == "TokenizersBackend":
         _write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError without the file's name: the caller adds it."""
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of limited size. Raises ValueError without the file's name: the caller adds it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     if (size := file.stat().st_size) > LARGEST_JSON:

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from ppo_jax import processes
 from ppo_jax.models import families, hf, weights
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.replacing import swap
 from ppo_jax.types import PyTree
 
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
@@ -48,10 +49,9 @@ class SequenceClassifier(NamedTuple):
 def is_sequence_classifier(path: str | Path) -> bool:
     """Whether `path` is a directory whose config.json names an architecture `...ForSequenceClassification`."""
     try:
-        raw = json.loads((Path(path) / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = hf.read_json(Path(path) / "config.json").get("architectures")
+    except (OSError, ValueError):
         return False
-    found = raw.get("architectures") if isinstance(raw, dict) else None
     return isinstance(found, list) and any(str(name).endswith(CLASSIFIER) for name in found)
 
 
@@ -67,16 +67,12 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     """
     where = hf.resolve(path)
     file = where / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
     try:
-        raw = json.loads(file.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError(f"not a JSON object but {type(raw).__name__}")
+        raw = hf.read_json(file)
         _check_kind(raw)
         config = families.config_from_hf(raw, dtype)
         bias = _bias(raw)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     config = dataclasses.replace(config, tie_embeddings=True)
     source = _tensors(hf.weight_files(where))
@@ -183,11 +179,7 @@ def _finish(partial: Path, path: Path, kernel: np.ndarray, fields: dict[str, Any
     raw = json.loads((partial / "config.json").read_text(encoding="utf-8")) | fields
     text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
-    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    swap(partial, path)
 
 
 def _check_kind(raw: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from ppo_jax import config as configuration
 from ppo_jax import sharding
+from ppo_jax.models import hf
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelConfig, ModelOptions
-from ppo_jax.models.families import config_from_hf
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.known import known_config
 from ppo_jax.models.transformer import init_params
@@ -86,9 +86,12 @@ class PlanSettings:
 
 
 def model_config(settings: PlanSettings) -> ModelConfig:
-    """The model's shapes, run as the settings say; raises ValueError for a model that is not known."""
-    file = Path(settings.model).expanduser() / "config.json"
-    config = config_from_hf(json.loads(file.read_text("utf-8"))) if file.is_file() else known_config(settings.model)
+    """The model's shapes, run as the settings say.
+
+    Raises ValueError for a model that is not known, or whose config.json cannot be read; the message names the file.
+    """
+    where = Path(settings.model).expanduser()
+    config = hf.read_config(where) if (where / "config.json").is_file() else known_config(settings.model)
     options = settings.compute
     if options.attention == "auto":  # of the planned platform, not of the one that plans
         chip = topology(settings.topology).chip
@@ -100,7 +103,13 @@ def model_config(settings: PlanSettings) -> ModelConfig:
 
 def check(settings: PlanSettings) -> ModelConfig:
     """Everything that can be refused before a compiler is started; raises ValueError."""
-    devices, config = topology(settings.topology).devices, model_config(settings)
+    where, config = topology(settings.topology), model_config(settings)
+    devices = where.devices
+    if settings.search and not (where.chip or settings.memory):
+        raise ValueError(
+            f"--search looks for what fits, and --topology {settings.topology} does not say how much that is; give "
+            "--memory GIB per device too"
+        )
     if settings.mesh.size != devices:
         raise ValueError(
             f"--topology {settings.topology} has {devices} devices, but --mesh.data {settings.mesh.data} x --mesh.fsdp "

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ppo_jax.data import render
 from ppo_jax.models import hf
+from ppo_jax.plan.programs import PlanSettings, model_config
 from tests.data.tokenizer import make_tokenizer
 from tests.fuzz.inputs import damaged, mutated, outcome, to_json
 from tests.models.tiny import CONFIG, random_params
@@ -58,6 +59,7 @@ def test_config_json(model: Path, restore: Callable[[], None], data: st.DataObje
     content = to_json(data.draw(mutated(document | (RICH if file.name == "config.json" else {}))))
     file.write_bytes(data.draw(st.sampled_from([content, content, data.draw(damaged(content))])))
     outcome(lambda: hf.load(model), str(model))
+    outcome(lambda: model_config(PlanSettings(str(model), "cpu:1")), str(model))
 
 
 @settings(max_examples=60)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from ppo_jax.models import seqcls
+from ppo_jax.models import hf, seqcls
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.transformer import init_params
@@ -196,6 +196,18 @@ def test_a_missing_score_is_named(directories: dict[str, Path], tmp_path: Path) 
     (tmp_path / "rm" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         seqcls.load(tmp_path / "rm")
+
+
+def test_a_description_that_is_too_large_is_not_read(
+    ours: tuple[Path, FullReward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (ours[0] / "config.json").stat().st_size
+    monkeypatch.setattr(hf, "LARGEST_JSON", size - 1)
+    with pytest.raises(ValueError, match=f"config.json: {size} bytes; at most {size - 1} are read"):
+        seqcls.load(ours[0])
+    assert not seqcls.is_sequence_classifier(ours[0])
+    monkeypatch.setattr(hf, "LARGEST_JSON", size)
+    assert seqcls.is_sequence_classifier(ours[0])
 
 
 def test_fresh_parameters_fit_a_family_with_biases(tmp_path: Path) -> None:

@@ -68,11 +68,35 @@ def settings(model: str = "llama-3-8b", topology: str = "v5e:2x4", **changes: An
         ({"batch": 30}, "batch_size=30 .*does not divide into num_minibatches=4"),
         ({"batch": 16}, "a micro-batch .* has 4 rows, which mesh.data x mesh.fsdp = 8 does not divide"),
         ({"response_length": 8192}, "prompt and response take 8704 positions; llama-3-8b has 8192"),
+        ({"topology": "cpu:8", "search": True}, "--topology cpu:8 does not say how much that is; give --memory GIB"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_before_anything_compiles(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(settings(**changes))
+
+
+def test_a_search_on_cpus_knows_what_fits_when_it_is_told() -> None:
+    check(settings(topology="cpu:8", search=True, memory=4.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", "not a JSON object but list"),
+        (b"{", "not JSON"),
+        (b'{"model_type": "llama"}', "num_attention_heads is missing"),
+        (b'{"model_type": "\xff"}', "not JSON .*utf-8"),
+    ],
+)
+def test_a_damaged_directory_is_named(content: bytes, message: str, tiny: str, capsys: pytest.CaptureFixture) -> None:
+    """Also at the command line, which has no traceback for it."""
+    (Path(tiny) / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tiny}/config.json: .*({message})"):
+        model_config(settings(tiny))
+    assert cli.main(["plan", "--model", tiny, "--topology", "cpu:1"]) == cli.MISTAKE
+    said = capsys.readouterr().err
+    assert "config.json: " in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
