@@ -96,7 +96,7 @@ def _ppo(settings: PPOSettings) -> None:
     (prompts, long), (held_out, long_too) = (
         prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
     )
-    check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length)
+    check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length, "--ppo.sampling.response-length")
     if settings.loop.batch_size > len(prompts.rows):
         raise ValueError(too_few("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts))
     key = key_stream(settings.seed, "adapter")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -38,17 +39,18 @@ class GenerateSettings:
     prompt: tuple[str, ...] = ()
     """Prompts as text."""
     chat: bool = False
-    """Give each --prompt as a user's message, in the tokenizer's chat template."""
+    """Give each --prompt as a user's message, in the tokenizer's chat template. Those of a file say it themselves."""
     prompts: Path | None = None
     """Prompts in a file, as for `ppo-jax ppo`."""
     output: Path | None = None
-    """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal."""
+    """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal. Until all
+    are there, the file has `.partial` after its name."""
     seed: int = 0
     """Of sampling."""
     temperature: float = 0.7
     """Of sampling; 0: greedy."""
     sampling: Sampling = Sampling(response_length=64)
-    """The rest of sampling. Empty stop_ids: those of model and tokenizer."""
+    """The rest of sampling. Empty stop_ids: those of model and tokenizer; pad_id is theirs always."""
     batch_size: int = 16
     """Prompts answered at once."""
     max_prompt: int = 1024
@@ -71,8 +73,13 @@ def generate_responses(settings: GenerateSettings) -> None:
         raise ValueError(f"--batch-size {settings.batch_size} must be at least 1")
     if not (settings.prompt or settings.prompts):
         raise ValueError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    if settings.output and settings.output.exists():
-        raise FileExistsError(f"{settings.output} already exists; choose another --output")
+    if settings.chat and settings.prompts:
+        raise ValueError(
+            f"--chat is for --prompt TEXT and changes nothing in --prompts {settings.prompts}: leave it out, and write "
+            'messages there as "prompt": [{"role": "user", "content": TEXT}]'
+        )
+    if settings.output:
+        check_output(settings.output)
     with distributed.use_mesh(settings.mesh):
         _generate(settings)
 
@@ -85,15 +92,12 @@ def _generate(settings: GenerateSettings) -> None:
     records += read_prompts(settings.prompts) if settings.prompts else []
     prompts, _ = prompt_set(records, model, settings.max_prompt, settings.too_long)
     check_room(model, prompts.rows, sampling.response_length)
-    lines = []
-    for response in responses(model, policy, prompts, sampling, settings):
-        if settings.output:
-            lines.append(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
-        else:
-            print(f"{response.prompt}\n>>> {response.response}\n", flush=True)
+    found = responses(model, policy, prompts, sampling, settings)
     if settings.output:
-        settings.output.write_text("".join(lines), encoding="utf-8")
-        print(f"{len(lines)} responses are in {settings.output}")
+        print(f"{write(found, settings.output)} responses are in {settings.output}")
+        return
+    for response in found:
+        print(f"{response.prompt}\n>>> {response.response}\n", flush=True)
 
 
 class Response(NamedTuple):
@@ -102,6 +106,37 @@ class Response(NamedTuple):
     prompt: str
     response: str
     finished: bool  # ended by itself; False: cut by length
+
+
+def check_output(output: Path) -> None:
+    """Raises OSError unless a new file can be made at `output`; nothing is replaced, nor what is left of a kill."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}; make it first")
+    if output.exists():
+        raise FileExistsError(f"{output} already exists; choose another --output")
+    if _partial(output).exists():
+        raise FileExistsError(
+            f"{_partial(output)} holds the responses of a command that did not end; move it, or choose another --output"
+        )
+
+
+def write(found: Iterable[Response], output: Path) -> int:
+    """Writes responses as JSON lines, each when it comes, and returns how many.
+
+    They go into a file beside `output` that gets its name at the end: what stops early leaves those that were finished.
+    """
+    count = 0
+    with _partial(output).open("x", encoding="utf-8") as file:
+        for response in found:
+            file.write(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
+            file.flush()
+            count += 1
+    os.replace(_partial(output), output)
+    return count
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def responses(
@@ -175,16 +210,32 @@ def artifact_at(path: Path, name: str) -> Path:
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
-    """Sampling with the model's stop tokens, unless it names some, and pad id."""
+    """Sampling with the model's stop tokens, unless it names some, and pad id; ValueError where it names another."""
+    if sampling.pad_id not in (Sampling.pad_id, model.pad_id):
+        raise ValueError(
+            f"sampling.pad_id={sampling.pad_id} has no effect: {model.name} pads with {model.pad_id}; leave it out"
+        )
     return dataclasses.replace(sampling, stop_ids=sampling.stop_ids or model.stop_ids, pad_id=model.pad_id)
 
 
-def check_room(model: Model, rows: Sequence[Sequence[int]], response: int = 0) -> None:
-    """ValueError unless the longest row and `response` more tokens fit into the model's positions."""
+def check_room(
+    model: Model, rows: Sequence[Sequence[int]], response: int = 0, option: str = "--sampling.response-length"
+) -> None:
+    """ValueError unless the longest row and `response` more tokens fit into the model's positions.
+
+    The message says which option to lower: where rows get responses, of the length that `option` gives, --max-prompt
+    limits them, or that option must be lowered first; rows without are limited by --max-length.
+    """
     longest, room = max(map(len, rows)), model.config.max_positions
-    if longest + response > room:
-        more = f" and {response} of response" if response else ""
-        raise ValueError(
-            f"the longest text has {longest} tokens; these{more} do not fit into the {room} positions of {model.name}. "
-            f'Lower the limit to {room - response} and choose --too-long "truncate_left" or "drop"'
-        )
+    if longest + response <= room:
+        return
+    more, limit, left = "", "--max-length", room - response
+    if response:
+        more, limit = f" and {response} of response", "--max-prompt"
+    advice = f'Lower {limit} to {left} and choose --too-long "truncate_left" or "drop"'
+    if response and left < 2:  # no prompt is so short
+        advice = f"Lower {option} to {max(room - longest, room // 2)}"
+    raise ValueError(
+        f"the longest text has {longest} tokens; these{more} do not fit into the {room} positions of {model.name}. "
+        + advice
+    )

@@ -38,7 +38,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a response; the stop token belongs to it."""
     pad_id: int = 0
-    """Fills the slots after the end; never read back, so it may equal a stop id."""
+    """Fills the slots after the end; never read back, so it may equal a stop id. Commands take the tokenizer's."""
 
     def __post_init__(self) -> None:
         if self.response_length < 1:

@@ -193,6 +193,7 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
         ("generate --model model --prompt a --temperature -1", "--temperature -1.0 must not be negative"),
         ("generate --model model --prompt abc --max-prompt 2", "--prompt 1"),
         ("generate --model model --prompt abc --sampling.response-length 63", "do not fit into the 64 positions"),
+        ("generate --model model --prompt abc --sampling.pad-id 9", "sampling.pad_id=9 has no effect"),
         ("generate --model model --prompts prompts.jsonl --output sft.jsonl", "sft.jsonl already exists"),
         ("generate --policy model --prompt a", "artifact.json is missing"),
     ],

@@ -1,13 +1,16 @@
 """`ppo-jax generate`: who answers, and that a response does not depend on the prompts beside it."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ppo_jax import cli
 from ppo_jax.data import PromptRecord
-from ppo_jax.generate import prompt_set
+from ppo_jax.generate import Response, check_room, prompt_set, with_stops, write
+from ppo_jax.rollout import Sampling
 from ppo_jax.runs import Model
 from tests import finished_run
 from tests.data.tokenizer import BOS, ids, make_tokenizer
@@ -84,3 +87,74 @@ def test_how_the_model_is_run(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert answers(run, "--model", str(run.parent / "model"), "--compute.dtype", "bfloat16")
     assert cli.main(["generate", str(run), "--prompt", "ab", "--mesh.data", "3"]) == cli.MISTAKE
     assert "needs 3 devices, but there are 8" in capsys.readouterr().err
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_where_the_responses_go_is_known_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def said(output: Path) -> str:
+        assert cli.main(["generate", "--model", "nowhere", "--prompt", "a", "--output", str(output)]) == cli.MISTAKE
+        return capsys.readouterr().err
+
+    assert f"there is no directory {tmp_path / 'none'}; make it first" in said(tmp_path / "none" / "a.jsonl")
+    assert "nowhere" in said(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl.partial").write_text("mine")
+    assert "a.jsonl.partial holds the responses of a command that did not end" in said(tmp_path / "a.jsonl")
+
+
+def test_what_stops_early_leaves_what_was_finished(tmp_path: Path) -> None:
+    output, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+
+    def found(count: int) -> Iterator[Response]:
+        for i in range(count):
+            yield Response("p", f"r{i}\n\u00e4", True)
+            assert len(partial.read_text().splitlines()) == i + 1  # on the disk before the next one is sampled
+        if count < 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(found(2), output)
+    lines = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()]
+    assert [line["response"] for line in lines] == ["r0\n\u00e4", "r1\n\u00e4"] and not output.exists()
+    with pytest.raises(FileExistsError):  # is not lost to the next command either
+        write(found(3), output)
+    partial.unlink()
+    assert write(found(3), output) == 3
+    assert len(output.read_text().splitlines()) == 3 and not partial.exists()
+
+
+# -- options that would do nothing, and limits -----------------------------------------------------------------------
+
+
+def test_chat_is_not_for_a_file(capsys: pytest.CaptureFixture) -> None:
+    args = ["generate", "--model", "nowhere", "--prompts", "p.jsonl", "--chat"]
+    assert cli.main(args) == cli.MISTAKE
+    assert "--chat is for --prompt TEXT and changes nothing in --prompts p.jsonl" in capsys.readouterr().err
+
+
+def test_the_pad_id_is_the_models() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token_id = 7
+    model = Model("tiny", CONFIG, {}, tokenizer, "0" * 64)
+    assert with_stops(Sampling(), model).pad_id == with_stops(Sampling(pad_id=7), model).pad_id == 7
+    with pytest.raises(ValueError, match="sampling.pad_id=5 has no effect: tiny pads with 7; leave it out"):
+        with_stops(Sampling(pad_id=5), model)
+
+
+@pytest.mark.parametrize(
+    ("longest", "response", "advice"),
+    [
+        (40, 30, f"Lower --max-prompt to {64 - 30} and choose --too-long"),
+        (10, 64, "Lower --x.response-length to 54$"),
+        (3, 63, "Lower --x.response-length to 61$"),
+        (10, 100, "Lower --x.response-length to 54$"),
+        (70, 100, "Lower --x.response-length to 32$"),  # and then the prompts
+        (65, 0, "Lower --max-length to 64 and choose --too-long"),
+    ],
+)
+def test_what_does_not_fit_brings_advice_that_can_be_followed(longest: int, response: int, advice: str) -> None:
+    model = Model("tiny", dataclasses.replace(CONFIG, max_positions=64), {}, make_tokenizer(), "0" * 64)
+    with pytest.raises(ValueError, match=f"the longest text has {longest} tokens; .*{advice}"):
+        check_room(model, [[2], [3] * longest], response, "--x.response-length")
+    check_room(model, [[3] * (64 - min(response, 63))], min(response, 63))
