@@ -1,7 +1,8 @@
 """A trained policy, found in a run directory: in a checkpoint, or in what the run left in export/."""
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,19 +119,20 @@ def _updates(found: artifacts.Artifact) -> int | None:
 def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
     """The policy of one checkpoint, or of the newest that is whole."""
     folder = where / rundir.CHECKPOINTS
+    load = functools.lru_cache(maxsize=1)(lambda name: load_model(name, options))  # once for all checkpoints of a base
     if step is not None:
-        return _read(where, step, model, options)
+        return _read(where, step, model, load)
     damaged = []
     for number in reversed(checkpoint.all_steps(folder)):
         try:
-            return _read(where, number, model, options)
+            return _read(where, number, model, load)
         except checkpoint.DamagedCheckpoint as error:
             warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
             damaged.append(str(error))
     raise checkpoint.CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
 
 
-def _read(where: Path, step: int, model: str | None, options: ModelOptions | None) -> Trained:
+def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model]) -> Trained:
     folder = where / rundir.CHECKPOINTS
     at, meta = folder / str(step), checkpoint.read_meta(folder, step)
     named = meta.get("facts", {}).get("base", {})
@@ -138,7 +140,7 @@ def _read(where: Path, step: int, model: str | None, options: ModelOptions | Non
     name = model or named.get("name")
     if not name:
         raise ValueError(f"{at} does not name its base; give it with --model")
-    base = load_model(name, options)
+    base = load(name)
     if "fingerprint" in named and named["fingerprint"] != base.fingerprint:
         raise ValueError(
             f"{at} was trained on other weights: those of {named.get('name')} (sha256 {named['fingerprint'][:12]}...), "

@@ -85,6 +85,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run: Path) -> No
         trained.find(run)
 
 
+def test_the_base_is_read_once_for_all_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, loaded, real = finished_run.make(tmp_path, steps=(2, 3, 4), final=None), [], trained.load_model
+    for step in ("3", "4"):
+        shutil.rmtree(run / rundir.CHECKPOINTS / step / "arrays")
+    monkeypatch.setattr(trained, "load_model", lambda *args: loaded.append(args) or real(*args))
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
+        found = trained.find(run)
+    assert found.source == "checkpoints/2" and loaded == [(str(tmp_path / "model"), None)]
+
+
 def test_an_artifact_alone(whole: Path) -> None:
     path = whole / rundir.EXPORT / "policy"
     assert equal(trained.find(path).adapter, policy(LORA, 3)) and trained.find(path).settings == {}

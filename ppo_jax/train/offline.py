@@ -168,7 +168,7 @@ def learn(
       write: called after every step with the number of steps done and the means of the metrics, `learning_rate` added.
 
     Raises:
-      FloatingPointError: the loss or the gradient is no longer finite.
+      FloatingPointError: the loss or the gradient's norm is no longer finite; the message names which.
     """
     optimizer = make_optimizer()
     step, opt_state = make_step(optimizer), created(optimizer.init, params)
@@ -178,9 +178,9 @@ def learn(
         values = means(metrics)
         write(number + 1, values | {"learning_rate": rate})
         # A batch that holds nothing to learn from has no loss, and changes nothing.
-        lost = float(metrics["loss"][1]) and not math.isfinite(values["loss"])
-        if lost or not math.isfinite(values["grad_norm"]):
-            raise FloatingPointError(f"step {number + 1}: the loss is {values['loss']}; lower the learning rate")
+        for name in ("loss", "grad_norm") if float(metrics["loss"][1]) else ("grad_norm",):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(f"step {number + 1}: the {name} is {values[name]}; lower the learning rate")
     return params
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ppo_jax.models.adapters import init_full, init_lora, init_top_k, unembedding
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.train.offline import in_order
+from ppo_jax.train.offline import descended, in_order, learn
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.sft import (
     Demonstrations,
@@ -185,6 +185,20 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
         train_sft(noisy_lora(), base, CONFIG, SFTConfig(), lambda _: batch(), 3, lambda step, _: seen.append(step))
     assert seen == [1]  # written before it stops
+
+
+def test_a_gradient_that_is_not_finite_is_named_where_the_loss_is() -> None:
+    """The slope of sqrt(x) at 0."""
+
+    def make_step(optimizer):
+        def step(params, opt_state, rows, rate):
+            loss, grads = jax.value_and_grad(lambda p: 2.5 + jnp.sqrt(p["x"]))(params)
+            return descended(params, (grads, {"loss": (loss, jnp.ones(()))}), opt_state, optimizer, rate, 1.0)
+
+        return step
+
+    with pytest.raises(FloatingPointError, match="step 1: the grad_norm is inf; lower the learning rate"):
+        learn({"x": jnp.zeros(())}, make_step, lambda _: batch(), 3, 1e-3, lambda *_: None)
 
 
 def test_evaluate_is_exact_over_batches_of_any_size() -> None:
