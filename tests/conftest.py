@@ -69,6 +69,8 @@ LONGEST = (
     "test_distributed",
     "test_stages_processes",
     "test_asked",
+    "test_agreement",
+    "test_gathered_rollout",
     "test_stages_mesh",
     "test_cli",
     "test_sharding",
