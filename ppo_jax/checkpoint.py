@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,10 +62,21 @@ class _Keep(ocp.checkpoint_managers.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        if self.newest is None:
-            return [True] * len(steps)
-        kept = {*sorted(steps)[-self.newest :], self.best()}
-        return [step in kept or bool(self.every and step % self.every == 0) for step in steps]
+        kept = _kept(steps, self.newest, self.every, self.best())
+        return [step in kept for step in steps]
+
+
+def _kept(steps: Sequence[int], newest: int | None, every: int, best: int | None) -> set[int]:
+    if newest is None:
+        return set(steps)
+    return {step for step in steps if step == best or (every and step % every == 0)} | set(sorted(steps)[-newest:])
+
+
+def delete_old(directory: str | Path, keep: int | None, every: int, best: int | None) -> None:
+    """Deletes what `open_manager` with these arguments would, and goes on where one cannot be; in process 0."""
+    steps = all_steps(directory) if jax.process_index() == 0 else []
+    for step in set(steps) - _kept(steps, keep, every, best):
+        shutil.rmtree(Path(directory) / str(step), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -197,7 +209,8 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None, part
       DamagedCheckpoint: files are missing or unreadable, or an array is not the one that was saved.
     """
     leaves = manifests.flatten(target)
-    step = of_first(latest_step(directory)) if step is None else step
+    kinds = CheckpointError, DamagedCheckpoint, FileNotFoundError
+    step = of_first(agree(lambda: _find(directory, step)[1], *kinds))
 
     def read() -> tuple[dict[str, Any], int]:
         path, found = _find(directory, step)
@@ -209,7 +222,7 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None, part
         wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
         return _read_checked(path, found, manifest, wanted), found
 
-    arrays, number = agree(read, CheckpointError, DamagedCheckpoint, FileNotFoundError)
+    arrays, number = agree(read, *kinds)
     back = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(target), back), number
 

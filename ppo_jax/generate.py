@@ -73,7 +73,7 @@ def generate_responses(settings: GenerateSettings) -> None:
         raise ValueError(f"--batch-size {settings.batch_size} must be at least 1")
     if not (settings.prompt or settings.prompts):
         raise ValueError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    if settings.chat and settings.prompts:
+    if settings.chat and not settings.prompt:
         raise ValueError(
             f"--chat is for --prompt TEXT and changes nothing in --prompts {settings.prompts}: leave it out, and write "
             'messages there as "prompt": [{"role": "user", "content": TEXT}]'
@@ -127,10 +127,15 @@ def write(found: Iterable[Response], output: Path) -> int:
     """
     count = 0
     with _partial(output).open("x", encoding="utf-8") as file:
-        for response in found:
-            file.write(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
-            file.flush()
-            count += 1
+        try:
+            for response in found:
+                file.write(json.dumps(response._asdict(), ensure_ascii=False) + "\n")
+                file.flush()
+                count += 1
+        except BaseException:
+            if not count:  # nothing that is worth keeping stands in the way of the next command
+                _partial(output).unlink()
+            raise
     os.replace(_partial(output), output)
     return count
 

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "held_out",
     "ppo.accumulate",
     "ppo.logprob_chunk",
+    "ppo.sampling.gather_weights",
     "compute.remat",
     "compute.attention",
 )

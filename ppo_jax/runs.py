@@ -182,7 +182,7 @@ def _write_again(directory: Path, config: str, writers: Sequence[Callable[[], in
 
 def _last_words(screen: Screen, lost: int, failures: FailureLog) -> None:
     if lost:
-        screen.message(f"{lost} records of metrics and samples could not be written to the run directory, and are lost")
+        screen.message(f"{lost} lines that could not be written (the messages above say where) are lost")
     if failures.counts:
         screen.message(f"rewards that failed, with evaluations: {failures.summary()}")
 

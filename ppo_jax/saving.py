@@ -62,14 +62,16 @@ class Saver:
         """Saves and waits, at the end of a run. Raises `CheckpointSaveError`."""
         self.close()
         self.retry = self.pending = None
-        try:
-            if not self._published(step):
-                with self._open() as manager:
-                    checkpoint.save(manager, step, state, self.meta)
-                    checkpoint.wait(manager)
-        except checkpoint.CheckpointSaveError as error:
-            if isinstance(error, checkpoint.CheckpointSaveBroken) or not self._published(step):
-                raise
+        if not self._published(step):
+            self.manager = self.stack.enter_context(self._open())
+            try:
+                checkpoint.save(self.manager, step, state, self.meta)
+                checkpoint.wait(self.manager)
+            except checkpoint.CheckpointSaveError as error:
+                if isinstance(error, checkpoint.CheckpointSaveBroken) or not self._published(step):
+                    raise
+            finally:
+                self.close()
         self.good = step
 
     def close(self) -> None:
@@ -107,7 +109,9 @@ class Saver:
             self.close()
             if self._published(tried):
                 self.good, self.patience = tried, 1
-                self.notify(f"update {tried} is saved, but an older checkpoint could not be deleted: {error}")
+                cause = error.__cause__ or error
+                self.notify(f"update {tried} is saved, but an older checkpoint could not be deleted: {cause}")
+                checkpoint.delete_old(self.directory, self.loop.keep, self.loop.keep_every, self.best)
                 return
             self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
             last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"

@@ -158,3 +158,13 @@ def test_what_does_not_fit_brings_advice_that_can_be_followed(longest: int, resp
     with pytest.raises(ValueError, match=f"the longest text has {longest} tokens; .*{advice}"):
         check_room(model, [[2], [3] * longest], response, "--x.response-length")
     check_room(model, [[3] * (64 - min(response, 63))], min(response, 63))
+
+
+def test_what_stops_before_the_first_response_leaves_nothing(tmp_path: Path) -> None:
+    def none() -> Iterator[Response]:
+        raise MemoryError
+        yield
+
+    with pytest.raises(MemoryError):
+        write(none(), tmp_path / "a.jsonl")
+    assert list(tmp_path.iterdir()) == []

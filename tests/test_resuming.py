@@ -99,7 +99,12 @@ def test_nothing_starts_anew_where_all_are_damaged(tmp_path: Path):
 
 def test_another_run_is_refused_with_every_difference(tmp_path: Path):
     run_with(tmp_path, 2, 4)
-    now = FACTS | {"seed": 4, "batch_size": 16, "ppo": {"epochs": 2, "accumulate": 2}, "loop": {"updates": 50}}
+    now = FACTS | {
+        "seed": 4,
+        "batch_size": 16,
+        "ppo": {"epochs": 2, "accumulate": 2, "sampling": {"gather_weights": True}},
+        "loop": {"updates": 50},
+    }
     now |= {"base": {"name": "b", "fingerprint": "1"}}
     with pytest.raises(resuming.IncompatibleRun) as error:
         restore(tmp_path, now)
