@@ -32,7 +32,7 @@ from typing import Any, Literal
 from experiments import smoke
 from ppo_jax import checkpoint, config, metrics, rundir
 from ppo_jax.cli import PREEMPTED, exit_code
-from ppo_jax.runs import environment
+from ppo_jax.runs import BEST, environment
 
 ENDLESS = 10**7  # updates of the tormented run, until the time is up
 WARM = 3  # updates of a first run, which compiles
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> Path:
             child = Child(folder, server, target, log)
             if (code := child.process.wait()) != 0:
                 raise SoakError(f"{folder}: the last part ended with exit status {code}; see {log.name}")
-    compared = compare(hurt, quiet)
+    compared = compare(hurt, quiet, torment.counts["full disk"] > 0)
     text = report(settings, torment, target, compared)
     print(text)
     if settings.report:
@@ -319,8 +319,11 @@ def full_disk(process: int) -> Iterator[None]:
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def compare(hurt: Path, quiet: Path) -> dict[str, str]:
-    """What was compared -> how much of it there is. Raises SoakError for the first difference."""
+def compare(hurt: Path, quiet: Path, full_disk: bool = False) -> dict[str, str]:
+    """What was compared -> how much of it there is. Raises SoakError for the first difference.
+
+    After a `full_disk` the best policy may be missing in `hurt`, if its update could not be saved.
+    """
     found = {}
     for name in (rundir.METRICS, rundir.SAMPLES):
         left, right = ([timeless(r) for r in metrics.read_jsonl(run / name)] for run in (hurt, quiet))
@@ -337,6 +340,10 @@ def compare(hurt: Path, quiet: Path) -> dict[str, str]:
         raise SoakError(f"the last checkpoints {steps} differ in {', '.join(wrong)}")
     found[f"state at update {steps[0]} (CRC-32 of every array)"] = f"{len(sums[0])} arrays"
     files = sorted(p.relative_to(quiet) for p in (quiet / rundir.EXPORT).rglob("*.safetensors"))
+    best = checkpoint.read_meta(quiet / rundir.CHECKPOINTS)["best"].get("step")
+    if full_disk and best is not None and best not in checkpoint.all_steps(hurt / rundir.CHECKPOINTS):
+        files = [file for file in files if BEST not in file.parts]
+        found["best policy"] = f"not in the tormented run: the disk was full at update {best}"
     only = {p.relative_to(hurt) for p in (hurt / rundir.EXPORT).rglob("*.safetensors")} ^ set(files)
     if only:
         raise SoakError(f"{', '.join(map(str, sorted(only)))}: in one of the runs only")

@@ -330,10 +330,10 @@ def _export(
     if state.ema is not None:
         _save_policy(directory / rundir.EXPORT / EMA, setup, state.ema, {"decay": setup.ppo.ema_decay})
     step = best.get("step", updates)
-    if 0 < step < updates and step in checkpoint.all_steps(directory / rundir.CHECKPOINTS):
+    if 0 < step < updates:
         try:
             part, _ = checkpoint.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
-        except checkpoint.CheckpointError as error:  # the run is finished all the same
+        except (checkpoint.CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
             notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
             return Result(state.policy, evaluations.get(0, {}), after)
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}

@@ -113,6 +113,11 @@ def test_another_best_metric_starts_anew_and_a_damaged_best_checkpoint_ends_noth
     run(tmp_path, said, loop=loop, judges=judges)  # it is finished; only its policies are written again
     assert any("best policy, of update 1, is not exported" in text for text in said), said
     assert [path.name for path in (tmp_path / rundir.EXPORT).iterdir()] == ["policy"]
+    (checkpoints / "1").rename(tmp_path / "1")  # nor is it there, as where the disk was full
+    said.clear()
+    run(tmp_path, said, loop=loop, judges=judges)
+    assert any("best policy, of update 1, is not exported" in text and "no step 1" in text for text in said), said
+    (tmp_path / "1").rename(checkpoints / "1")
 
     run(tmp_path, said, loop=dataclasses.replace(loop, updates=3, best_metric="few"), judges=judges)
     assert any("chosen by marks, from here on by few" in text for text in said)
