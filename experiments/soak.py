@@ -320,9 +320,7 @@ def full_disk(process: int) -> Iterator[None]:
 
 
 def compare(hurt: Path, quiet: Path, full_disk: bool = False) -> dict[str, str]:
-    """What was compared -> how much of it there is. Raises SoakError for the first difference.
-
-    After a `full_disk` the best policy may be missing in `hurt`, if its update could not be saved."""
+    """{what was compared: how much}; a `full_disk` may have cost `hurt` its best policy. SoakError: what differs."""
     found = {}
     for name in (rundir.METRICS, rundir.SAMPLES):
         left, right = ([timeless(r) for r in metrics.read_jsonl(run / name)] for run in (hurt, quiet))
