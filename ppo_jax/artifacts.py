@@ -36,6 +36,9 @@ from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.replacing import swap
 from ppo_jax.types import PyTree
 
+EXPORT = "export"  # the folder of a run directory that holds these
+MODEL, POLICY, REWARD = "model", "policy", "reward"  # folders in it
+BEST, CRITIC, EMA = "best", "critic", "ema"
 FORMAT = 1
 ARRAYS, DESCRIPTION = "arrays.safetensors", "artifact.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}

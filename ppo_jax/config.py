@@ -23,8 +23,6 @@ import yaml
 
 from ppo_jax.plain_yaml import ConfigError, join, line_of, parsed
 
-__all__ = ["ConfigError", "from_yaml", "load", "parse", "plain", "to_yaml"]
-
 C = TypeVar("C")
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)

@@ -22,8 +22,6 @@ from ppo_jax.stages import Phase, StageResult, filling, run_offline
 from ppo_jax.train import offline
 from ppo_jax.train.dpo import DPOConfig, Preferences, evaluate, make_measure, train_dpo
 
-__all__ = ["DPOSettings", "Pairs", "dpo", "encode", "in_order", "preferences", "run_dpo"]
-
 
 class Pairs(NamedTuple):
     """Token rows of prompt + response + EOS, and where the responses start."""

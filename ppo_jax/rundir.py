@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_jax import metrics
+from ppo_jax.artifacts import EXPORT
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 SUMMARY, REPORT = "summary.json", "report.html"
-TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT = "tensorboard", "plots", "checkpoints", "export"
+TENSORBOARD, PLOTS, CHECKPOINTS = "tensorboard", "plots", "checkpoints"
 DAMAGED, FAULTS = "damaged", "faults"  # only where something went wrong
 
 LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)

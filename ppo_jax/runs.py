@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import artifacts, checkpoint, faults, metrics, processes, resuming, rundir
+from ppo_jax.artifacts import BEST, CRITIC, EMA, POLICY
 from ppo_jax.data import prompt_batches, sft_batches
 from ppo_jax.display import Screen
 from ppo_jax.evaluation import earlier_evaluations, make_evaluator
@@ -34,12 +35,6 @@ from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
 from ppo_jax.types import Frozen, Policy, Prompts, Texts
 
-__all__ = [
-    "Judge", "Model", "PromptSet", "Result", "Setup", "decode_responses", "environment", "load_model", "run_ppo",
-    "run_writer",
-]  # fmt: skip
-
-POLICY, BEST, CRITIC, EMA = "policy", "best", "critic", "ema"  # folders in export/
 FILTERED = {
     "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour filtered "
     "makes the filtered distribution the policy, --ppo.behaviour importance weighs the loss by policy / behaviour.",

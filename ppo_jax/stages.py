@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ppo_jax import artifacts, processes, rundir
+from ppo_jax.artifacts import MODEL, POLICY, REWARD
 from ppo_jax.data import EncodedSFT, SFTBatch, sft_batches
 from ppo_jax.display import Screen
 from ppo_jax.models import hf
@@ -22,7 +23,6 @@ from ppo_jax.train.sft import Demonstrations, SFTConfig, evaluate, make_sft_loss
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import PyTree
 
-MODEL, POLICY, REWARD = "model", "policy", "reward"  # folders in a run's export/
 PhaseWriter = Callable[[int, Mapping[str, float]], None]
 
 

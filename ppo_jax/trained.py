@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import yaml
 
 from ppo_jax import artifacts, checkpoint, config, metrics, processes, rundir, sharding
+from ppo_jax.artifacts import BEST, POLICY
 from ppo_jax.models.adapters import AdapterConfig, Lora
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.runs import Model, load_model
 from ppo_jax.types import PyTree
 
-POLICY, BEST = "policy", "best"  # artifacts in a run's export/
 _PREFIX = "policy.adapter."  # of the leaves of a checkpoint that make the policy
 _LARGEST_TEXT = 10**8  # bytes of a config.yaml: YAML itself is limited by `config`
 

@@ -41,12 +41,6 @@ from ppo_jax.train.options import PPOConfig, check_hyper
 from ppo_jax.train.state import Groups, TrainState, groups
 from ppo_jax.types import Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores, Texts
 
-__all__ = [
-    "Collect", "Iteration", "Learn", "PPOConfig", "check_hyper", "collect", "learn", "make_experience",
-    "make_host_iteration", "make_iteration", "ppo_loss", "reference_logprobs", "rollout_prefix", "update",
-    "update_epochs",
-]  # fmt: skip
-
 Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]
 Collect = Callable[[TrainState, Frozen, Prompts, Hyper], Rollout]
 Learn = Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, rollout, scores, hyper, pretrain=None)
