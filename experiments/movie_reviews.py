@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ppo_jax import assets
+from ppo_jax.data import assets
 
 PROMPT_WORDS = (2, 3, 4, 5)
 

@@ -16,18 +16,23 @@ from pathlib import Path
 import numpy as np
 
 from experiments.smoke import BAD, GOOD, model
-from ppo_jax import config, report, rundir
-from ppo_jax.cli import exit_code
+from ppo_jax.cli.main import exit_code
+from ppo_jax.cli.parse import parse
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
-from ppo_jax.display import progress
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
-from ppo_jax.reward_stage import run_reward
+from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward
 from ppo_jax.rollout import Sampling
-from ppo_jax.runs import PromptSet, Setup, environment, run_ppo
-from ppo_jax.stages import run_sft
+from ppo_jax.runs.facts import environment
+from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.ppo import run_ppo
+from ppo_jax.runs.prompts import PromptSet
+from ppo_jax.runs.reward import run_reward
+from ppo_jax.runs.setup import Setup
+from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.ppo import PPOConfig
+from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.sft import SFTConfig
 from ppo_jax.train.state import key_stream
@@ -72,7 +77,7 @@ class PipelineConfig:
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the three stages; returns the path of the report."""
-    settings = config.parse(PipelineConfig, args, prog="experiments.pipeline")
+    settings = parse(PipelineConfig, args, prog="experiments.pipeline")
     stages = [
         rundir.open_run(settings.run_dir / name, overwrite=settings.overwrite) for name in ("sft", "reward", "ppo")
     ]
@@ -119,7 +124,7 @@ def main(args: list[str] | None = None) -> Path:
         )
         result = run_ppo(stages[2], setup, screen)
         facts = environment()
-        path = report.write(
+        path = page.write(
             stages[2],
             {
                 "title": "SFT, reward model, PPO on a toy language",

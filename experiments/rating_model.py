@@ -12,14 +12,14 @@ import numpy as np
 
 from experiments import movie_reviews
 from experiments.movie_reviews import Review
-from ppo_jax import artifacts, metrics
-from ppo_jax.display import Screen
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import artifacts
+from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.runs import Model
-from ppo_jax.train.reward_model import RewardConfig, fit_head, init_role, normalise_head, train_role
-from ppo_jax.train.reward_texts import (
+from ppo_jax.runs.output import writers
+from ppo_jax.runs.output.screen import Screen
+from ppo_jax.train.comparisons import (
     Bucket,
     bucket_texts,
     head_scores,
@@ -28,6 +28,7 @@ from ppo_jax.train.reward_texts import (
     rated_pairs,
     text_features,
 )
+from ppo_jax.train.reward_model import RewardConfig, fit_head, init_role, normalise_head, train_role
 from ppo_jax.train.state import key_stream
 
 LENGTHS = (16, 24, 36, 80)  # padded lengths; one program is compiled for each
@@ -58,7 +59,7 @@ def obtain(
     seed: int,
     cache: Path,
     screen: Screen,
-    write: metrics.Writer,
+    write: writers.Writer,
 ) -> list[RatingModel]:
     """The rating models that these settings describe: from `cache` if an earlier run left them there, else trained."""
     try:
@@ -119,7 +120,7 @@ def _held_out_accuracies(
     return accuracies
 
 
-def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: metrics.Writer) -> RewardRole:
+def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: writers.Writer) -> RewardRole:
     """Head on frozen features first, then LoRA and head together; scores normalised on the training sentences."""
     name, train, reward = wanted
     trunk, size, ratings = reward.trunk(model.config), reward.batch_size, _ratings(train)

@@ -23,19 +23,28 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import movie_reviews, rating_model, smoke
 from experiments.rating_model import Wanted
-from ppo_jax import assets, config, distributed, report, rundir
-from ppo_jax.cli import exit_code
-from ppo_jax.display import progress
+from ppo_jax.cli.main import exit_code
+from ppo_jax.cli.parse import parse
+from ppo_jax.data import assets
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.resuming import Resume
-from ppo_jax.reward_choice import RewardOptions, choose_reward, with_reward
+from ppo_jax.models.files.artifacts import EXPORT
+from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.parallel.mesh import MeshConfig, use_mesh
+from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
+from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
-from ppo_jax.runs import Judge, Model, PromptSet, Result, Setup, environment, load_model, run_ppo, run_writer
-from ppo_jax.sharding import MeshConfig
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.facts import environment
+from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.output.writers import run_writer
+from ppo_jax.runs.ppo import run_ppo
+from ppo_jax.runs.prompts import PromptSet
+from ppo_jax.runs.setup import Judge, Result, Setup, with_reward
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper
+from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Frozen, Hyper, Rollout
@@ -104,7 +113,7 @@ class SentimentConfig:
             if getattr(self, name) < allowed:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {allowed}")
         self.ppo.check_batch(self.loop.batch_size)
-        distributed.check_rows(self.mesh, self.loop.batch_size, self.ppo)
+        check_micro_batches(self.mesh, self.loop.batch_size, self.ppo)
         check_hyper(self.hyper)
 
 
@@ -141,8 +150,8 @@ PRESETS = {"demo": DEMO, "full": FULL, "smoke": SMOKE}
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
-    settings = config.parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
-    with distributed.use_mesh(settings.mesh):
+    settings = parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
+    with use_mesh(settings.mesh):
         return run(settings)
 
 
@@ -184,7 +193,7 @@ def run(settings: SentimentConfig) -> Path:
         models = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
         reward, judge = models[0], models[-1]
         for one, found in zip(wanted, models, strict=True):
-            shutil.copytree(found.path, directory / rundir.EXPORT / one.name, dirs_exist_ok=True)
+            shutil.copytree(found.path, directory / EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ def run(settings: SentimentConfig) -> Path:
         # -- report ----------------------------------------------------------------------------------------------
         accuracy = reward.accuracy if chosen is None else chosen.meta.get("accuracy")
         summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
-        path = report.write(directory, summary)
+        path = page.write(directory, summary)
         screen.message(f"report: {path}")
     return path
 
@@ -227,7 +236,7 @@ def summarise(
     reward_accuracy: float | None,
     judge_accuracy: float,
     clock: dict[str, float],
-) -> report.Summary:
+) -> page.Summary:
     """The numbers of the report; `clock` has the time at the end of each phase."""
     times = list(clock.items())
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
@@ -248,7 +257,7 @@ def summarise(
         "date": date.today().isoformat(),
         **environment(),
     }
-    return cast(report.Summary, summary)
+    return cast(page.Summary, summary)
 
 
 def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:

@@ -27,13 +27,13 @@ import numpy as np
 import psutil
 
 from experiments import smoke
-from ppo_jax import config
-from ppo_jax.models import seqcls
+from ppo_jax.cli.parse import parse
+from ppo_jax.models.files import classifiers
 from ppo_jax.models.heads import RewardHead
-from ppo_jax.reward_models import load_scorer
 from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.loading import load_scorer
+from ppo_jax.train.comparisons import bucket_texts, head_scores, text_features
 from ppo_jax.train.reward_model import normalise_head
-from ppo_jax.train.reward_texts import bucket_texts, head_scores, text_features
 
 WORDS = smoke.GOOD + smoke.BAD + smoke.OTHER
 TOLERANCE = 1e-5
@@ -77,7 +77,7 @@ class Load(NamedTuple):
 
 def main(args: list[str] | None = None) -> Load:
     """Runs the load; prints and returns the result. Exit code 1 if anything was lost or swapped."""
-    settings = config.parse(LoadConfig, args, prog="experiments.serve_load")
+    settings = parse(LoadConfig, args, prog="experiments.serve_load")
     with tempfile.TemporaryDirectory() as folder:
         path = settings.reward or tiny_model(Path(folder) / "reward")
         table = texts(path, settings.texts, settings.seed)
@@ -95,7 +95,7 @@ def tiny_model(path: Path, seed: int = 0) -> Path:
     buckets = bucket_texts(rows, [16], model.pad_id)
     features = text_features(model.params, RewardRole({}, head), model.config, buckets, 100)
     head = normalise_head(head, head_scores(head, features))
-    return seqcls.save(path, model.config, model.params, head, model.tokenizer)
+    return classifiers.save(path, model.config, model.params, head, model.tokenizer)
 
 
 def texts(path: Path, count: int, seed: int = 0) -> list[Text]:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.movie_reviews import Review
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import init_params
-from ppo_jax.runs import Model
+from ppo_jax.models.layout import init_params
+from ppo_jax.models.pretrained import Model
 
 GOOD = ("great", "lovely", "brilliant", "funny", "superb", "moving")
 BAD = ("awful", "boring", "terrible", "dull", "stupid", "bad")

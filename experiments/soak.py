@@ -30,9 +30,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import smoke
-from ppo_jax import checkpoint, config, metrics, rundir
-from ppo_jax.cli import PREEMPTED, exit_code
-from ppo_jax.runs import BEST, environment
+from ppo_jax.cli.main import PREEMPTED, exit_code
+from ppo_jax.cli.parse import parse
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.files.artifacts import BEST, EXPORT
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.facts import environment
+from ppo_jax.runs.output import rundir
 
 ENDLESS = 10**7  # updates of the tormented run, until the time is up
 WARM = 3  # updates of a first run, which compiles
@@ -63,7 +67,7 @@ class SoakConfig:
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the soak; raises SoakError if anything is lost or differs."""
-    settings = config.parse(SoakConfig, args, prog="experiments.soak")
+    settings = parse(SoakConfig, args, prog="experiments.soak")
     shutil.rmtree(settings.run_dir, ignore_errors=True)
     settings.run_dir.mkdir(parents=True)
     hurt, quiet = settings.run_dir / "hurt", settings.run_dir / "quiet"
@@ -73,7 +77,7 @@ def main(args: list[str] | None = None) -> Path:
             raise SoakError(f"the run does not work: exit status {code}; see {log.name}")
         torment = Torment(settings, hurt, server, log)
         torment.run()
-        target = (checkpoint.latest_step(hurt / rundir.CHECKPOINTS) or 0) + CALM
+        target = (store.latest_step(hurt / rundir.CHECKPOINTS) or 0) + CALM
         say(log, f"the time is up: {dict(torment.counts)}; both runs go to update {target}")
         server.mode = "works"
         for folder in (hurt, quiet):
@@ -267,7 +271,7 @@ class Torment:
         self.note("SIGKILL")
         child.process.kill()
         child.process.wait()
-        steps = checkpoint.all_steps(self.folder / rundir.CHECKPOINTS)
+        steps = store.all_steps(self.folder / rundir.CHECKPOINTS)
         if len(steps) > 1 and self.random.random() < 0.3:
             files = sorted(p for p in (self.folder / rundir.CHECKPOINTS / str(steps[-1])).rglob("*") if p.is_file())
             file = self.random.choice([file for file in files if file.stat().st_size])
@@ -323,25 +327,25 @@ def compare(hurt: Path, quiet: Path, full_disk: bool = False) -> dict[str, str]:
     """{what was compared: how much}; a `full_disk` may have cost `hurt` its best policy. SoakError: what differs."""
     found = {}
     for name in (rundir.METRICS, rundir.SAMPLES):
-        left, right = ([timeless(r) for r in metrics.read_jsonl(run / name)] for run in (hurt, quiet))
+        left, right = ([timeless(r) for r in read_jsonl(run / name)] for run in (hurt, quiet))
         if left != right:
             first = next(
                 (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
             )
             raise SoakError(f"{name}: record {first + 1} differs ({len(left)} and {len(right)} records)")
         found[f"{name}, without times"] = f"{len(left)} records"
-    steps = [checkpoint.latest_step(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
-    sums = [checkpoint.read_manifest(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
+    steps = [store.latest_step(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
+    sums = [store.read_manifest(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
     if steps[0] != steps[1] or sums[0] != sums[1]:
         wrong = sorted(name for name in sums[0].keys() | sums[1].keys() if sums[0].get(name) != sums[1].get(name))
         raise SoakError(f"the last checkpoints {steps} differ in {', '.join(wrong)}")
     found[f"state at update {steps[0]} (CRC-32 of every array)"] = f"{len(sums[0])} arrays"
-    files = sorted(p.relative_to(quiet) for p in (quiet / rundir.EXPORT).rglob("*.safetensors"))
-    best = checkpoint.read_meta(quiet / rundir.CHECKPOINTS)["best"].get("step")
-    if full_disk and best is not None and best not in checkpoint.all_steps(hurt / rundir.CHECKPOINTS):
+    files = sorted(p.relative_to(quiet) for p in (quiet / EXPORT).rglob("*.safetensors"))
+    best = store.read_meta(quiet / rundir.CHECKPOINTS)["best"].get("step")
+    if full_disk and best is not None and best not in store.all_steps(hurt / rundir.CHECKPOINTS):
         files = [file for file in files if BEST not in file.parts]
         found["best policy"] = f"not in the tormented run: the disk was full at update {best}"
-    only = {p.relative_to(hurt) for p in (hurt / rundir.EXPORT).rglob("*.safetensors")} ^ set(files)
+    only = {p.relative_to(hurt) for p in (hurt / EXPORT).rglob("*.safetensors")} ^ set(files)
     if only:
         raise SoakError(f"{', '.join(map(str, sorted(only)))}: in one of the runs only")
     for file in files:

@@ -14,16 +14,20 @@ from typing import Literal
 import jax
 
 from experiments import smoke
-from ppo_jax import config, rundir
-from ppo_jax.cli import exit_code
-from ppo_jax.display import progress
+from ppo_jax.cli.main import exit_code
+from ppo_jax.cli.parse import parse
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import init_params
+from ppo_jax.models.layout import init_params
+from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import APIConfig, api_reward
 from ppo_jax.rewards.failures import FailureLog
 from ppo_jax.rollout import Sampling
-from ppo_jax.runs import Model, PromptSet, Result, Setup, run_ppo
+from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.ppo import run_ppo
+from ppo_jax.runs.prompts import PromptSet
+from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from ppo_jax.types import Hyper
@@ -106,7 +110,7 @@ def make_setup(settings: SoakRun) -> Setup:
 
 def main(args: list[str] | None = None) -> Result:
     """Trains, or goes on training."""
-    settings = config.parse(SoakRun, args, prog="experiments.soak_run")
+    settings = parse(SoakRun, args, prog="experiments.soak_run")
     directory = rundir.open_run(settings.run_dir, settings.resume)
     with progress("soak") as screen:
         reward = api_reward(settings.server, PATIENT, FailureLog(screen.message))

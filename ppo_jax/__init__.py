@@ -5,8 +5,10 @@ from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rollout import Sampling, generate
+from ppo_jax.train.experience import make_experience
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, make_experience, make_host_iteration, make_iteration
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Experience, Frozen, Hyper, Minibatch, Policy, Prompts, Rollout, Scores
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppo_jax.models.adapters import unembedding
-from ppo_jax.models.cache import Cache, init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
-from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.models.placement import gathered
+from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import penalise_repetition, sample
-from ppo_jax.sharding import constrain, gathered
+from ppo_jax.parallel.sharding import constrain
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 
 
@@ -173,39 +173,3 @@ def _check_ids(sampling: Sampling, config: ModelConfig) -> None:
     for name, ids in (("pad_id", (sampling.pad_id,)), ("stop_ids", sampling.stop_ids)):
         if not all(0 <= i < config.vocab_size for i in ids):
             raise ValueError(f"{name}={getattr(sampling, name)} must lie in the vocabulary [0, {config.vocab_size})")
-
-
-def shared_prefix(
-    base: PyTree, config: ModelConfig, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], layers: int
-) -> Float[Array, "B S D"] | None:
-    """The residual stream below layer `layers`, equal for all roles whose adapters start there; None for 0 layers.
-
-    The last layer is never part of it (an adapter may touch no layer at all): what follows it is the final norm,
-    which belongs to the role.
-    """
-    layers = min(layers, config.num_layers - 1)
-    if layers == 0:
-        return None
-    return apply(base, {}, config, tokens, positions_from_mask(mask), layers=(0, layers))
-
-
-def role_hidden(
-    base: PyTree,
-    adapter: PyTree,
-    config: ModelConfig,
-    tokens: Int[Array, "B S"],
-    mask: Bool[Array, "B S"],
-    prefix: Float[Array, "B S D"] | None = None,
-    prefix_layers: int = 0,
-) -> Float[Array, "B S D"]:
-    """Final hidden states of whole sequences under one role, from the shared prefix where there is one."""
-    positions = positions_from_mask(mask)
-    if prefix is None:
-        return apply(base, adapter, config, tokens, positions)
-    start = min(prefix_layers, config.num_layers - 1)  # as in shared_prefix
-    return apply(base, adapter, config, None, positions, hidden=prefix, layers=(start, config.num_layers))
-
-
-def before_response(hidden: Float[Array, "B S D"], response_length: int) -> Float[Array, "B T D"]:
-    """The states in which the response tokens were chosen: slots P-1 .. S-2."""
-    return hidden[:, -response_length - 1 : -1]

@@ -15,11 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppo_jax import checkpoint, cli, resuming, rundir, saving
-from ppo_jax.distributed import DistributedConfig, start
+from ppo_jax.cli import main as cli
+from ppo_jax.parallel.launch import DistributedConfig, start
+from ppo_jax.runs.checkpoints import manifests, resuming, saving, store
+from ppo_jax.runs.output import rundir
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped
-from tests.test_checkpoint import small_disk
-from tests.test_resuming import arrays_file, cut, flip
+from tests.disk import small_disk
+from tests.runs.checkpoints.test_resuming import arrays_file, cut, flip
 
 FACTS = {"seed": 1}
 ROWS, COLUMNS = 16, 1000
@@ -77,7 +79,7 @@ def resume(run: Path, axis: int = 0) -> dict[str, Any]:
         restored = resuming.restore(own_directory(run), state(0, axis), FACTS, said.append)
         assert restored is not None
         found |= {"step": restored.step, "whole": holds(restored.state, restored.step), "meta": restored.meta}
-    except checkpoint.CheckpointError as error:
+    except store.CheckpointError as error:
         found |= {"error": str(error), "kind": type(error).__name__}
     return found
 
@@ -88,7 +90,7 @@ def wrong_sum(run: Path, step: int) -> None:
     document = json.loads(file.read_text())
     pieces = document["manifest"]["w"]["pieces"]
     pieces[sorted(pieces, key=lambda bounds: int(bounds.split(":")[0]))[-1]] ^= 1
-    document["checksum"] = checkpoint.manifests.document_sum(document)
+    document["checksum"] = manifests.document_sum(document)
     file.write_text(json.dumps(document))
 
 
@@ -111,9 +113,9 @@ def damages(folder: Path) -> dict[str, Any]:
     """The newest of three checkpoints is damaged, in one way after another; what both make of it."""
     record: dict[str, Any] = {}
     saved = folder / "saved"
-    with checkpoint.open_manager(saved / rundir.CHECKPOINTS, keep=None) as manager:
+    with store.open_manager(saved / rundir.CHECKPOINTS, keep=None) as manager:
         for step in (2, 4, 6):
-            checkpoint.save(manager, step, state(step), {"facts": FACTS})
+            store.save(manager, step, state(step), {"facts": FACTS})
     for name, damage in DAMAGE.items():
         run = folder / name
         if jax.process_index() == 0:
@@ -129,7 +131,7 @@ def damages(folder: Path) -> dict[str, Any]:
         wrong_sum(folder / "another value", 4)
     together("split")
     record["split otherwise, damaged"] = resume(folder / "another value", axis=1)
-    handler = checkpoint.ocp.PyTreeCheckpointHandler
+    handler = store.ocp.PyTreeCheckpointHandler
     restore = handler.restore
 
     def fails(*_: object, **__: object) -> None:
@@ -170,8 +172,8 @@ def failures(folder: Path) -> dict[str, Any]:
                         break
                     time.sleep(0.05)
                 good.append(keep.good)
-            record[path.name] = {"said": said, "good": good, "left": left, "steps": checkpoint.all_steps(path)}
-            found, step = checkpoint.restore(path, state(0))
+            record[path.name] = {"said": said, "good": good, "left": left, "steps": store.all_steps(path)}
+            found, step = store.restore(path, state(0))
             record[path.name]["whole"] = holds(found, step)
     return record
 
@@ -186,7 +188,7 @@ def broken(folder: Path) -> dict[str, Any]:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         if jax.process_index() == 0:
-            checkpoint.ocp.CheckpointManager.save = fails
+            store.ocp.CheckpointManager.save = fails
         keep(2, state(2), True)
         keep(3, state(3), True)
     return {}

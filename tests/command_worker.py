@@ -3,7 +3,7 @@
 import json
 import sys
 
-from ppo_jax import cli
+from ppo_jax.cli import main as cli
 
 if __name__ == "__main__":
     for words in json.loads(sys.argv[1]):

@@ -54,7 +54,7 @@ def quick_compilation() -> Iterator[None]:
 @pytest.fixture
 def screen() -> Any:
     """A `display.Screen` that shows nothing."""
-    from ppo_jax.display import progress  # after the hook
+    from ppo_jax.runs.output.screen import progress  # after the hook
 
     with progress("test", main_process=False) as screen:
         return screen

@@ -11,20 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import artifacts, checkpoint, cli, sharding
-from ppo_jax.distributed import DistributedConfig, start
-from ppo_jax.models import hf
+from ppo_jax.cli import main as cli
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.heads import RewardHead
-from ppo_jax.processes import SplitReward, created, current_mesh, feed, fetch, is_first
+from ppo_jax.models.placement import create, create_on_mesh
+from ppo_jax.ops.means import means
+from ppo_jax.parallel.launch import DistributedConfig, start
+from ppo_jax.parallel.mesh import MeshConfig, current_mesh, make_mesh
+from ppo_jax.parallel.processes import feed, fetch, is_first
 from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.combine import SplitReward
 from ppo_jax.rewards.model import row_scorer, text_reward
 from ppo_jax.rollout import Sampling
-from ppo_jax.sharding import MeshConfig, make_mesh
-from ppo_jax.train.loop import host_iteration, means
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.train.host import host_iteration
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, make_host_iteration
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Scores
 from tests.disk import small_disk
@@ -77,7 +82,7 @@ def run(model: Path, config: MeshConfig, updates: int) -> Iterator[tuple[TrainSt
             adapter = init_adapter(key, base, model_config, AdapterConfig("full"))
             return init_state(jax.random.key(1), adapter, model_config, optimizer, 0.05)
 
-        state = sharding.create(fresh, mesh, jax.random.key(0), base)
+        state = create(fresh, mesh, jax.random.key(0), base)
         collect, learn = make_host_iteration(model_config, ppo, optimizer)
         texts = tuple(str(i) for i in range(ROWS))
         table = tuple({"number": i} for i in range(ROWS))
@@ -106,9 +111,9 @@ def exports(model: Path, config: MeshConfig, folder: Path) -> dict[str, Any]:
     """Writes and reads back what a fully tuned run leaves; then tries it once more, on a disk that is full for one."""
     with jax.set_mesh(make_mesh(config, jax.devices()[: config.size])):
         model_config, base = hf.load(model, mesh=current_mesh())
-        tuned = created(lambda base: jax.tree.map(lambda w: 1.5 * w, base), base)
-        head = created(lambda key: {"value": {"kernel": jax.random.normal(key, (16, 1))}}, jax.random.key(0))
-        head["value"]["bias"] = created(lambda: jnp.ones(1))
+        tuned = create_on_mesh(lambda base: jax.tree.map(lambda w: 1.5 * w, base), base)
+        head = create_on_mesh(lambda key: {"value": {"kernel": jax.random.normal(key, (16, 1))}}, jax.random.key(0))
+        head["value"]["bias"] = create_on_mesh(lambda: jnp.ones(1))
 
         def save(adapter: PyTree, overwrite: bool = False) -> None:
             about = {"config": model_config, "base": "b", "base_fingerprint": "f" * 64, "overwrite": overwrite}
@@ -151,9 +156,9 @@ def main(spec: dict[str, Any]) -> None:
         record["metrics"].append(values)
         print("update", len(record["metrics"]), flush=True)
     assert state is not None
-    with checkpoint.open_manager(spec["checkpoints"]) as manager:
-        checkpoint.save(manager, spec["updates"], state)
-    restored, _ = checkpoint.restore(spec["checkpoints"], state)
+    with store.open_manager(spec["checkpoints"]) as manager:
+        store.save(manager, spec["updates"], state)
+    restored, _ = store.restore(spec["checkpoints"], state)
     same = jax.tree.map(np.array_equal, fetch(state.policy), fetch(restored.policy))
     record["restored"] = all(jax.tree.leaves(same)) and all(
         a.sharding == b.sharding for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)

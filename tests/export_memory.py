@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 
-from ppo_jax import artifacts, sharding
-from ppo_jax.models import hf
 from ppo_jax.models.adapters import init_full
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import init_params
-from ppo_jax.sharding import MeshConfig, make_mesh
+from ppo_jax.models.files import artifacts, hf
+from ppo_jax.models.layout import init_params
+from ppo_jax.models.placement import create
+from ppo_jax.parallel.mesh import MeshConfig, make_mesh
 
 CONFIG = ModelConfig(
     vocab_size=16384,
@@ -47,8 +47,8 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = sharding.create(lambda key: init_params(key, CONFIG), mesh, jax.random.key(0))
-        tuned = jax.block_until_ready(sharding.create(init_full, mesh, base))
+        base = create(lambda key: init_params(key, CONFIG), mesh, jax.random.key(0))
+        tuned = jax.block_until_ready(create(init_full, mesh, base))
         about = {"config": CONFIG, "base": "b", "base_fingerprint": "f" * 64}
         sizes = [leaf.nbytes / 1e6 for leaf in jax.tree.leaves(tuned)]
         found = {

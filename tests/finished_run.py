@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import artifacts, checkpoint, config, metrics, rundir
-from ppo_jax.models import hf
+from ppo_jax.cli.ppo import PPOSettings
+from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.settings import PPOSettings
+from ppo_jax.models.files import artifacts, hf
+from ppo_jax.models.files.artifacts import EXPORT
+from ppo_jax.models.files.fingerprint import fingerprint_of
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import config, rundir
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.state import init_state, key_stream
 from ppo_jax.types import PyTree
@@ -43,27 +47,25 @@ def make(root: Path, adapter: AdapterConfig = LORA, steps: tuple[int, ...] = (2,
     if not (root / "model").exists():
         hf.save(root / "model", MODEL, random_params(MODEL), make_tokenizer())
     params, run = random_params(MODEL), root / "run"
-    (run / rundir.EXPORT).mkdir(parents=True)
-    base, fingerprint = str(root / "model"), artifacts.fingerprint(root / "model")
+    (run / EXPORT).mkdir(parents=True)
+    base, fingerprint = str(root / "model"), fingerprint_of(root / "model")
     settings = PPOSettings(
         model=base, prompts=Path("prompts.jsonl"), reward=("rm",), run_dir=run, policy=adapter, seed=7
     )
     text = config.to_yaml(settings)
     (run / rundir.CONFIG).write_text(text)
-    metrics.append_jsonl(
-        run / rundir.METRICS, [{"step": s, "phase": "eval", "time": 0, "reward": s / 8} for s in (0, *steps)]
-    )
+    append_jsonl(run / rundir.METRICS, [{"step": s, "phase": "eval", "time": 0, "reward": s / 8} for s in (0, *steps)])
     fresh = init_adapter(key_stream(7, "adapter"), params, MODEL, adapter)
     meta: dict[str, Any] = {"config": text, "facts": {"base": {"name": base, "fingerprint": fingerprint}}, "best": {}}
     if steps:
-        with checkpoint.open_manager(run / rundir.CHECKPOINTS, keep=None) as manager:
+        with store.open_manager(run / rundir.CHECKPOINTS, keep=None) as manager:
             for step in steps:
                 state = init_state(key_stream(7, "ppo"), policy(adapter, step), MODEL, make_optimizer(), 0.1)
-                checkpoint.save(manager, step, dataclasses.replace(state, step=jnp.int32(step)), meta)
-                checkpoint.wait(manager)
+                store.save(manager, step, dataclasses.replace(state, step=jnp.int32(step)), meta)
+                store.wait(manager)
     if final is not None:
         artifacts.save(
-            run / rundir.EXPORT / "policy",
+            run / EXPORT / "policy",
             "policy",
             policy(adapter, final),
             {},

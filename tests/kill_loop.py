@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments import smoke, soak_run
-from ppo_jax import checkpoint, metrics, rundir, runs, saving
-from ppo_jax.cli import PREEMPTED
-from ppo_jax.display import progress
+from ppo_jax.cli.main import PREEMPTED
+from ppo_jax.runs import ppo
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import rundir, writers
+from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.loop import Interrupted
 from ppo_jax.types import Scores
 
@@ -27,11 +29,11 @@ PLACES = ("save", "anywhere", "SIGTERM", "update", "reward", "evaluation")
 
 
 def main(folder: Path, kills: int) -> None:
-    metrics.tensorboard_writer(folder / "unused")  # imports it before the forks
+    writers.tensorboard_writer(folder / "unused")  # imports it before the forks
     killed = folder / "killed"
     for seed in range(10 * kills):
         place = PLACES[seed % len(PLACES)]
-        before = checkpoint.latest_step(killed / rundir.CHECKPOINTS)
+        before = store.latest_step(killed / rundir.CHECKPOINTS)
         status = life(killed, ENDLESS, place, seed)
         unfinished = len(list((killed / rundir.CHECKPOINTS).glob(UNFINISHED)))
         where = (folder / "died").read_text() if status == -signal.SIGKILL else place
@@ -41,7 +43,7 @@ def main(folder: Path, kills: int) -> None:
         kills -= status == -signal.SIGKILL
         if not kills:
             break
-    target = (checkpoint.latest_step(killed / rundir.CHECKPOINTS) or 0) + 3
+    target = (store.latest_step(killed / rundir.CHECKPOINTS) or 0) + 3
     for name in ("killed", "quiet", "again"):
         if status := life(folder / name, target):
             raise SystemExit(f"{name} ended with {status}")
@@ -68,7 +70,7 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
     loop = dataclasses.replace(settings.loop, updates=updates, eval_every=7, checkpoint_every=1)
     setup = soak_run.make_setup(dataclasses.replace(settings, loop=loop))
     checkpoints = folder / rundir.CHECKPOINTS
-    start = checkpoint.latest_step(checkpoints) or 0
+    start = store.latest_step(checkpoints) or 0
     hasty = rng.random() < 0.2  # killed before this life has saved anything
     after = rng.randint(0, 2)  # updates that follow the first checkpoint of this life
 
@@ -94,7 +96,7 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
         nonlocal after
         evaluating = len(prompts) != loop.batch_size or prompts[0] in setup.held_out.texts
-        after -= not evaluating and (hasty or (checkpoint.latest_step(checkpoints) or 0) > start)
+        after -= not evaluating and (hasty or (store.latest_step(checkpoints) or 0) > start)
         if place == "evaluation" and evaluating and rng.random() < 0.7:
             die("evaluation")
         if (after < 0 and place == "reward") or (after < -7 and place):
@@ -111,11 +113,11 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
             die_in_a_save(rng.uniform(0, 0.005))
         original(*args)  # returns while files are still written
 
-    original: Callable[..., None] = checkpoint.save
-    saving.checkpoint.save = save
+    original: Callable[..., None] = store.save
+    store.save = save
     directory = rundir.open_run(folder, "auto")
     with progress("killed", main_process=False) as screen:
-        runs.run_ppo(directory, setup._replace(host_reward=reward), screen, "auto")
+        ppo.run_ppo(directory, setup._replace(host_reward=reward), screen, "auto")
 
 
 if __name__ == "__main__":

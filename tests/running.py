@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppo_jax import checkpoint, metrics, rundir
-from tests.test_launch import make_world, options
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import rundir
+from tests.parallel.test_launch import make_world, options
 
 LIMIT = 240.0  # seconds until a wait has failed
 REWARD = """
@@ -123,7 +125,7 @@ def running(folder: Path, *more: str) -> Iterator[Run]:
 def saved(folder: Path) -> None:
     """Waits until there are checkpoints."""
     end = time.monotonic() + LIMIT
-    while (checkpoint.latest_step(folder / "run" / rundir.CHECKPOINTS) or 0) < 2:
+    while (store.latest_step(folder / "run" / rundir.CHECKPOINTS) or 0) < 2:
         assert time.monotonic() < end
         time.sleep(0.1)
 
@@ -131,15 +133,15 @@ def saved(folder: Path) -> None:
 def last_good(folder: Path) -> int:
     """The newest checkpoint, every array of which is what was saved."""
     path = folder / "run" / rundir.CHECKPOINTS
-    arrays = checkpoint.read_arrays(path, [n for n, e in checkpoint.read_manifest(path).items() if 0 not in e["shape"]])
+    arrays = store.read_arrays(path, [n for n, e in store.read_manifest(path).items() if 0 not in e["shape"]])
     assert all(np.isfinite(x).all() for x in arrays.values() if np.issubdtype(x.dtype, np.floating))
-    found = checkpoint.latest_step(path)
+    found = store.latest_step(path)
     assert found is not None
     return found
 
 
 def updates(folder: Path) -> list[int]:
-    return [r["step"] for r in metrics.read_jsonl(folder / "run" / rundir.METRICS) if r["phase"] == "ppo"]
+    return [r["step"] for r in read_jsonl(folder / "run" / rundir.METRICS) if r["phase"] == "ppo"]
 
 
 def resume_to(folder: Path, last: int) -> None:

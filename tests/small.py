@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax
 
-from ppo_jax.models import hf
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import init_params
-from ppo_jax.runs import Model
+from ppo_jax.models.files import hf
+from ppo_jax.models.layout import init_params
+from ppo_jax.models.pretrained import Model
 from tests.data.tokenizer import EOS, make_tokenizer
 from tests.models.tiny import random_params
 

@@ -15,15 +15,15 @@ import optax
 import pytest
 
 import ppo_jax
-from ppo_jax import checkpoint
-from ppo_jax.models.families import config_from_hf, config_to_hf
+from ppo_jax.models.files.families import config_from_hf, config_to_hf
 from ppo_jax.models.transformer import apply
 from ppo_jax.ops.rewards import RunningMoments
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.experience import adjusted
-from ppo_jax.train.measure import experience_metrics
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.train.experience import adjusted, make_experience
+from ppo_jax.train.metrics import experience_metrics
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
-from ppo_jax.train.ppo import collect, make_experience, update
+from ppo_jax.train.ppo import collect, update
 from ppo_jax.types import Experience, Rollout, Scores
 from tests.models.tiny import CONFIG as TINY
 from tests.models.tiny import LLAMA3, random_params
@@ -256,11 +256,11 @@ def test_defect_18_part_of_the_state_missing_from_the_checkpoint(tmp_path: Path)
         old, new = (functools.reduce(getattr, name.split("."), x) for x in (fresh, state))
         same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), old, new)
         assert not all(jax.tree.leaves(same)), f"{name} has not changed, so this test says nothing of it"
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 1, state)
+    with store.open_manager(tmp_path) as manager:
+        store.save(manager, 1, state)
     other = state.replace(**jax.tree.map(jnp.zeros_like, {"step": state.step, "kl_coef": state.kl_coef}))
     other = other.replace(key=jax.random.key(99), policy=fresh.policy, moments=fresh.moments)
-    restored, _ = checkpoint.restore(tmp_path, other)
+    restored, _ = store.restore(tmp_path, other)
     toy.assert_close(restored, state, rtol=0, atol=0)
     follow = [learner(ppo)(x, FROZEN, rollout(), scores(SCORES[::-1]), HYPER)[0] for x in (restored, state)]
     toy.assert_close(*follow, rtol=0, atol=0)  # and the next step is the step that would have come

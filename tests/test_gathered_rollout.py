@@ -7,12 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.plan.count import count
-from ppo_jax.sharding import MeshConfig
+from ppo_jax.cli.plan.count import count
+from ppo_jax.parallel.mesh import MeshConfig
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import Rollout
-from tests.test_sharding import CONFIG, HYPER, KINDS, MIXED, B, T, assert_equal_up_to_rounding, mesh_of, placed, problem
+from tests.parallel.test_sharding import (
+    CONFIG,
+    HYPER,
+    KINDS,
+    MIXED,
+    B,
+    T,
+    assert_equal_up_to_rounding,
+    mesh_of,
+    placed,
+    problem,
+)
 
 
 def collected(kind: str, config: MeshConfig, gather: bool) -> tuple[Rollout, Any]:

@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 import ppo_jax.rollout
-from ppo_jax.models import hf
 from ppo_jax.models.adapters import init_lora, merge, unembedding
+from ppo_jax.models.files import hf
 from ppo_jax.models.heads import value
+from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.models.transformer import apply
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.ops.sampling import sample
-from ppo_jax.rollout import Sampling, before_response, generate, role_hidden
+from ppo_jax.rollout import Sampling, generate
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 from tests.models.tiny import CONFIG, random_params
 

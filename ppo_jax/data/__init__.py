@@ -11,15 +11,8 @@ from ppo_jax.data.encode import (
     encode_sft,
     render,
 )
-from ppo_jax.data.records import (
-    PairRecord,
-    PromptRecord,
-    SFTRecord,
-    Text,
-    read_pairs,
-    read_prompts,
-    read_sft,
-)
+from ppo_jax.data.lines import Text
+from ppo_jax.data.records import PairRecord, PromptRecord, SFTRecord, read_pairs, read_prompts, read_sft
 
 __all__ = [
     "EncodedPairs",

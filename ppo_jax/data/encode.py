@@ -7,9 +7,22 @@ EOS, so that training and sampling agree on the tokens at the seam.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from ppo_jax.data.records import PairRecord, SFTRecord, Text
+from ppo_jax.data.lines import Text
+from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
 
 TooLong = Literal["error", "truncate_left", "drop"]
+
+
+class EncodedRatings(NamedTuple):
+    rows: list[list[int]]
+    ratings: list[float]
+    too_long: int
+
+
+class EncodedChoices(NamedTuple):
+    groups: list[list[list[int]]]  # the responses' token rows, of each prompt
+    best: list[int]
+    too_long: int
 
 
 class EncodedPrompts(NamedTuple):
@@ -181,3 +194,25 @@ def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
     if len(row) <= max_length:
         return row
     return bos + row[len(row) - max_length + len(bos) :] if row[: len(bos)] == bos else row[-max_length:]
+
+
+def encode_ratings(
+    records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
+) -> EncodedRatings:
+    """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
+    bos = _bos(tokenizer)
+    rows = [_joined(r.prompt, r.response, tokenizer, bos, [], r.where)[0] for r in records]
+    kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
+    return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
+
+
+def encode_choices(
+    records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
+) -> EncodedChoices:
+    """Token rows of prompt + each response, without EOS; a choice is too long if one of its rows is. As above."""
+    bos = _bos(tokenizer)
+    groups = [[_joined(r.prompt, text, tokenizer, bos, [], r.where)[0] for text in r.responses] for r in records]
+    lengths = [max(map(len, group)) for group in groups]
+    kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])
+    cut = [[_cut(row, max_length, bos) for row in groups[i]] for i in kept]
+    return EncodedChoices(cut, [records[i].best for i in kept], count)

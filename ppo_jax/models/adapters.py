@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.layout import linear_shapes
 from ppo_jax.types import PyTree
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -112,13 +113,6 @@ def init_full(params: PyTree) -> PyTree:
     casts to its activations' dtype, one layer at a time.
     """
     return jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), params)
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear map of one layer."""
-    d, f = config.hidden_size, config.intermediate_size
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {"q": (d, query), "k": (d, kv), "v": (d, kv), "o": (query, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
 
 
 def first_layer(adapter: PyTree, config: ModelConfig) -> int:

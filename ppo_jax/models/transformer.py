@@ -5,49 +5,29 @@ are the scanned inputs, so gradients reach the adapter alone.
 """
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import first_layer, linear_shapes
+from ppo_jax.models.adapters import first_layer
 from ppo_jax.models.attention import attend, rotary, rotate
-from ppo_jax.models.cache import Cache
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.sharding import constrain
+from ppo_jax.parallel.sharding import constrain, constrain_rows
 from ppo_jax.types import PyTree
 
 # A scan body over layers: (residual stream, stored keys and values), (layer number, adapter's arrays) -> carry, nothing
 Step = Callable[[tuple, tuple], tuple[tuple, None]]
 
 
-def init_params(key: Array, config: ModelConfig) -> PyTree:
-    """Random parameters: N(0, 0.02) matrices, unit norms, zero biases. `key` is consumed."""
-    sizes, count, dtype = linear_shapes(config), config.num_layers, config.dtype
-    embed_key, unembed_key, layer_key = jax.random.split(key, 3)
-    layers = {
-        name: 0.02 * jax.random.normal(k, (count, *sizes[name]), dtype)
-        for name, k in zip(sizes, jax.random.split(layer_key, len(sizes)), strict=True)
-    }
-    layers |= {name: jnp.ones((count, config.hidden_size), dtype) for name in ("attention_norm", "mlp_norm")}
-    layers |= {f"{name}_bias": jnp.zeros((count, sizes[name][1]), dtype) for name in biased_linears(config)}
-    table = (config.vocab_size, config.hidden_size)
-    params = {
-        "embedding": 0.02 * jax.random.normal(embed_key, table, dtype),
-        "layers": layers,
-        "final_norm": jnp.ones((config.hidden_size,), dtype),
-    }
-    if not config.tie_embeddings:
-        params["unembedding"] = 0.02 * jax.random.normal(unembed_key, table, dtype)
-    return params
+class Cache(NamedTuple):
+    """Keys and values of every layer for C slots, of which the first `length` are written."""
 
-
-def biased_linears(config: ModelConfig) -> tuple[str, ...]:
-    """The linear maps that carry a bias under this configuration."""
-    groups = ((config.attention_bias, "qkv"), (config.output_bias, "o"))
-    names = [name for biased, group in groups if biased for name in group]
-    return (*names, *(("gate", "up", "down") if config.mlp_bias else ()))
+    keys: Float[Array, "L B C K H"]
+    values: Float[Array, "L B C K H"]
+    positions: Int[Array, "B C"]  # -1: padding or not written yet, never attended to
+    length: Int[Array, ""]
 
 
 def positions_from_mask(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -195,3 +175,17 @@ def _linear(layer: PyTree, lora: PyTree) -> Callable[[str, Array], Array]:
         return y
 
     return linear
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of `slots` tokens each (prompt and response together).
+
+    Under `jax.set_mesh` it is born sharded: rows over ("data", "fsdp"), key/value heads over "tensor".
+    """
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        keys=constrain(jnp.zeros(shape, config.dtype), "cache"),
+        values=constrain(jnp.zeros(shape, config.dtype), "cache"),
+        positions=constrain_rows(jnp.full((batch, slots), -1, jnp.int32)),
+        length=jnp.zeros((), jnp.int32),
+    )

@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, score
+from ppo_jax.models.roles import role_hidden
 from ppo_jax.rewards.base import DeviceReward
-from ppo_jax.rollout import role_hidden
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
 
 

@@ -23,9 +23,10 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from ppo_jax import plain_json
+from ppo_jax.data.disk import parse_json
 from ppo_jax.rewards.base import HostReward
-from ppo_jax.rewards.failures import Report, number, printable, to_scores
+from ppo_jax.rewards.failures import Report, printable
+from ppo_jax.rewards.scores import number, to_scores
 from ppo_jax.types import Scores
 
 RETRIED = (429, *range(500, 600))
@@ -313,7 +314,7 @@ def _bodies(
 def _json(answer: tuple[bytes, str], show: _Show) -> Any:
     body, kind = answer
     try:
-        return plain_json.loads(body)
+        return parse_json(body)
     except ValueError:  # not UTF-8, not JSON, nested a thousand deep
         named = show(kind, 40) or "no content type"
         detail = show(body.decode("utf-8", "replace"), 80)

@@ -1,17 +1,15 @@
 """What becomes of rewards that fail: the row is invalid (never 0), its cause is named once, too many stop the run."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-
-from ppo_jax.types import Scores
+from collections.abc import Callable
 
 # What a reward calls for rows that it could not score: (cause, rows, detail). The cause is a kind, such as "HTTP 503";
 # the detail is shown for the first of that kind only.
 Report = Callable[[str, int, str], None]
 KINDS = 32  # causes told apart in one run; a service that puts an id into each must not fill the log
+
+
+class GivenUp(Exception):
+    """An iteration that was left in the middle because the run is to stop; the state is as it was before."""
 
 
 class FailureLog:
@@ -53,28 +51,6 @@ def too_many(step: int, streak: int, failed: float, ceiling: float, causes: str)
         f"in {streak} batches in a row.{why} Nothing was learned from failed rows. Mend the reward, and go on with "
         "--resume"
     )
-
-
-def number(value: Any) -> tuple[float, str | None]:
-    """(value, None) of a finite real number, else (NaN, what is wrong with it). A fraction stays a fraction."""
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # a NumPy, JAX or torch scalar
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan, f"{type(value).__name__} in place of a number"
-    if value != value:
-        return math.nan, "NaN"
-    if not abs(value) <= float(np.finfo(np.float32).max):
-        return math.nan, "infinity" if isinstance(value, float) and math.isinf(value) else "too large for float32"
-    return float(value), None
-
-
-def to_scores(rows: Sequence[float] | np.ndarray, parts: Mapping[str, np.ndarray] | None = None) -> Scores:
-    """Scores of a host reward (numpy arrays), valid where finite in float32; a failed row is NaN."""
-    with np.errstate(over="ignore"):
-        reward: Any = np.asarray(rows).astype(np.float32)
-    valid: Any = np.isfinite(reward)
-    named: Any = {name: np.asarray(part, np.float32) for name, part in (parts or {}).items()}
-    return Scores(np.where(valid, reward, np.float32(np.nan)), valid, named)  # type: ignore[arg-type]
 
 
 def printable(text: str, limit: int = 160) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ppo_jax.rewards.base import HostReward
-from ppo_jax.rewards.failures import Report, number, printable, to_scores
+from ppo_jax.rewards.failures import Report, printable
+from ppo_jax.rewards.scores import number, to_scores
 from ppo_jax.types import Scores
 
 ABANDONED = 64  # calls left hanging at once; beyond, rows fail without being tried

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax import processes
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.placement import place_on_mesh
+from ppo_jax.parallel import processes
 from ppo_jax.rewards.adapter import RewardRole, score_tokens, text_mask
 from ppo_jax.rewards.base import DeviceReward, HostReward
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
@@ -103,7 +104,7 @@ def row_scorer(
     Raises ValueError when a row is longer than `max_length`.
     """
     sizes, run = sorted(batch_sizes), jax.jit(score_tokens, static_argnums=2)
-    base, role = processes.laid_out((base, role))
+    base, role = place_on_mesh((base, role))
 
     def score_rows(rows: Sequence[Sequence[int]]) -> np.ndarray:
         every, own = processes.gather_rows(rows)

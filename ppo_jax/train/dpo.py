@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.roles import shared_prefix
 from ppo_jax.ops.losses import dpo_loss
-from ppo_jax.rollout import shared_prefix
 from ppo_jax.train.offline import (
     OfflineConfig,
     batch_gradient,

@@ -9,13 +9,12 @@ from jaxtyping import Array, Bool, Float
 from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, value
+from ppo_jax.models.roles import before_response, policy_depth, role_hidden, shared_prefix
 from ppo_jax.ops.advantages import gae, grpo, reinforce, rewards_to_go, rloo
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.ops.logprobs import hidden_kl, hidden_logprobs
 from ppo_jax.ops.masked import EPSILON, masked_var, masked_whiten
 from ppo_jax.ops.rewards import RunningMoments, adjust_scores, shape_rewards, truncation_mask
-from ppo_jax.rollout import before_response, role_hidden, shared_prefix
-from ppo_jax.train.objective import policy_depth
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Experience, Frozen, Hyper, Minibatch, Policy, Rollout, Scores
 
@@ -116,14 +115,6 @@ def critic_values(
         return values, None
     after = value(policy.value_head, last_token(hidden, rollout.mask))
     return values, jnp.where(rollout.terminated, 0.0, after)
-
-
-def only_finite(scores: Scores) -> Scores:
-    """A score that is not finite is invalid, whatever the reward said of it."""
-    finite = jnp.isfinite(scores.reward)
-    if scores.tokens is not None:
-        finite &= jnp.isfinite(scores.tokens).all(axis=1)
-    return scores._replace(valid=scores.valid.astype(bool) & finite)
 
 
 def adjusted(

@@ -6,18 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppo_jax.processes import fetch
-from ppo_jax.rewards.base import HostReward
-from ppo_jax.rewards.failures import next_streak, too_many
-from ppo_jax.rollout import Sampling
-from ppo_jax.train.ppo import Collect, Iteration, Learn
-from ppo_jax.train.state import TrainState
-from ppo_jax.types import Frozen, Hyper, Metrics, Prompts, Scores
+from ppo_jax.ops.means import means
+from ppo_jax.rewards.failures import GivenUp, next_streak, too_many
+from ppo_jax.train.state import Iteration, TrainState
+from ppo_jax.types import Frozen, Hyper, Prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +74,6 @@ class Interrupted(Stopped):
 
 class Exploded(Stopped):
     """The policy has left the reference too far behind. Its state is not saved: nobody wants to go on from it."""
-
-
-class GivenUp(Exception):
-    """An iteration that was left in the middle because the run is to stop; the state is as it was before."""
 
 
 def learning_rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
@@ -195,12 +187,6 @@ def evaluation_due(done: int, loop: LoopConfig) -> bool:
     return done in (0, loop.updates) or bool(loop.eval_every and done % loop.eval_every == 0)
 
 
-def means(metrics: Metrics) -> dict[str, float]:
-    """{name: total / count} on the host; NaN where nothing was counted."""
-    host = jax.device_get(metrics)
-    return {name: float(total / count) if count else math.nan for name, (total, count) in host.items()}
-
-
 def _not_finite(done: int, skipped: int, loop: LoopConfig) -> str | None:
     """Why training must not go on after `done` iterations, and what to do; or None."""
     if skipped < loop.max_nonfinite:
@@ -218,76 +204,3 @@ def _exploded(done: int, kl: float, loop: LoopConfig) -> str:
         f"update {done}: the KL of the policy after update {done - 1} to the reference is {kl:.4g} nats per response, "
         f"beyond --loop.max-kl {loop.max_kl:g}"
     )
-
-
-def host_iteration(
-    collect: Collect,
-    learn: Learn,
-    reward: HostReward,
-    decode: Callable[[np.ndarray], str],
-    sampling: Sampling,
-    texts: tuple[str, ...],
-    metadata: tuple[dict, ...],
-    stopping: Callable[[], bool] = lambda: False,
-) -> Iteration:
-    """An iteration whose reward is computed on the host between its two jitted halves.
-
-    The metrics gain the seconds of its three parts: `rollout_seconds`, `reward_seconds`, `learn_seconds`.
-
-    Args:
-      decode: token ids -> text.
-      texts, metadata: the prompts' table; `Rollout.index` is the row.
-      stopping: asked before the reward, which may take long; True leaves the iteration by `GivenUp`.
-    """
-
-    def iteration(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        times = [time.perf_counter()]
-        rollout = collect(state, frozen, prompts, hyper)
-        tokens, mask, rows = map(np.asarray, fetch((rollout.tokens, rollout.response_mask, rollout.index)))
-        responses = response_texts(tokens, mask, decode, sampling.stop_ids)
-        times.append(time.perf_counter())
-        if stopping():
-            raise GivenUp
-        found = reward([texts[i] for i in rows], responses, [metadata[i] for i in rows])
-        scores = as_scores(found, len(rows), mask.shape[1])
-        times.append(time.perf_counter())
-        state, metrics = jax.block_until_ready(learn(state, frozen, rollout, scores, hyper, prompts.pretrain))
-        times.append(time.perf_counter())
-        spans = np.diff(times).astype(np.float32)
-        parts = zip(("rollout_seconds", "reward_seconds", "learn_seconds"), spans, strict=True)
-        return state, metrics | {name: (seconds, np.float32(1)) for name, seconds in parts}
-
-    return iteration
-
-
-def as_scores(scores: Scores, rows: int, length: int | None = None) -> Scores:
-    """A host reward's answer in the dtypes that the device expects; ValueError when it is not one number per row.
-
-    Rewards of single tokens, where there are some, are [rows, length].
-
-    A score that is not finite is invalid, whatever the reward said of it.
-    """
-    columns = {"reward": scores.reward, "valid": scores.valid, **scores.parts}
-    for name, column in columns.items():
-        if np.shape(column) != (rows,):
-            raise ValueError(f"the reward returned {name} of shape {np.shape(column)} for {rows} responses")
-    tokens = None
-    if scores.tokens is not None:
-        if np.ndim(scores.tokens) != 2 or np.shape(scores.tokens) != (rows, length or np.shape(scores.tokens)[1]):
-            raise ValueError(
-                f"the reward returned tokens of shape {np.shape(scores.tokens)} for {rows} responses of {length} slots"
-            )
-        tokens = jnp.asarray(scores.tokens, jnp.float32)
-    reward = np.asarray(scores.reward, np.float32)
-    parts = {name: jnp.asarray(part, jnp.float32) for name, part in scores.parts.items()}
-    valid = np.asarray(scores.valid, bool) & np.isfinite(reward)
-    return Scores(jnp.asarray(reward), jnp.asarray(valid), parts, tokens)
-
-
-def response_texts(
-    tokens: np.ndarray, response_mask: np.ndarray, decode: Callable[[np.ndarray], str], stop_ids: tuple[int, ...]
-) -> list[str]:
-    """The text of each response, [B,S] and [B,T] -> B strings, without the stop token that ended it."""
-    length = response_mask.shape[1]
-    keep = response_mask & ~np.isin(tokens[:, -length:], stop_ids)
-    return [decode(row[-length:][on]) for row, on in zip(tokens, keep, strict=True)]

@@ -4,22 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ppo_jax.models.adapters import shared_layers, unembedding
+from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
+from ppo_jax.models.roles import before_response, policy_depth, role_hidden
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.ops.logprobs import LOWEST, hidden_kl, hidden_logprobs, hidden_logprobs_and_entropy
 from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss, token_weights
 from ppo_jax.ops.sampling import filter_logits
-from ppo_jax.rollout import before_response, role_hidden
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Frozen, Hyper, Metrics, Minibatch, Policy, Texts
-
-
-def policy_depth(policy: Policy, config: ModelConfig) -> int:
-    """How many layers, from the bottom, the policy, its critic and the base share."""
-    return min(shared_layers(adapter, config) for adapter in (policy.adapter, policy.critic or {}))
 
 
 def ppo_loss(

@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.placement import constrain_params, create_on_mesh
+from ppo_jax.models.roles import role_hidden
 from ppo_jax.ops.logprobs import hidden_logprobs
-from ppo_jax.processes import created, feed
-from ppo_jax.rollout import role_hidden
-from ppo_jax.sharding import constrain, constrain_params
-from ppo_jax.train.loop import means
+from ppo_jax.ops.means import means
+from ppo_jax.parallel.processes import feed
+from ppo_jax.parallel.sharding import constrain
 from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
 from ppo_jax.types import Metrics, PyTree
 
@@ -171,7 +172,7 @@ def learn(
       FloatingPointError: the loss or the gradient's norm is no longer finite; the message names which.
     """
     optimizer = make_optimizer()
-    step, opt_state = make_step(optimizer), created(optimizer.init, params)
+    step, opt_state = make_step(optimizer), create_on_mesh(optimizer.init, params)
     for number in range(steps):
         rate = learning_rate * (1 - number / steps)
         params, opt_state, metrics = step(params, opt_state, feed(batches(number)), rate)

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from ppo_jax.sharding import constrain_params, constrain_rows
+from ppo_jax.models.placement import constrain_params
+from ppo_jax.ops.means import merge_metrics
+from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.types import Metrics, PyTree
 
 Params = TypeVar("Params")
@@ -79,26 +81,6 @@ def _scale_by_adam_tf1(b1: float, b2: float, eps: float) -> optax.GradientTransf
         return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
-
-
-def merge_metrics(stacked: Metrics) -> Metrics:
-    """One metric tree from many, stacked on axis 0: totals and counts are summed; of *_min and *_max the extreme."""
-
-    def merge(name: str, total: Array, count: Array) -> tuple[Array, Array]:
-        if name.endswith(("_min", "_max")):
-            return (jnp.min if name.endswith("_min") else jnp.max)(total, axis=0), jnp.max(count, axis=0)
-        return jnp.sum(total, axis=0), jnp.sum(count, axis=0)
-
-    return {name: merge(name, *pair) for name, pair in stacked.items()}
-
-
-def no_metrics(like: Any) -> Metrics:
-    """Metrics of the same names and shapes as `like` (which may be abstract) that say nothing."""
-    nothing = {"_min": jnp.inf, "_max": -jnp.inf}
-    return {
-        name: (jnp.full(total.shape, nothing.get(name[-4:], 0.0), jnp.float32), jnp.zeros(count.shape, jnp.float32))
-        for name, (total, count) in like.items()
-    }
 
 
 def accumulate(

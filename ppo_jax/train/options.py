@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.ops.kl import Kind
 from ppo_jax.ops.losses import Aggregation
+from ppo_jax.parallel import mesh
+from ppo_jax.parallel.mesh import MeshConfig
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import OptimizerConfig
 from ppo_jax.types import Hyper
@@ -221,3 +223,11 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "critic_warmup": _AT_LEAST_0,
 }
 assert set(_RANGES) == set(Hyper._fields)
+
+
+def check_micro_batches(config: MeshConfig, batch_size: int, ppo: PPOConfig) -> None:
+    """Raises ValueError when a micro-batch would not spread over the devices that cut the batch."""
+    pieces = ppo.num_minibatches * ppo.accumulate
+    group = f" x ppo.group_size={ppo.group_size}" if ppo.group_size > 1 else ""
+    what = f"a micro-batch (loop.batch_size={batch_size}{group} / ({ppo.num_minibatches} x {ppo.accumulate}))"
+    mesh.check_rows(batch_size * ppo.group_size // pieces, config, what)

@@ -10,7 +10,6 @@ Ouyang et al. 2022 (the recipe). `Hyper` is traced; everything in `PPOConfig` is
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +17,29 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.roles import policy_depth
 from ppo_jax.ops.kl import adaptive_kl, linear_kl
 from ppo_jax.ops.losses import token_weights
+from ppo_jax.ops.means import merge_metrics, no_metrics
+from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.scores import only_finite
 from ppo_jax.rollout import generate
-from ppo_jax.sharding import constrain_rows
 from ppo_jax.train.experience import (
     adjusted,
     consult_reference,
     critic_values,
     make_experience,
-    only_finite,
-    reference_logprobs,
     response_totals,
     rollout_prefix,
     truncated,
 )
-from ppo_jax.train.measure import experience_metrics, observed_kl
-from ppo_jax.train.objective import policy_depth, ppo_loss, predicted
-from ppo_jax.train.optimizer import accumulate, clip_scale, merge_metrics, no_metrics, scale_gradient, step
-from ppo_jax.train.options import PPOConfig, check_hyper
-from ppo_jax.train.state import Groups, TrainState, groups
+from ppo_jax.train.metrics import experience_metrics, observed_kl
+from ppo_jax.train.objective import ppo_loss, predicted
+from ppo_jax.train.optimizer import accumulate, clip_scale, scale_gradient, step
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.state import Collect, Groups, Iteration, Learn, TrainState, groups
 from ppo_jax.types import Frozen, Hyper, Metrics, Minibatch, Policy, Prompts, Rollout, Scores, Texts
-
-Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]
-Collect = Callable[[TrainState, Frozen, Prompts, Hyper], Rollout]
-Learn = Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, rollout, scores, hyper, pretrain=None)
 
 
 def make_iteration(

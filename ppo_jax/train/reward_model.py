@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ppo_jax.models.adapters import init_full, init_lora, shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
+from ppo_jax.models.roles import own_trunk
 from ppo_jax.ops.losses import bradley_terry_loss
+from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
-from ppo_jax.sharding import constrain_rows
+from ppo_jax.train.comparisons import Comparisons
 from ppo_jax.train.offline import check_least, check_positive, descended, learn
-from ppo_jax.train.reward_texts import Comparisons, own_trunk
 from ppo_jax.types import Metrics, PyTree
 
 Loss = Literal["pairwise", "best"]

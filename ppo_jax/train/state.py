@@ -1,6 +1,7 @@
 """Everything that decides a run's future, in one pytree."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -12,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.ops.rewards import RunningMoments
-from ppo_jax.types import Policy, PyTree
+from ppo_jax.types import Frozen, Hyper, Metrics, Policy, Prompts, PyTree, Rollout
 
 
 def key_stream(seed: int, name: str) -> PRNGKeyArray:
@@ -41,6 +42,11 @@ class TrainState:
     failing: PyTree  # Int[Array, ""]: batches in a row of which too many rewards failed (loop.max_failed)
     best: PyTree  # Float[Array, ""]: of the evaluations so far, the best value of the metric that chooses checkpoints
     ema: PyTree = None  # running average of the policy's parameters; None: off
+
+
+Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]
+Collect = Callable[[TrainState, Frozen, Prompts, Hyper], Rollout]
+Learn = Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, rollout, scores, hyper, pretrain=None)
 
 
 class Groups(NamedTuple):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ppo_jax.data import PairRecord, encode_pairs
-from ppo_jax.data.preferences import encode_choices, encode_ratings, read_choices, read_ratings
+from ppo_jax.data.encode import encode_choices, encode_ratings
+from ppo_jax.data.records import read_choices, read_ratings
 from tests.data.tokenizer import BOS, ids, make_tokenizer
 
 ASK = [{"role": "user", "content": "hi"}]

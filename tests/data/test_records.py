@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_jax.data import read_pairs, read_prompts, read_sft
-from ppo_jax.data.records import ROLES
+from ppo_jax.data.lines import ROLES
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}

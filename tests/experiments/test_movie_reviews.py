@@ -21,7 +21,7 @@ from experiments.movie_reviews import (
     openings,
     splits,
 )
-from ppo_jax import assets
+from ppo_jax.data import assets
 
 
 @pytest.fixture(scope="module")

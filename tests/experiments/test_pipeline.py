@@ -11,8 +11,10 @@ import torch
 import transformers
 
 from experiments import pipeline
-from ppo_jax import artifacts, metrics, rundir
-from ppo_jax.runs import load_model
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.files import artifacts
+from ppo_jax.models.pretrained import load_model
+from ppo_jax.runs.output import rundir
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def phase(directory: Path, name: str) -> list[dict]:
-    return [record for record in metrics.read_jsonl(directory / rundir.METRICS) if record["phase"] == name]
+    return [record for record in read_jsonl(directory / rundir.METRICS) if record["phase"] == name]
 
 
 def test_sft_learns_the_language(run: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from experiments import rating_model, smoke
 from experiments.movie_reviews import all_pairs_accuracy
 from experiments.rating_model import RatingModel, Wanted, obtain
-from ppo_jax.display import progress
 from ppo_jax.rewards.adapter import score_tokens
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.train.comparisons import rated_pairs
 from ppo_jax.train.reward_model import RewardConfig
-from ppo_jax.train.reward_texts import rated_pairs
 
 MODEL = smoke.model(0)
 REVIEWS = smoke.reviews(260)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import sentiment, smoke
-from ppo_jax import metrics
+from ppo_jax.data.jsonl import read_jsonl
 
 
 def test_any_reward_can_be_put_in_place_of_the_trained_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -24,7 +24,7 @@ def test_any_reward_can_be_put_in_place_of_the_trained_one(tmp_path: Path, monke
     sentiment.main([*args.split(), "--scorer", str(tmp_path / "words.py:positive")])
     exported = {path.name for path in (run / "export").iterdir()}
     assert "judge" in exported and "reward" not in exported
-    for sample in metrics.read_jsonl(run / "samples.jsonl"):
+    for sample in read_jsonl(run / "samples.jsonl"):
         words = sample["response"].split()
         assert sample["scores"]["reward"] == sum((w in smoke.GOOD) - (w in smoke.BAD) for w in words) / 4
     summary = json.loads((run / "summary.json").read_text())

@@ -19,8 +19,11 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax import checkpoint, manifests, metrics, plain_json
 from ppo_jax.data import read_pairs, read_prompts, read_sft
+from ppo_jax.data.disk import parse_json
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.runs.checkpoints import manifests
+from ppo_jax.runs.checkpoints import store as checkpoint
 from tests.fuzz.inputs import hostile, mutated, outcome, to_json
 from tests.rewards import faulty_server as faulty
 from tests.rewards.caller import Caller
@@ -190,7 +193,7 @@ def test_a_file_of_nesting(opening: bytes, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path}:1: not JSON .nested more than 100 deep"):
             read_prompts(path)
         with pytest.raises(ValueError, match=f"{path}, line 1: not a JSON object"):
-            metrics.read_jsonl(path)
+            read_jsonl(path)
 
 
 def test_a_line_of_one_long_string_costs_a_few_times_its_size(tmp_path: Path) -> None:
@@ -207,25 +210,25 @@ def test_what_is_not_deep_is_read_as_by_the_parser(value: Any) -> None:
         expected = json.loads(text)
     except ValueError:
         with pytest.raises(ValueError):
-            plain_json.loads(text)
+            parse_json(text)
         return
-    assert to_json(plain_json.loads(text)) == to_json(plain_json.loads(text.decode())) == to_json(expected)
+    assert to_json(parse_json(text)) == to_json(parse_json(text.decode())) == to_json(expected)
 
 
 def test_strings_are_not_counted_and_the_depth_is() -> None:
-    assert plain_json.loads(r'["[[[[", "\"[[[", "\\\\", [{}]]', depth=3) == ["[[[[", '"[[[', "\\\\", [{}]]
+    assert parse_json(r'["[[[[", "\"[[[", "\\\\", [{}]]', depth=3) == ["[[[[", '"[[[', "\\\\", [{}]]
     with pytest.raises(ValueError, match="nested more than 2 deep"):
-        plain_json.loads(r'["[[[[", "\"[[[", "\\\\", [{}]]', depth=2)
+        parse_json(r'["[[[[", "\"[[[", "\\\\", [{}]]', depth=2)
     for torn in ('["', '["\\', '"\\"', "]]]", ""):
         with pytest.raises(ValueError):
-            plain_json.loads(torn)
+            parse_json(torn)
 
 
 def test_the_callers_depth_does_not_matter() -> None:
     """Where few calls are left, a parser that goes down one per level cannot tell its own end from the caller's."""
 
     def deeper(left: int) -> Any:
-        return deeper(left - 1) if left else plain_json.loads("[" * 50_000)
+        return deeper(left - 1) if left else parse_json("[" * 50_000)
 
     used = len(inspect.stack(0))
     for left in range(60, 200, 7):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.models import gguf_file, hf
+from ppo_jax.models.files import gguf_container, hf
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from tests.fuzz.inputs import damaged, outcome
-from tests.models.test_gguf import fields_of, tensors_of, write
+from tests.models.files.test_gguf import fields_of, tensors_of, write
 from tests.models.tiny import CONFIG, random_params
 
 FIELDS, TENSORS = fields_of(CONFIG), tensors_of(CONFIG, random_params(CONFIG))
@@ -35,7 +36,7 @@ def test_bytes(good: Path, data: st.DataObject) -> None:
     path = good.with_name("bytes.gguf")
     path.write_bytes(data.draw(damaged(content, header)))
     outcome(lambda: hf.load(path), str(path))
-    outcome(lambda: hf.load_tokenizer(path), str(path))
+    outcome(lambda: load_tokenizer(path), str(path))
 
 
 @settings(max_examples=80)
@@ -48,9 +49,9 @@ def test_metadata(good: Path, changes: dict[str, Any]) -> None:
     except (ValueError, TypeError, struct.error, OverflowError, IndexError):  # the writer's own refusal
         return
     outcome(lambda: hf.load(path), str(path))
-    tokenizer = outcome(lambda: hf.load_tokenizer(path), str(path))
+    tokenizer = outcome(lambda: load_tokenizer(path), str(path))
     if not isinstance(tokenizer, Exception):
-        outcome(lambda: hf.check_vocabulary(CONFIG, tokenizer))
+        outcome(lambda: check_vocabulary(CONFIG, tokenizer))
         tokenizer.decode(tokenizer("ab")["input_ids"])
 
 
@@ -78,11 +79,11 @@ def string(text: bytes) -> bytes:
 )
 def test_a_claim_of_a_terabyte_allocates_nothing(rest: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "claim.gguf"
-    path.write_bytes(gguf_file.MAGIC + struct.pack("<I", 3) + rest + bytes(64))
-    outcome(lambda: gguf_file.read(path))  # imports what it needs
+    path.write_bytes(gguf_container.MAGIC + struct.pack("<I", 3) + rest + bytes(64))
+    outcome(lambda: gguf_container.read(path))  # imports what it needs
     tracemalloc.start()
     with pytest.raises(ValueError, match=said):
-        gguf_file.read(path)
+        gguf_container.read(path)
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 

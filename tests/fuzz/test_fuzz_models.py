@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppo_jax.cli.plan.programs import PlanSettings, model_config
 from ppo_jax.data import render
-from ppo_jax.models import hf
-from ppo_jax.plan.programs import PlanSettings, model_config
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import hf
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from tests.data.tokenizer import make_tokenizer
 from tests.fuzz.inputs import damaged, mutated, outcome, to_json
 from tests.models.tiny import CONFIG, random_params
@@ -128,10 +130,10 @@ def test_tokenizer_files(model: Path, restore: Callable[[], None], data: st.Data
     good = file.read_bytes()
     document = mutated(json.loads(good)).map(to_json)
     file.write_bytes(data.draw(document | damaged(good)))
-    tokenizer = outcome(lambda: hf.load_tokenizer(model), str(model))
+    tokenizer = outcome(lambda: load_tokenizer(model), str(model))
     if isinstance(tokenizer, Exception):
         return
-    outcome(lambda: hf.check_vocabulary(CONFIG, tokenizer))
+    outcome(lambda: check_vocabulary(CONFIG, tokenizer))
     tokenizer.decode(tokenizer("ab")["input_ids"])
     outcome(lambda: render([{"role": "user", "content": "a"}], tokenizer, "here"), "here")
 
@@ -168,7 +170,7 @@ def test_a_tokenizer_with_code_of_its_own_is_not_run_and_asks_nothing(
     (model / "own.py").write_text("raise SystemExit('run')\n")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
-    outcome(lambda: hf.load_tokenizer(model), str(model))
+    outcome(lambda: load_tokenizer(model), str(model))
     (model / "own.py").unlink()
 
 
@@ -176,7 +178,7 @@ def test_a_tokenizer_much_smaller_than_the_model_is_a_warning(recwarn: pytest.Wa
     """More than 512 unused rows and more than 5 %."""
     tokenizer, count = make_tokenizer(), len(make_tokenizer().get_vocab())
     for size, warned in [(count, False), (count + 512, False), (count + 513, True), (49_152, True)]:
-        hf.check_vocabulary(_sized(size), tokenizer)
+        check_vocabulary(_sized(size), tokenizer)
         said = [str(w.message) for w in recwarn.list]
         assert bool(said) == warned
         if warned:
@@ -184,5 +186,5 @@ def test_a_tokenizer_much_smaller_than_the_model_is_a_warning(recwarn: pytest.Wa
         recwarn.clear()
 
 
-def _sized(size: int) -> hf.ModelConfig:
+def _sized(size: int) -> ModelConfig:
     return dataclasses.replace(CONFIG, vocab_size=size)

@@ -12,7 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax import artifacts, checkpoint, rundir, trained
+from ppo_jax.models.files import artifacts
+from ppo_jax.models.files.artifacts import EXPORT
+from ppo_jax.models.files.fingerprint import fingerprint_of
+from ppo_jax.runs import trained
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import rundir
 from tests import finished_run
 from tests.finished_run import LORA, MODEL, policy
 from tests.fuzz.inputs import damaged, mutated, outcome, to_json
@@ -34,8 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "good"
-    with checkpoint.open_manager(path) as manager:
-        checkpoint.save(manager, 2, STATE, {"config": "x", "facts": {"seed": 1}})
+    with store.open_manager(path) as manager:
+        store.save(manager, 2, STATE, {"config": "x", "facts": {"seed": 1}})
     return path
 
 
@@ -78,27 +83,27 @@ def test_a_damaged_checkpoint_is_noticed_or_whole(saved: Path, data: st.DataObje
     """Bitwise what was saved, or an error that names it: never other numbers."""
     path = fresh(saved)
     hit(data, path)
-    found = outcome(lambda: checkpoint.restore(path, STATE), str(path))
+    found = outcome(lambda: store.restore(path, STATE), str(path))
     if not isinstance(found, Exception):
         assert found[1] == 2 and same(found[0])
-    arrays = outcome(lambda: checkpoint.read_arrays(path, ["w"]), str(path))
+    arrays = outcome(lambda: store.read_arrays(path, ["w"]), str(path))
     if not isinstance(arrays, Exception):
         assert equal(jnp.asarray(arrays["w"]), STATE["w"])
-    meta = outcome(lambda: checkpoint.read_meta(path), str(path))
+    meta = outcome(lambda: store.read_meta(path), str(path))
     assert isinstance(meta, Exception) or meta == {"config": "x", "facts": {"seed": 1}}
 
 
 @settings(max_examples=80)
 @given(data=st.data())
 def test_descriptions_of_artifacts(run: Path, data: st.DataObject) -> None:
-    path = fresh(run / rundir.EXPORT / "policy")
+    path = fresh(run / EXPORT / "policy")
     file = path / artifacts.DESCRIPTION
     content = to_json(data.draw(mutated(json.loads(file.read_text()))))
     file.write_bytes(data.draw(st.sampled_from([content, data.draw(damaged(content))])))
 
     def read() -> artifacts.Artifact:
         found = artifacts.load(path, "policy")
-        artifacts.check_base(found, artifacts.fingerprint(run.parent / "model"), MODEL)
+        artifacts.check_base(found, fingerprint_of(run.parent / "model"), MODEL)
         return found
 
     found = outcome(read, str(path))
@@ -120,7 +125,7 @@ def test_a_damaged_run(run: Path, data: st.DataObject) -> None:
     """`trained.find` gives the policy of one of the updates, or an error that names a file of the run."""
     path = fresh(run)
     if data.draw(st.booleans()):
-        shutil.rmtree(path / rundir.EXPORT)
+        shutil.rmtree(path / EXPORT)
     part = data.draw(st.sampled_from([rundir.CONFIG, rundir.METRICS, rundir.CHECKPOINTS, "."]))
     if (path / part).is_file():
         (path / part).write_bytes(data.draw(damaged((path / part).read_bytes())))

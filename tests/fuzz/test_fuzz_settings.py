@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax import config
-from ppo_jax.export import ExportSettings
-from ppo_jax.generate import GenerateSettings
-from ppo_jax.settings import PPOSettings, SFTSettings
+from ppo_jax.cli.export import ExportSettings
+from ppo_jax.cli.generate import GenerateSettings
+from ppo_jax.cli.parse import parse
+from ppo_jax.cli.ppo import PPOSettings
+from ppo_jax.cli.sft import SFTSettings
+from ppo_jax.runs.output import config
 from tests.fuzz.inputs import damaged, outcome
 
 # Values that PyYAML, or a reader that trusts it, has trouble with.
@@ -80,7 +82,7 @@ def test_options(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         args += [data.draw(st.sampled_from(options(record))), data.draw(odd | st.text(max_size=5))]
     try:
-        found = config.parse(type(record), args, prog="ppo-jax")
+        found = parse(type(record), args, prog="ppo-jax")
     except SystemExit as stop:
         assert stop.code in (0, 2)  # 0: "-h" was drawn
     else:
@@ -90,7 +92,7 @@ def test_options(data: st.DataObject) -> None:
 
 def test_an_option_is_held_to_the_range_of_a_file(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
-        config.parse(GenerateSettings, ["--seed", str(2**63)], prog="ppo-jax generate")
+        parse(GenerateSettings, ["--seed", str(2**63)], prog="ppo-jax generate")
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said == "ppo-jax generate: --seed: expected an int of 64 bits, got 9223372036854775808\n"

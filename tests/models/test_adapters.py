@@ -19,10 +19,10 @@ from ppo_jax.models.adapters import (
     init_full,
     init_lora,
     init_top_k,
-    linear_shapes,
     merge,
     unembedding,
 )
+from ppo_jax.models.layout import linear_shapes
 from ppo_jax.models.transformer import apply
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, equal, random_params

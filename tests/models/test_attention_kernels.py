@@ -10,7 +10,7 @@ import pytest
 
 from ppo_jax.models.attention import attend, flash, implementation_for, splash
 from ppo_jax.models.config import Attention
-from ppo_jax.models.transformer import init_params
+from ppo_jax.models.layout import init_params
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.state import zero_value_head
 from ppo_jax.types import Policy, Prompts

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.adapters import init_lora
-from ppo_jax.models.cache import Cache, init_cache
-from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, random_params
 

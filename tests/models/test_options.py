@@ -10,7 +10,8 @@ import pytest
 
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge, unembedding
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.models.transformer import apply, init_params, positions_from_mask
+from ppo_jax.models.layout import init_params
+from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.train.optimizer import descend, make_optimizer
 from ppo_jax.types import PyTree

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from ppo_jax import assets
-from ppo_jax.models import hf
+from ppo_jax.data import assets
 from ppo_jax.models.adapters import unembedding
-from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.models.files import hf
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
+from ppo_jax.models.transformer import apply, init_cache, positions_from_mask
 from ppo_jax.types import PyTree
 from tests.models.tiny import equal
 
@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     gguf, directory = assets.smollm2(), tmp_path_factory.mktemp("smollm2")
     config, params = hf.load(gguf)
-    tokenizer = hf.load_tokenizer(gguf)
+    tokenizer = load_tokenizer(gguf)
     hf.save(directory, config, params, tokenizer, max_shard_bytes=300_000_000)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     return Loaded(gguf, directory, config, params, tokenizer, model)
@@ -61,7 +61,7 @@ def test_config_and_special_tokens(smollm2: Loaded) -> None:
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    hf.check_vocabulary(config, tokenizer)
+    check_vocabulary(config, tokenizer)
 
 
 def test_round_trip_through_a_sharded_directory(smollm2: Loaded) -> None:
@@ -96,7 +96,7 @@ def test_greedy_text_of_the_written_directory_is_ours(smollm2: Loaded) -> None:
         chosen.append(np.asarray(logits_of(smollm2.params, hidden[:, -1:])).argmax(-1))
         at = jnp.asarray(positions[:, -1:] + step + 1)
         hidden, cache = run(smollm2.params, {}, smollm2.config, jnp.asarray(chosen[-1]), at, cache=cache)
-    tokenizer = hf.load_tokenizer(smollm2.directory)
+    tokenizer = load_tokenizer(smollm2.directory)
     for ids, ours in zip(rows, np.concatenate(chosen, axis=1).tolist(), strict=True):
         theirs = smollm2.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW)[
             0, len(ids) :
@@ -107,7 +107,7 @@ def test_greedy_text_of_the_written_directory_is_ours(smollm2: Loaded) -> None:
 def test_tokenizer_agrees_with_transformers_own_reading(smollm2: Loaded) -> None:
     """Its reader (which needs torch) does not split digits; no merge joins two, so the ids are equal all the same."""
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.gguf.parent, gguf_file=smollm2.gguf.name)
-    saved = hf.load_tokenizer(smollm2.directory)
+    saved = load_tokenizer(smollm2.directory)
     for text in (
         "The movie cost $12,345.67 in 2024 -- wasn't it worth it?",
         "  two  spaces\n\nnew\tlines  ",

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.adapters import init_lora, linear_shapes
+from ppo_jax.models.adapters import init_lora
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import apply, biased_linears, init_params, positions_from_mask, rms_norm
+from ppo_jax.models.layout import biased_linears, init_params, linear_shapes
+from ppo_jax.models.transformer import apply, positions_from_mask, rms_norm
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, LLAMA3, random_params
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
-from ppo_jax.models.transformer import init_params
+from ppo_jax.models.layout import init_params
 from ppo_jax.types import PyTree
 
 LLAMA3 = RopeScaling("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)

@@ -10,9 +10,9 @@ import pytest
 
 from ppo_jax.models.adapters import init_lora
 from ppo_jax.models.heads import RewardHead
+from ppo_jax.models.roles import shared_prefix
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward, score_tokens, text_mask
-from ppo_jax.rollout import shared_prefix
 from ppo_jax.types import Frozen, Rollout
 from tests.models.tiny import CONFIG, random_params
 from tests.train.toy import noisy

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_jax.rewards import failures
-from ppo_jax.rewards.failures import FailureLog, next_streak, number, printable, to_scores, too_many
+from ppo_jax.rewards.failures import FailureLog, next_streak, printable, too_many
+from ppo_jax.rewards.scores import number, to_scores
 
 
 def test_each_cause_is_named_once_and_counted():

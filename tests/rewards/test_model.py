@@ -89,7 +89,7 @@ def test_a_score_that_is_not_finite_is_invalid() -> None:
 
 def test_rows_of_all_lengths_are_scored_as_alone_by_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
-    real = full.score_tokens
+    real = score_tokens
 
     def spy(base, role, config, tokens, mask):  # runs when a program is traced
         shapes.add(tokens.shape)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.kl import kl_full
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.rollout import Sampling, before_response, role_hidden
+from ppo_jax.rollout import Sampling
+from ppo_jax.train.objective import ppo_loss
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
-from ppo_jax.train.ppo import ppo_loss
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, drawn, experience, half, scored
 from tests.train.toy import CONFIG, FROZEN, HYPER, assert_close, numbers

@@ -12,12 +12,12 @@ import optax
 import pytest
 
 from ppo_jax.models.heads import score, value
+from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.rollout import before_response, role_hidden
 from ppo_jax.train.experience import critic_values, rollout_prefix
+from ppo_jax.train.objective import ppo_loss
 from ppo_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig
-from ppo_jax.train.ppo import ppo_loss
 from ppo_jax.train.state import value_head_of_reward
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, critic_adapter, drawn, experience, half, scored, texts

@@ -15,8 +15,8 @@ import torch
 import transformers
 from trl import DPOTrainer
 
-from ppo_jax.models import hf
 from ppo_jax.models.adapters import init_full, init_lora, init_top_k, merge
+from ppo_jax.models.files import hf
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.train.dpo import (
     DPOConfig,

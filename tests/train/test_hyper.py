@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.train.loop import as_scores
-from ppo_jax.train.ppo import check_hyper
+from ppo_jax.rewards.scores import as_scores
+from ppo_jax.train.options import check_hyper
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper, Scores
 

@@ -14,7 +14,8 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, make_iteration
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, Rollout, Scores
 from tests.models.tiny import random_params

@@ -10,22 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppo_jax.ops.means import means
 from ppo_jax.ops.rewards import RunningMoments
+from ppo_jax.rewards.failures import GivenUp
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.loop import (
-    Exploded,
-    GivenUp,
-    Interrupted,
-    LoopConfig,
-    Stopped,
-    assess,
-    evaluation_due,
-    host_iteration,
-    learning_rate,
-    means,
-    response_texts,
-    train,
-)
+from ppo_jax.train.host import host_iteration, response_texts
+from ppo_jax.train.loop import Exploded, Interrupted, LoopConfig, Stopped, assess, evaluation_due, learning_rate, train
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, Rollout, Scores
 

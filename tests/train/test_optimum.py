@@ -17,10 +17,12 @@ import pytest
 
 from ppo_jax.models.adapters import init_full, unembedding
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.logprobs import hidden_logprobs
-from ppo_jax.rollout import Sampling, before_response, role_hidden
+from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import PPOConfig, make_iteration
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Rollout, Scores
 from tests.models.tiny import random_params

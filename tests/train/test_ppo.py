@@ -10,18 +10,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.loop import host_iteration
+from ppo_jax.train.experience import make_experience, reference_logprobs, rollout_prefix
+from ppo_jax.train.host import host_iteration
+from ppo_jax.train.objective import ppo_loss
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import (
-    PPOConfig,
-    collect,
-    make_experience,
-    make_host_iteration,
-    make_iteration,
-    ppo_loss,
-    reference_logprobs,
-    rollout_prefix,
-)
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import collect, make_host_iteration, make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Hyper
 from tests.train import toy

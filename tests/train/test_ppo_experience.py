@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.train.experience import make_experience, rollout_prefix
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import KLConfig, ScoreConfig
-from ppo_jax.train.ppo import PPOConfig, learn, make_experience, rollout_prefix
+from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
+from ppo_jax.train.ppo import learn
 from ppo_jax.train.state import Groups, init_state
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
 from tests.train import toy

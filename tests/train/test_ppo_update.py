@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from ppo_jax.rollout import shared_prefix
-from ppo_jax.train.ppo import PPOConfig, update, update_epochs
+from ppo_jax.models.roles import shared_prefix
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import update, update_epochs
 from ppo_jax.types import Minibatch, Policy
 from tests.train import toy
 from tests.train.toy import CONFIG, FROZEN, HYPER, assert_close, numbers

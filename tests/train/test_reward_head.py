@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from ppo_jax.train.comparisons import head_scores
 from ppo_jax.train.reward_model import fit_head, normalise_head
-from ppo_jax.train.reward_texts import head_scores
 
 
 def features_and_pairs():

@@ -12,8 +12,9 @@ from ppo_jax.models.adapters import init_full, init_lora, init_top_k
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.ppo import Iteration, PPOConfig, make_iteration
-from ppo_jax.train.state import TrainState, init_state
+from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.ppo import make_iteration
+from ppo_jax.train.state import Iteration, TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout, Scores
 from tests.models.tiny import random_params
 

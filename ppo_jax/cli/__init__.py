@@ -1,0 +1,1 @@
+"""The command line: one file (or folder) for each command of `ppo-jax`."""

@@ -1,0 +1,86 @@
+"""What `ppo-jax sft` and `ppo` do: files -> records -> token rows -> a stage -> a run directory.
+
+Everything that a user may have got wrong is looked at before the run directory is touched, so that a mistake beside
+`--overwrite` deletes nothing.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.data import TooLong
+from ppo_jax.models.config import ModelOptions
+from ppo_jax.parallel import launch
+from ppo_jax.parallel.launch import DistributedConfig
+from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
+from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.screen import Screen
+from ppo_jax.train.offline import OfflineConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What every stage is told. (Of what is named here only `model` may be given by place.)"""
+
+    model: str
+    """Hugging Face directory, name on the hub, or .gguf file."""
+    _: dataclasses.KW_ONLY
+    seed: int = 0
+    """Of the order of the data, of sampling and of initialisation."""
+    too_long: TooLong = "error"
+    """What to do with longer texts than allowed."""
+    compute: ModelOptions = ModelOptions()
+    """How the model is run: memory against speed."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices work on what; by default one."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How this process finds the others, where there are several."""
+    overwrite: bool = False
+    """Delete the run in run_dir and start anew."""
+
+
+@contextlib.contextmanager
+def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
+    """Joins the other processes, if there are any; inside the block everything runs on the mesh of the settings.
+
+    Args:
+      rows: how many the devices work on at once.
+      what: says so in the message, with the options that decide it.
+
+    Raises ValueError when the rows do not spread evenly over the devices that cut the batch.
+    """
+    check_rows(rows, settings.mesh, what)
+    launch.start(settings.distributed)
+    with use_mesh(settings.mesh):
+        yield
+
+
+def micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
+    """The arguments of `on_mesh` for a configuration under `--option`."""
+    what = f"a micro-batch (--{option}.batch-size {config.batch_size} / --{option}.accumulate {config.accumulate})"
+    return config.micro_batch, what
+
+
+def open_directory(settings: Any) -> Path:
+    """The run directory, with the settings that repeat the run in it."""
+    directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
+    if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
+        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+    return directory
+
+
+def repeatable_yaml(settings: Any) -> str:
+    """As YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    off: dict[str, Any] = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
+    if hasattr(settings, "distributed"):  # where a process ran is not part of what it did
+        off["distributed"] = launch.DistributedConfig()
+    return config.to_yaml(dataclasses.replace(settings, **off))
+
+
+def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
+    """Says how many texts were too long and what was done with them."""
+    if count:
+        done = "dropped" if too_long == "drop" else "truncated from the left"
+        screen.message(f"{count} texts were longer than {limit} tokens and were {done}")

@@ -1,0 +1,61 @@
+"""`ppo-jax dpo`: preferences -> direct preference optimisation in a run directory."""
+
+import dataclasses
+from pathlib import Path
+
+from ppo_jax.cli import common
+from ppo_jax.cli.common import RunSettings
+from ppo_jax.data import read_pairs
+from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.pretrained import load_model
+from ppo_jax.parallel.processes import is_first
+from ppo_jax.runs.dpo import encode, run_dpo
+from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.train.dpo import DPOConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOSettings(RunSettings):
+    """Train a policy on preferences without a reward model; the result is RUN_DIR/export/model."""
+
+    model: str
+    """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
+    pairs: Path
+    """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt". Margins are not used."""
+    run_dir: Path = Path("runs/dpo")
+    """Where all results go."""
+    max_length: int = 512
+    """Longest text (prompt, answer and EOS), in tokens."""
+    held_out: int = 200
+    """Pairs kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Which parameters are trained."""
+    dpo: DPOConfig = DPOConfig()
+    """How, and for how long."""
+
+
+def dpo(settings: DPOSettings) -> None:
+    """`ppo-jax dpo`."""
+    with common.on_mesh(settings, *common.micro_batch("dpo", settings.dpo)):
+        _dpo(settings)
+
+
+def _dpo(settings: DPOSettings) -> None:
+    model = load_model(settings.model, settings.compute)
+    records = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed)
+    train, held_out = (encode(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    sides = (train.encoded.chosen, train.encoded.rejected, held_out.encoded.chosen, held_out.encoded.rejected)
+    check_room(model, [row for side in sides for row in side])
+    if settings.dpo.batch_size > len(train.starts):
+        raise ValueError(too_few_rows("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs))
+    directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
+    with progress("ppo-jax dpo", is_first()) as screen:
+        long = train.encoded.too_long + held_out.encoded.too_long
+        common.say_long(screen, long, settings.max_length, settings.too_long)
+        result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
+        screen.message(
+            f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
+            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}"
+        )

@@ -1,0 +1,119 @@
+"""The console command `ppo-jax`, and what becomes of an error: one line and an exit code, no traceback."""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+
+from ppo_jax.cli import export, reward
+from ppo_jax.cli.dpo import DPOSettings, dpo
+from ppo_jax.cli.generate import GenerateSettings, generate_responses
+from ppo_jax.cli.parse import parse
+from ppo_jax.cli.plan.command import plan
+from ppo_jax.cli.plan.programs import PlanSettings
+from ppo_jax.cli.ppo import PPOSettings, ppo
+from ppo_jax.cli.reward import RewardSettings
+from ppo_jax.cli.serve.command import serve_reward
+from ppo_jax.cli.serve.settings import ServeSettings
+from ppo_jax.cli.sft import SFTSettings, sft
+from ppo_jax.parallel import launch
+from ppo_jax.train.loop import Interrupted
+
+# Exit codes. 75 is sysexits.h's EX_TEMPFAIL: stopped by SIGTERM, Ctrl-C or the cluster, saved, to be gone on with.
+FAILED, MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
+LONGEST = 4000  # characters of a message: it may quote what stands in a damaged file
+TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
+
+
+class Command(NamedTuple):
+    settings: type
+    run: Callable[[Any], None]
+
+
+COMMANDS = {
+    "sft": Command(SFTSettings, sft),
+    "reward": Command(RewardSettings, reward.reward),
+    "ppo": Command(PPOSettings, ppo),
+    "generate": Command(GenerateSettings, generate_responses),
+    "export": Command(export.ExportSettings, export.export),
+    "dpo": Command(DPOSettings, dpo),
+    "plan": Command(PlanSettings, plan),
+    "export-reward": Command(reward.ExportRewardSettings, reward.export_reward),
+    "serve-reward": Command(ServeSettings, serve_reward),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `ppo-jax COMMAND OPTIONS`; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else MISTAKE
+    if args[0] == "--version":
+        print(f"ppo_jax {metadata.version('ppo_jax')}")
+        return 0
+    name, *options = args
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
+        return MISTAKE
+    command, prog = COMMANDS[name], f"ppo-jax {name}"
+    return exit_code(prog, lambda: command.run(parse(command.settings, options, prog=prog)))
+
+
+def usage() -> str:
+    """The list of commands, from the docstrings of their settings."""
+    lines = [f"  {name:<15}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
+
+
+def exit_code(prog: str, run: Callable[[], object]) -> int:
+    """Calls `run`. An error that a user can act on becomes a message on standard error and an exit code.
+
+    2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
+    loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
+    at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
+    (`distributed.leave`), so that the others do not wait for it; all stop together when asked to (75).
+    """
+    try:
+        code = _exit_code(prog, run)
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            launch.leave(FAILED)
+        raise
+    if code not in (0, PREEMPTED):
+        launch.leave(code)
+    return code
+
+
+def _exit_code(prog: str, run: Callable[[], object]) -> int:
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Interrupted as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return PREEMPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+        ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
+        if not ours or os.environ.get(TRACEBACK):
+            raise
+        said = str(error)
+        print(f"{prog}: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}", file=sys.stderr)
+        return MISTAKE if known else FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""`ppo-jax ppo`: prompts and a reward -> PPO in a run directory."""
+
+import dataclasses
+from datetime import date
+from pathlib import Path
+
+from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, say_long
+from ppo_jax.data import encode_sft, read_prompts, read_sft
+from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.files.artifacts import EXPORT, MODEL
+from ppo_jax.models.placement import create_on_mesh
+from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.parallel import launch
+from ppo_jax.parallel.mesh import use_mesh
+from ppo_jax.parallel.processes import is_first
+from ppo_jax.report import page as report
+from ppo_jax.rewards.options import RewardOptions, choose_reward
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.exports import write_model
+from ppo_jax.runs.facts import environment
+from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.ppo import run_ppo
+from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
+from ppo_jax.runs.setup import Setup, with_stops
+from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.options import PPOConfig, check_micro_batches
+from ppo_jax.train.state import key_stream
+from ppo_jax.types import Hyper
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings(RunSettings):
+    """Train a policy by PPO against a reward; the result is RUN_DIR/export/model."""
+
+    model: str
+    """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
+    prompts: Path
+    """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
+    reward: tuple[str, ...]
+    """A reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are summed."""
+    pretrain: Path | None = None
+    """Texts for PPO-ptx, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
+    run_dir: Path = Path("runs/ppo")
+    """Where all results go."""
+    max_prompt: int = 256
+    """Longest prompt, in tokens."""
+    held_out: int = 64
+    """Prompts kept apart to evaluate on, at most a fifth; where that is none, the training ones are used."""
+    scoring: RewardOptions = RewardOptions()
+    """How the reward is called, and the weights of a sum."""
+    policy: AdapterConfig = AdapterConfig()
+    """What of the policy is trained."""
+    ppo: PPOConfig = PPOConfig()
+    """The algorithm's static choices. Empty sampling.stop_ids: those of model and tokenizer."""
+    hyper: Hyper = Hyper()
+    """Its scalars."""
+    loop: LoopConfig = LoopConfig()
+    """How long, and what when."""
+    resume: Resume = "no"
+    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
+
+
+def ppo(settings: PPOSettings) -> None:
+    """`ppo-jax ppo`."""
+    launch.start(settings.distributed)
+    settings.ppo.check_batch(settings.loop.batch_size)
+    check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
+    with use_mesh(settings.mesh):
+        _ppo(settings)
+
+
+def _ppo(settings: PPOSettings) -> None:
+    model = load_model(settings.model, settings.compute)
+    sampling = with_stops(settings.ppo.sampling, model)
+    chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
+    records = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
+    (prompts, long), (held_out, long_too) = (
+        encode_prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
+    )
+    check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length, "--ppo.sampling.response-length")
+    if settings.loop.batch_size > len(prompts.rows):
+        raise ValueError(
+            too_few_rows("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts)
+        )
+    key = key_stream(settings.seed, "adapter")
+    setup = Setup(
+        model=model,
+        adapter=create_on_mesh(lambda k, base: init_adapter(k, base, model.config, settings.policy), key, model.params),
+        prompts=prompts,
+        held_out=held_out,
+        ppo=dataclasses.replace(settings.ppo, sampling=sampling),
+        hyper=settings.hyper,
+        loop=settings.loop,
+        seed=settings.seed,
+        pretrain=_pretraining(settings, model),
+        device_reward=chosen.device,
+        reward_params=chosen.params,
+        host_reward=chosen.host,
+        failures=chosen.failures,
+        config=repeatable_yaml(settings),
+        reward_name=chosen.name,
+    )
+    directory = run_directory(settings.run_dir, lambda: open_directory(settings))
+    with progress("ppo-jax ppo", is_first()) as screen:
+        say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        for notice in chosen.notices:
+            screen.message(notice)
+        result = run_ppo(directory, setup, screen, settings.resume)
+        exported = directory / EXPORT / MODEL
+        write_model(exported, model, result.policy.adapter)
+        facts = environment()
+        summary: report.Summary = {
+            "title": f"PPO on {settings.prompts.name}",
+            "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
+            "before": result.before,
+            "after": result.after,
+            "prompts": len(held_out.rows),
+            "seed": settings.seed,
+            "date": date.today().isoformat(),
+            "versions": facts["versions"],
+            "machine": facts["machine"],
+        }
+        if "accuracy" in chosen.meta:
+            summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
+        page = report.write(directory, summary)
+        screen.message(f"the model is at {exported}; report: {page}")
+
+
+def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
+    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
+        raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
+    if settings.pretrain is None:
+        return []
+    longest = settings.max_prompt + settings.ppo.sampling.response_length
+    encoded = encode_sft(read_sft(settings.pretrain), model.tokenizer, longest, settings.too_long)
+    return [list(row) for row in encoded.rows]

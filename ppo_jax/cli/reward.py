@@ -1,0 +1,143 @@
+"""`ppo-jax reward` and `ppo-jax export-reward`: the files of preferences -> a reward model -> its report."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.cli import common
+from ppo_jax.cli.common import RunSettings
+from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
+from ppo_jax.data.encode import EncodedChoices, EncodedRatings, encode_choices, encode_ratings
+from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
+from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.parallel.processes import is_first
+from ppo_jax.rewards import loading
+from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.prompts import check_room, split_held_out
+from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
+from ppo_jax.train.calibration import format_table
+from ppo_jax.train.reward_model import RewardConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings(RunSettings):
+    """Train a reward model from preferences; the result is RUN_DIR/export/reward."""
+
+    model: str
+    """Base: Hugging Face directory, name on the hub, or .gguf file. LoRA only fits PPO on the same one."""
+    pairs: Path | None = None
+    """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
+    ratings: Path | None = None
+    """Or: {"response", "rating"}, optionally "prompt"; all responses of a batch are compared with one another."""
+    choices: Path | None = None
+    """Or: {"responses": [text, ...], "best": place from 0}, optionally "prompt"."""
+    reference: Path | None = None
+    """Texts on which scores get mean 0 and std 1, {"prompt", "response"} or {"text"}; by default the training texts."""
+    run_dir: Path = Path("runs/reward")
+    """Where all results go."""
+    max_length: int = 512
+    """Longest text (prompt and answer), in tokens."""
+    held_out: int = 200
+    """Lines kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    reward: RewardConfig = RewardConfig()
+    """The reward model and its training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRewardSettings:
+    """Merge a LoRA reward model into its base: a Hugging Face sequence-classification directory."""
+
+    reward: Path
+    """Run directory of `ppo-jax reward`, or the artifact in it."""
+    output: Path
+    """The new directory. `transformers` reproduces the scores but for the constant ppo_jax_bias of its config.json."""
+    model: str | None = None
+    """The base, where the one that the artifact names has moved."""
+    overwrite: bool = False
+    """Replace a sequence classifier that is there."""
+
+
+def export_reward(settings: ExportRewardSettings) -> None:
+    """`ppo-jax export-reward`."""
+    path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
+    print(f"the reward model is at {path}")
+
+
+def reward(settings: RewardSettings) -> None:
+    """`ppo-jax reward`."""
+    given = {name: getattr(settings, name) for name in ("pairs", "ratings", "choices")}
+    if sum(path is not None for path in given.values()) != 1:
+        raise ValueError("give exactly one of --pairs, --ratings and --choices")
+    size = settings.reward.batch_size
+    with common.on_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
+        _reward(settings)
+
+
+def _reward(settings: RewardSettings) -> None:
+    model = load_model(settings.model, settings.compute)
+    settings.reward.trunk(model.config)  # raises before the directory is touched
+    train, held_out, where = _data(settings, model)
+    reference = _reference(settings, model)
+    for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
+        check_room(model, compared(part, settings.seed, f"{what} of {where}").rows)
+    try:
+        check_batch(settings.reward, train)
+    except ValueError as error:
+        raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
+    directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
+    with progress("ppo-jax reward", is_first()) as screen:
+        common.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        result = run_reward(
+            directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
+        )
+        values, pairs = result.heldout, sum(bucket.pairs for bucket in result.calibration)
+        for line in format_table(result.calibration):
+            screen.message(line)
+        screen.message(
+            f"held-out scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
+            f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
+            f"calibration error {100 * values['calibration_error']:.1f} %"
+        )
+        screen.message(
+            f"{100 * result.accuracy:.1f} % of {pairs} held-out pairs in the right order; "
+            f"the reward model is at {result.path}"
+        )
+
+
+def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
+    """(training, held-out) token rows, and the file. No EOS: the reward reads the text of a response, whether it ended
+    by itself or was cut (rewards.adapter)."""
+    tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
+
+    def apart(records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return split_held_out(records, settings.held_out, settings.seed)
+
+    if settings.pairs is not None:
+        pairs: list[EncodedPairs] = [
+            encode_pairs(part, tokenizer, *limits, eos=False) for part in apart(read_pairs(settings.pairs))
+        ]
+        return pairs[0], pairs[1], settings.pairs
+    if settings.ratings is not None:
+        rated: list[EncodedRatings] = [
+            encode_ratings(part, tokenizer, *limits) for part in apart(read_ratings(settings.ratings))
+        ]
+        return rated[0], rated[1], settings.ratings
+    assert settings.choices is not None
+    chosen: list[EncodedChoices] = [
+        encode_choices(part, tokenizer, *limits) for part in apart(read_choices(settings.choices))
+    ]
+    return chosen[0], chosen[1], settings.choices
+
+
+def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:
+    if settings.reference is None:
+        return []
+    if not settings.reward.normalise:
+        raise ValueError("--reference is only read to normalise; drop it, or --reward.no-normalise")
+    records = [RatingRecord(r.prompt, r.response, 0.0, r.where) for r in read_sft(settings.reference)]
+    rows = encode_ratings(records, model.tokenizer, settings.max_length, settings.too_long).rows
+    if len(rows) < 2:
+        raise ValueError(f"{settings.reference} has {len(rows)} text; a standard deviation needs at least 2")
+    return rows

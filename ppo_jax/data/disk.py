@@ -1,0 +1,78 @@
+"""Bytes written whole or not at all, strict JSON, and checksums."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DEPTH = 100
+
+
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)  # strings may hold brackets
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file; of a folder: of the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("[!.]*") if p.is_file())
+    lines = "".join(f"{sha256_of(p)}  {name}\n" for name, p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def strict(value: Any) -> Any:
+    """The value with what JSON cannot hold replaced, recursively; arrays of one number become that number."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float) and not math.isfinite(number):
+        return None if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+    return number
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a whole file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def swap(partial: Path, target: Path) -> None:
+    """Puts the directory `partial` in the place of `target`; what was there is removed.
+
+    Where that fails, `target` is as it was, and OSError is raised. Both lie in one directory.
+    """
+    old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+    except BaseException:  # also where the user interrupts between the two
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
+    """The value of a JSON text (bytes: UTF-8, or as `json` detects). ValueError where it is none, or nested deeper."""
+    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
+    level = 0
+    for found in _TOKEN.finditer(text):
+        level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if level > depth:
+            raise ValueError(f"nested more than {depth} deep")
+    return json.loads(text.removeprefix("\ufeff"))

@@ -1,0 +1,249 @@
+"""Hugging Face sequence classifiers with one label, in and out: `LlamaForSequenceClassification` and its siblings.
+
+Such a model is a trunk without unembedding and `score.weight` [1, D]: the score is score.weight . h at the last token
+that is not padding. The format has no bias. What our head adds to every score is kept beside it, in config.json:
+
+    score of ours = logit of transformers + ppo_jax_bias          (absent: 0)
+
+A gain is multiplied into score.weight. A constant changes no comparison of texts, and `transformers` ignores it.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ppo_jax.data.disk import swap
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import families, hf, weights
+from ppo_jax.models.files.hub import read_json, resolve
+from ppo_jax.parallel import processes
+from ppo_jax.types import PyTree
+
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+ARCHITECTURES = {name: family.architecture.replace(CAUSAL, CLASSIFIER) for name, family in families.FAMILIES.items()}
+BIAS, META = "ppo_jax_bias", "ppo_jax_meta"  # our fields of config.json
+_BASE, _SCORE = "model-base.safetensors", "model-score.safetensors"
+
+
+class SequenceClassifier(NamedTuple):
+    """A reward model of its own."""
+
+    config: ModelConfig  # tie_embeddings is True: there is no unembedding
+    params: PyTree
+    head: PyTree  # parameters of a RewardHead; the gain is 1
+    meta: dict[str, Any]  # what the trainer said of it, {} in a directory of somebody else
+
+
+def is_sequence_classifier(path: str | Path) -> bool:
+    """Whether `path` is a directory whose config.json names an architecture `...ForSequenceClassification`."""
+    try:
+        found = read_json(Path(path) / "config.json").get("architectures")
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, list) and any(str(name).endswith(CLASSIFIER) for name in found)
+
+
+def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
+    """Reads a Hugging Face sequence-classification directory (or hub name) with one label.
+
+    With `mesh` the trunk lies on it, read shard by shard as by `models.hf.load`; the head is small, and the caller's.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: another architecture, more than one label, no `score.weight`, or what `models.hf.load` refuses. The
+        message names file and field.
+    """
+    where = resolve(path)
+    file = where / "config.json"
+    try:
+        raw = read_json(file)
+        _check_kind(raw)
+        config = families.config_from_hf(raw, dtype)
+        bias = _bias(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    config = dataclasses.replace(config, tie_embeddings=True)
+    source = _tensors(hf.weight_files(where))
+    source.pop("lm_head.weight", None)  # a leftover of the language model that it was trained from
+    head_file = source.pop("score.weight", None)
+    if head_file is None:
+        raise ValueError(
+            f"{where}: tensor score.weight is missing, so this model has no score; a language model becomes a reward "
+            "model by `ppo-jax reward`"
+        )
+    score = _read(head_file, "score.weight")
+    if score.shape != (1, config.hidden_size):
+        raise ValueError(
+            f"{head_file}: score.weight has shape {score.shape}, a reward model has (1, {config.hidden_size})"
+        )
+    shapes = {name: _shape(shard, name) for name, shard in source.items() if not name.endswith("rotary_emb.inv_freq")}
+    try:
+        params = weights.gather(
+            config,
+            shapes,
+            lambda name: _read(source[name], name),
+            mesh=mesh,
+            read_part=lambda name, part: _read(source[name], name, part),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    head = {
+        "reward": {"kernel": jnp.asarray(score.astype(np.float32).T)},
+        "gain": jnp.ones(()),
+        "bias": jnp.asarray(bias, jnp.float32),
+    }
+    meta = raw.get(META)
+    return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {})
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: PyTree,
+    head: PyTree,
+    tokenizer: Any,
+    meta: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    adapter: PyTree = None,
+) -> Path:
+    """Writes a directory that `transformers.AutoModelForSequenceClassification` loads, whole or not at all.
+
+    Of several processes, all of which have to call it, the first one writes.
+
+    Args:
+      config, params: of the trunk; an unembedding is left out.
+      head: parameters of a RewardHead; its gain goes into score.weight, its bias to `ppo_jax_bias` of config.json.
+      tokenizer: saved beside the model. Without a pad token it gets its EOS as one, since transformers needs one to
+        score a batch, and finds the last token by it: a text must not end with the pad token.
+      meta: any JSON object, kept in config.json.
+      overwrite: replace a sequence classifier that is there; anything else is never replaced.
+      adapter: merged into the parameters; None: there is none.
+
+    Raises:
+      FileExistsError: `path` is there already.
+      ValueError: parameters and configuration do not fit, or the tokenizer has neither pad nor EOS token.
+    """
+    path = Path(path)
+    processes.first_writes(lambda _: _check_target(path, overwrite))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token")
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    config = dataclasses.replace(config, tie_embeddings=True)
+    params, adapter = (
+        {name: value for name, value in tree.items() if name != "unembedding"} for tree in (params, adapter or {})
+    )
+    kernel = np.asarray(head["reward"]["kernel"] * head["gain"], np.float32)
+    fields = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "num_labels": 1,
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+        "problem_type": "regression",
+        "pad_token_id": tokenizer.pad_token_id,
+        BIAS: float(head["bias"]),
+        META: dict(meta or {}),
+    }
+    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        hf.save(partial, config, params, tokenizer, adapter=adapter)
+        processes.first_writes(lambda _: _finish(partial, path, kernel, fields))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.exists() and not (overwrite and is_sequence_classifier(path)):
+        advice = " or pass overwrite=True" if is_sequence_classifier(path) else ""
+        raise FileExistsError(f"{path} already exists; choose another directory{advice}")
+
+
+def _finish(partial: Path, path: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
+    """Makes a classifier of a saved language model, and puts it in its place."""
+    (partial / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    _add_score(partial, kernel)
+    raw = json.loads((partial / "config.json").read_text(encoding="utf-8")) | fields
+    text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
+    (partial / "config.json").write_text(text, encoding="utf-8")
+    swap(partial, path)
+
+
+def _check_kind(raw: Mapping[str, Any]) -> None:
+    found = raw.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES.values():
+        raise ValueError(f"architectures={found!r} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
+    wanted = ARCHITECTURES.get(str(raw.get("model_type")))
+    if found[0] != wanted:
+        raise ValueError(f"architectures={found!r} contradicts model_type={raw.get('model_type')!r}")
+    names = raw.get("id2label")
+    labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)  # transformers' default is 2
+    if labels != 1:
+        raise ValueError(f"num_labels={labels!r} is not supported: a reward model has 1 label, the score")
+
+
+def _bias(raw: Mapping[str, Any]) -> float:
+    value = raw.get(BIAS, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{BIAS}={value!r} is not a finite number")
+    return float(value)
+
+
+def _tensors(files: list[Path]) -> dict[str, Path]:
+    """{tensor name: the file that holds it}."""
+    found: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                found |= dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError, MemoryError, ValueError) as error:
+            raise ValueError(
+                f"{file} is not a readable safetensors file ({error}); copy or download it again"
+            ) from error
+    return found
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    with safe_open(file, framework="numpy") as handle:
+        return tuple(handle.get_slice(name).get_shape())
+
+
+def _read(file: Path, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+    """A tensor, or that part of it alone."""
+    with safe_open(file, framework="numpy") as handle:
+        kind = handle.get_slice(name).get_dtype()
+        if kind not in hf.FLOATS:
+            raise ValueError(f"tensor {name} in {file.name} is {kind}; supported: {', '.join(hf.FLOATS)}")
+        return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
+
+
+def _add_score(where: Path, kernel: np.ndarray) -> None:
+    """Adds score.weight to a saved model, as one more file under its index."""
+    index = where / hf.INDEX
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+    else:
+        os.rename(where / hf.SINGLE, where / _BASE)
+        content = {
+            "metadata": {"total_size": (where / _BASE).stat().st_size},
+            "weight_map": dict.fromkeys(_tensors([where / _BASE]), _BASE),
+        }
+    save_file({"score.weight": np.ascontiguousarray(kernel.T)}, where / _SCORE, metadata={"format": "pt"})
+    shutil.copymode(where / "config.json", where / _SCORE)
+    content["weight_map"]["score.weight"] = _SCORE
+    content["metadata"]["total_size"] += kernel.nbytes
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

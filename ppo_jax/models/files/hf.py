@@ -1,0 +1,276 @@
+"""Models and tokenizers on disk: Hugging Face directories in and out, GGUF files in."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from ppo_jax.models import layout
+from ppo_jax.models.adapters import merge, merge_one
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import families, gguf, tensor_file, weights
+from ppo_jax.models.files.families import Dtype
+from ppo_jax.models.files.hub import read_json, resolve, write_json
+from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
+from ppo_jax.models.layout import Tensor, check_params, tensors
+from ppo_jax.parallel.processes import first_writes, pieces
+from ppo_jax.types import PyTree
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTIAL = ".partial"  # folder in a model's directory while that is written
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
+    """Reads a model.
+
+    Args:
+      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub.
+      dtype: of the parameters that are returned, whatever the file holds.
+      mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
+
+    Returns:
+      The configuration and the parameters (jax arrays, laid out as `ModelConfig` says). Tensors are read one at a
+      time, so the host holds little more than one stacked array beside the result. On a mesh each process reads the
+      slices that its devices need, and the host holds one device's shard of one stacked array at a time. (A GGUF
+      file's tensors are expanded whole, and cut then.)
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or describes a model that is not supported. The message names file and field.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} is not supported; supported: float32, bfloat16")
+    where = resolve(path)
+    if where.suffix == ".gguf":
+        return gguf.load(where, dtype, mesh)
+    if where.is_file():
+        raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
+    config = read_config(where, dtype)
+    shards = weight_files(where)
+    with contextlib.ExitStack() as stack:
+        source: dict[str, tuple[Path, Any]] = {}
+        for shard in shards:
+            handle = stack.enter_context(_open(shard))
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in source:
+                    raise ValueError(f"{shard}: tensor {name} is also in {source[name][0].name}")
+                source[name] = (shard, handle)
+        shapes = {
+            name: tuple(handle.get_slice(name).get_shape())
+            for name, (_, handle) in source.items()
+            if not name.endswith("rotary_emb.inv_freq")  # old files carry these; the config says the same
+        }
+        repeated = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
+        try:
+            params = weights.gather(
+                config,
+                shapes,
+                lambda name: _read_tensor(*source[name], name),
+                mesh=mesh,
+                read_part=lambda name, part: _read_tensor(*source[name], name, part),
+            )
+        except ValueError as error:
+            raise ValueError(f"{shards[0] if len(shards) == 1 else where / INDEX}: {error}") from error
+        if repeated is not None:
+            file, handle = source["lm_head.weight"]
+            _check_repeated(lambda p: _read_tensor(file, handle, "lm_head.weight", p), params["embedding"], where)
+    return config, params
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Any = None,
+    *,
+    adapter: PyTree = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    Everything is written into `path`/.partial first and moved from there, config.json last: a directory that has one
+    is complete, and one that cannot be replaced stays as it was. Of several processes, all of which have to call it,
+    the first one writes. Adapters are merged, and arrays fetched, one tensor of one layer at a time.
+
+    Args:
+      path: made if absent.
+      config: of the model.
+      params: the parameters.
+      tokenizer: a transformers tokenizer, saved beside the model.
+      adapter: merged into the parameters as `models.adapters.merge` does; None: there is none.
+      dtype: in which the merged parameters are stored; None: that which they have.
+      max_shard_bytes: a model larger than this is split into files of at most this size (a larger tensor has one
+        of its own).
+      overwrite: replace a model that is already there.
+
+    Raises:
+      ValueError: the parameters do not fit the configuration, or the tokenizer has more ids than the model.
+      FileExistsError: the directory holds a model, and `overwrite` is off.
+      OSError: it cannot be written, also in the processes that do not write.
+    """
+    where, adapter = Path(path), adapter or {}
+    raw = families.config_to_hf(config)
+    merged = jax.eval_shape(lambda params, adapter: merge(params, adapter, config), params, adapter)
+    check_params(config, merged)
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer)
+    stored = jax.tree.map(lambda leaf: jnp.dtype(dtype or leaf.dtype), merged)
+    files = _plan(config, params, adapter, stored, max_shard_bytes)
+
+    def write(source: tensor_file.Pieces) -> None:
+        where.mkdir(parents=True, exist_ok=True)
+        if any(file.exists() for file in _model_files(where)) and not overwrite:
+            raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
+        partial = where / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _write_texts(partial, config, raw, tokenizer)
+            _write_weights(partial, files, source)
+            for file in _model_files(where):
+                file.unlink(missing_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                if file.is_dir():  # a tokenizer may have a folder of chat templates
+                    shutil.rmtree(where / file.name, ignore_errors=True)
+                os.replace(file, where / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    first_writes(write, tensor_file.pieces(entry for entries in files.values() for entry in entries))
+
+
+def _model_files(where: Path) -> list[Path]:
+    """What makes a directory a model, config.json first."""
+    return [where / "config.json", where / INDEX, *where.glob("model*.safetensors")]
+
+
+def read_config(where: Path, dtype: Dtype = "float32") -> ModelConfig:
+    """config.json, and the stop tokens of generation_config.json where it names some (they win, as in transformers).
+
+    Raises what `load` raises; the message names the file.
+    """
+    file, generation = where / "config.json", where / "generation_config.json"
+    try:
+        config = families.config_from_hf(read_json(file), dtype)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not generation.is_file():
+        return config
+    try:
+        ids = families.token_ids(read_json(generation), "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{generation}: {error}") from error
+    return dataclasses.replace(config, eos_token_ids=ids or config.eos_token_ids)
+
+
+def weight_files(where: Path) -> list[Path]:
+    """The safetensors files of a directory: the single one, or those that its index names."""
+    if (where / SINGLE).is_file():
+        return [where / SINGLE]
+    index = where / INDEX
+    if not index.is_file():
+        pickles = sorted(f.name for f in where.glob("*.bin"))
+        hint = f" ({pickles[0]} is a pickle, which is not read: convert it to safetensors)" if pickles else ""
+        raise FileNotFoundError(f"{where} has neither {SINGLE} nor {INDEX}{hint}")
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is not an object with entries")
+    shards, present = [], set(os.listdir(where))  # a name may be too long to ask for
+    for file in sorted({str(f) for f in weight_map.values()}):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map names {file!r}, which is not a safetensors file beside it")
+        if file not in present or not (where / file).is_file():
+            raise FileNotFoundError(f"{where / file} is missing ({INDEX} names it)")
+        shards.append(where / file)
+    return shards
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from error
+    with handle:
+        yield handle
+
+
+def _read_tensor(file: Path, handle: Any, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+    """A tensor, or that part of it alone."""
+    kind = handle.get_slice(name).get_dtype()
+    if kind not in FLOATS:
+        raise ValueError(f"tensor {name} in {file.name} is {kind}; supported: {', '.join(FLOATS)}")
+    return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
+
+
+def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: jax.Array, where: Path) -> None:
+    """A tied model's file may repeat the embedding as lm_head.weight, but may not hold another matrix."""
+    for shard in embedding.addressable_shards:
+        part = tuple(slice(*s.indices(size)[:2]) for s, size in zip(shard.index, embedding.shape, strict=True))
+        if shard.replica_id == 0 and not np.array_equal(head(part).astype(embedding.dtype), np.asarray(shard.data)):
+            raise ValueError(
+                f"{where}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+                "tie_word_embeddings=true; set it to false if the model is not tied"
+            )
+
+
+def _plan(
+    config: ModelConfig, params: PyTree, adapter: PyTree, dtypes: PyTree, max_bytes: int
+) -> dict[str, list[tensor_file.Entry]]:
+    """{name of a file: what is in it}, each with at most `max_bytes`."""
+
+    def read(ours: Tensor, layer: int) -> tensor_file.Pieces:
+        array = merge_one(params, adapter, ours.key, layer).astype(layout.leaf(dtypes, ours.key))
+        return pieces(array.T if ours.transpose else array)
+
+    plan: list[list[tensor_file.Entry]] = [[]]
+    used = 0
+
+    for ours in tensors(config):
+        for layer in range(config.num_layers if ours.stacked else 1):
+            name, dtype = ours.name.format(layer), layout.leaf(dtypes, ours.key)
+            entry = tensor_file.Entry(name, dtype, ours.hf_shape, functools.partial(read, ours, layer))
+            if plan[-1] and used + entry.nbytes > max_bytes:
+                plan.append([])
+                used = 0
+            plan[-1].append(entry)
+            used += entry.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    return dict(zip(names if len(plan) > 1 else [SINGLE], map(tensor_file.in_order, plan), strict=True))
+
+
+def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
+    if tokenizer is not None:
+        save_tokenizer(where, tokenizer)
+        generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
+    write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    write_json(where / "config.json", raw)
+
+
+def _write_weights(where: Path, files: dict[str, list[tensor_file.Entry]], source: tensor_file.Pieces) -> None:
+    for file, entries in files.items():
+        tensor_file.write(where / file, entries, source, {"format": "pt"})
+    if len(files) > 1:
+        total = sum(entry.nbytes for entries in files.values() for entry in entries)
+        weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
+        write_json(where / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

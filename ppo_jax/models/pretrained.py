@@ -1,0 +1,65 @@
+"""A model with its tokenizer, ready to use."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ppo_jax.models.config import ModelConfig, ModelOptions
+from ppo_jax.models.files import hf
+from ppo_jax.models.files.fingerprint import fingerprint_of
+from ppo_jax.models.files.hub import resolve
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
+from ppo_jax.parallel.mesh import current_mesh
+from ppo_jax.types import PyTree
+
+
+class Model(NamedTuple):
+    """A base model with its tokenizer."""
+
+    name: str  # the path or hub name the user gave
+    config: ModelConfig
+    params: PyTree
+    tokenizer: Any
+    fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+
+    @property
+    def pad_id(self) -> int:
+        """Fills empty slots; masks say which those are, so any id serves."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a response: the model's EOS ids and the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Token ids of a response -> its text without special tokens, as it stands behind the prompt's.
+
+        Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
+        beginning: prompt + response would be another text than the tokens say. So a token of known text goes first and
+        is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
+        """
+        read = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        row = [int(token) for token in ids]
+        if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
+            return str(read(row))
+        guard = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        before, text = str(read(guard)), str(read([*guard, *row]))
+        return text[len(before) :] if before and text.startswith(before) else str(read(row))
+
+
+def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
+    """A base with its tokenizer from a Hugging Face directory, a .gguf file or a hub name, to be run as `options` say.
+
+    Raises ValueError or FileNotFoundError that name the file and what is wrong with it.
+    """
+    where = resolve(path)
+    options = options or ModelOptions()
+    config, params = hf.load(where, options.dtype, current_mesh())
+    tokenizer = load_tokenizer(where)
+    check_vocabulary(config, tokenizer)
+    return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where))

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, how arrays lie on it, and what several processes tell each other."""

@@ -1,0 +1,204 @@
+"""Reward models on disk: what a directory holds, how PPO uses it, and the same model as a plain scorer of texts.
+
+Two kinds of directory are understood, also inside a run directory of `ppo-jax reward` (its export/reward):
+
+    artifact.json                               LoRA and head on a base (`ppo_jax.artifacts`)
+    config.json, ...ForSequenceClassification   a model of its own (`models.seqcls`), ours or anybody's
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import artifacts, classifiers
+from ppo_jax.models.files.artifacts import EXPORT, REWARD
+from ppo_jax.models.files.hub import resolve
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
+from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.parallel.mesh import current_mesh
+from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import LoadedReward
+from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
+from ppo_jax.types import PyTree
+
+
+def load_reward(
+    path: str | Path, policy_model: Model, stop_ids: tuple[int, ...] | None = None, micro_batch: int = 16
+) -> LoadedReward:
+    """The reward model in a directory, ready for `runs.Setup`: `device_reward` and `reward_params`, or `host_reward`.
+
+    A LoRA artifact must have been trained on the policy's base, and costs its adapter and head alone. A model of its
+    own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: `notice`
+    says so. It lies on the current mesh like the policy's base, and is run in that one's dtype.
+
+    Args:
+      path: an artifact, a sequence-classification directory, or the run directory of `ppo-jax reward`.
+      stop_ids: what ends a response (`Sampling.stop_ids`); by default those of the policy's model.
+      micro_batch: rows that a model of its own scores at once; on a mesh rounded up to fill the devices that cut rows.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: it is damaged, of another base, or of an unsupported kind.
+    """
+    where = find_reward(path)
+    stop_ids = policy_model.stop_ids if stop_ids is None else stop_ids
+    if (where / artifacts.DESCRIPTION).is_file():
+        found = artifacts.load(where, "reward")
+        artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
+        device_reward = adapter_reward(found.trunk(policy_model.config), stop_ids)
+        return LoadedReward("lora", device_reward, RewardRole(found.adapter, found.head), None, "", found.meta)
+    mesh = current_mesh()
+    model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
+    check_vocabulary(model.config, tokenizer)
+    if mesh is not None:
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        micro_batch = -(-micro_batch // parts) * parts
+    if same_tokens(policy_model.tokenizer, tokenizer):
+        params = FullReward(model.params, model.head)
+        return LoadedReward("full", model_reward(model.config, stop_ids, micro_batch), params, None, "", model.meta)
+    notice = (
+        f"the reward model {path} has another tokenizer than {policy_model.name}: responses are scored as text, which "
+        "is tokenised again. A chat template's markers in the prompts reach it as the text that they are"
+    )
+    scorer = _scorer(
+        str(path), model.params, RewardRole({}, model.head), model.config, tokenizer, 0, (micro_batch,), {}
+    )
+    return LoadedReward("retokenised", None, None, text_reward(scorer.score_rows, scorer.encode), notice, model.meta)
+
+
+class Scorer(NamedTuple):
+    """A reward model as a function of texts."""
+
+    name: str
+    tokenizer: Any
+    bos: list[int]  # what comes before every text: [the BOS id] or []
+    max_length: int  # longest text in tokens; of a longer one the last are read
+    score_rows: ScoreRows
+    meta: dict[str, Any]
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Token rows of prompt + response, tokenised apart as in training; [] for a text without tokens."""
+        if not prompts:
+            return []
+        sides = [self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in (prompts, responses)]
+        return [self._row([*before, *after]) for before, after in zip(*sides, strict=True)]
+
+    def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
+        if not texts:
+            return []
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [self._row(row, max_length) for row in rows]
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """The score of each response; NaN for a text without tokens."""
+        return self.score_rows(self.encode(prompts, responses))
+
+    def _row(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
+        bos = self.bos
+        text = list(ids[len(bos) :] if list(ids[: len(bos)]) == bos else ids)  # a chat template writes its own BOS
+        if not text:
+            return []
+        room = min(max_length or self.max_length, self.max_length) - len(bos)
+        return bos + text[-max(room, 1) :]
+
+
+def load_scorer(
+    path: str | Path,
+    base: str | None = None,
+    max_length: int = 0,
+    batch_sizes: Sequence[int] = (16,),
+) -> Scorer:
+    """A reward model from a directory (as `load_reward`) as a function of texts.
+
+    Args:
+      base: of a LoRA artifact, where the one that it names has moved.
+      max_length: longest text in tokens; 0: the model's limit.
+      batch_sizes: numbers of rows that a program is compiled for.
+
+    Raises: as `load_reward`; also ValueError for a `max_length` beyond the model's.
+    """
+    where = find_reward(path)
+    if not (where / artifacts.DESCRIPTION).is_file():
+        if base is not None:
+            raise ValueError(f"{where} is a model of its own, so it has no base; leave --model out")
+        model, tokenizer = classifiers.load(where, mesh=current_mesh()), load_tokenizer(where)
+        check_vocabulary(model.config, tokenizer)
+        role = RewardRole({}, model.head)
+        return _scorer(str(path), model.params, role, model.config, tokenizer, max_length, batch_sizes, model.meta)
+    found, below = _with_base(where, base)
+    role, trunk = RewardRole(found.adapter, found.head), found.trunk(below.config)
+    return _scorer(str(path), below.params, role, trunk, below.tokenizer, max_length, batch_sizes, found.meta)
+
+
+def export_reward(path: str | Path, out: str | Path, base: str | None = None, overwrite: bool = False) -> Path:
+    """Writes a LoRA reward artifact as a Hugging Face sequence-classification directory, merged with its base.
+
+    The head's gain is in score.weight; its bias is `ppo_jax_bias` of config.json, which `transformers` does not add
+    (`models.seqcls`). Arguments and errors as `load_scorer` and `seqcls.save`.
+    """
+    where = find_reward(path)
+    if not (where / artifacts.DESCRIPTION).is_file():
+        raise ValueError(f"{where} is a sequence-classification directory already; copy it")
+    found, below = _with_base(where, base)
+    role, trunk = RewardRole(found.adapter, found.head), found.trunk(below.config)
+    return save_full(out, below, role, trunk, found.meta, overwrite)
+
+
+def save_full(
+    out: str | Path, model: Model, role: RewardRole, trunk: ModelConfig, meta: dict[str, Any], overwrite: bool = False
+) -> Path:
+    """A role on a base as one sequence-classification directory: base cut to the role's trunk, adapter merged."""
+    cut = model.params
+    if trunk.num_layers < model.config.num_layers:
+        cut = cut | {"layers": jax.tree.map(lambda w: w[: trunk.num_layers], cut["layers"])}
+    return classifiers.save(out, trunk, cut, role.head, model.tokenizer, meta, overwrite, role.adapter)
+
+
+def find_reward(path: str | Path) -> Path:
+    """The directory that holds the reward model: `path`, or export/reward in the run directory `path`."""
+    given = Path(path).expanduser()
+    for where in (given, given / EXPORT / REWARD):
+        if (where / artifacts.DESCRIPTION).is_file() or (where / "config.json").is_file():
+            return where
+    if not given.exists():
+        return resolve(path)  # a hub name, or its error
+    raise FileNotFoundError(
+        f"{given} holds no reward model: neither {artifacts.DESCRIPTION} (of `ppo-jax reward`) nor config.json (of a "
+        "Hugging Face sequence classifier) is in it, nor in its export/reward"
+    )
+
+
+def _with_base(where: Path, base: str | None) -> tuple[artifacts.Artifact, Model]:
+    found = artifacts.load(where, "reward")
+    try:
+        model = load_model(base or found.base)
+    except FileNotFoundError as error:
+        if base:
+            raise
+        raise FileNotFoundError(f"{error} (the base that {where} names; give --model if it has moved)") from error
+    artifacts.check_base(found, model.fingerprint, model.config)
+    return found, model
+
+
+def _scorer(
+    name: str,
+    params: PyTree,
+    role: RewardRole,
+    config: ModelConfig,
+    tokenizer: Any,
+    max_length: int,
+    batch_sizes: Sequence[int],
+    meta: dict[str, Any],
+) -> Scorer:
+    if not 0 <= max_length <= config.max_positions or max_length == 1:
+        raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
+    max_length = max_length or config.max_positions
+    first = list(tokenizer("a")["input_ids"])[:1]
+    bos = first if first == [tokenizer.bos_token_id] else []
+    score_rows = row_scorer(params, role, config, max_length, batch_sizes)
+    return Scorer(name, tokenizer, bos, max_length, score_rows, meta)

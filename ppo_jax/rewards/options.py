@@ -1,0 +1,235 @@
+"""Where PPO's reward comes from, as a user says it: `--reward SOURCE [SOURCE ...]`.
+
+    runs/reward                        a reward model: a LoRA adapter on the policy's base, or a model of its own
+    http://127.0.0.1:8000/v1/score     a service (docs/rewards.md)
+    package.module:function            any Python function (prompts, responses, metadata) -> numbers
+    rewards.py:function                the same, in a file
+
+Several are summed with weights. All that is of the environment (variables, files, imports) is read here.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ppo_jax.models.files import artifacts
+from ppo_jax.models.pretrained import Model
+from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward, check_url
+from ppo_jax.rewards.base import ChosenReward, HostReward
+from ppo_jax.rewards.combine import scaled, weighted_sum
+from ppo_jax.rewards.failures import FailureLog, Report
+from ppo_jax.rewards.function import FunctionConfig, function_reward
+from ppo_jax.rewards.importing import load_function
+from ppo_jax.rewards.loading import Scorer, find_reward, load_reward, load_scorer
+from ppo_jax.rewards.model import row_scorer, text_reward
+from ppo_jax.types import Scores
+
+FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOptions:
+    """How the sources of the reward are called and summed."""
+
+    weights: tuple[float, ...] = ()
+    """One per source, for their sum; by default 1 each. Each is logged before its weight, as reward/NAME."""
+    token_env: str = ""
+    """Environment variable with the bearer token of the service; the token itself is never saved or logged."""
+    token_file: Path | None = None
+    """File with that token, instead."""
+    api: APIConfig = APIConfig()
+    """Calls of HTTP services."""
+    function: FunctionConfig = FunctionConfig()
+    """Calls of Python functions."""
+
+
+def choose_reward(
+    sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]
+) -> ChosenReward:
+    """The reward that a user named.
+
+    One reward model whose tokens are the policy's runs on the device. In a sum everything runs on the host, and reward
+    models read the text again (a LoRA one still on the policy's base in memory).
+
+    Args:
+      model: the policy's base.
+      stop_ids: what ends a response (`Sampling.stop_ids`).
+
+    Raises:
+      ValueError or FileNotFoundError: a source is none of these or cannot be used, or the weights or the token do not
+        fit; the message says which and what to do.
+    """
+    weights = _weights(sources, options.weights)
+    name = " + ".join(f"{weight:g} x {_identity(source)}" for weight, source in zip(weights, sources, strict=True))
+    failures, token = FailureLog(), read_token(options)
+    urls = [source for source in sources if kind_of(source) == "url"]
+    notices = _check_token(urls, token)
+    if len(sources) == 1 and kind_of(sources[0]) == "directory":
+        found = _explained(sources[0], lambda: load_reward(sources[0], model, stop_ids))
+        notices += (found.notice,) if found.notice else ()
+        device, host = found.device_reward, found.host_reward
+        if device is not None:
+            device = device if weights[0] == 1 else scaled(device, weights[0])
+            name = f"{weights[0]:g} x a reward model"  # which one its arrays tell
+            return ChosenReward(device, found.reward_params, None, failures, notices, found.meta, name)
+        assert host is not None
+        host, meta = _reported(host, sources[0], failures), found.meta
+        hosts = [host]
+    else:
+        meta = {}
+        hosts = [_host(source, options, token, model, failures) for source in sources]
+    if len(hosts) == 1 and weights[0] == 1:
+        return ChosenReward(None, None, hosts[0], failures, notices, meta, name)
+    parts = list(zip(part_names(sources), zip(hosts, weights, strict=True), strict=True))
+    summed = weighted_sum(dict(parts))  # the names differ, so none is lost
+    return ChosenReward(None, None, summed, failures, notices, meta, name)
+
+
+def kind_of(source: str) -> Literal["url", "function", "directory"]:
+    """Which of the forms a source has."""
+    if re.match(r"https?:", source, re.IGNORECASE):
+        return "url"
+    if ":" in source and not Path(source).expanduser().exists():
+        return "function"
+    return "directory"
+
+
+def part_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each source, all different: folder, host or function."""
+    names: list[str] = []
+    for source in sources:
+        kind = kind_of(source)
+        if kind == "url":
+            name = urlsplit(source).hostname or "service"
+        elif kind == "function":
+            name = source.rpartition(":")[2]
+        else:
+            path = Path(source).expanduser().resolve()
+            name = path.parent.parent.name if path.parts[-2:] == ("export", "reward") else path.name
+        numbered = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        names.append(next(one for one in numbered if one not in names))
+    return names
+
+
+def read_token(options: RewardOptions) -> str | None:
+    """The bearer token that the options name, or None. Errors name the variable or file, never what it holds."""
+    if options.token_env and options.token_file is not None:
+        raise ValueError("--scoring.token-env and --scoring.token-file exclude each other: choose one")
+    if options.token_env:
+        token = os.environ.get(options.token_env, "").strip()
+        if not token:
+            raise ValueError(f"--scoring.token-env: the environment variable {options.token_env} is not set, or empty")
+        return token
+    if options.token_file is None:
+        return None
+    path = options.token_file.expanduser()
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--scoring.token-file: {path} is not a file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--scoring.token-file: {path} cannot be read: {type(error).__name__}") from None
+    if not token:
+        raise ValueError(f"--scoring.token-file: {path} is empty")
+    return token
+
+
+def _weights(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
+    if not sources:
+        raise ValueError(f"no reward: give {FORMS}")
+    if len(weights) not in (0, len(sources)):
+        raise ValueError(f"--scoring.weights has {len(weights)} numbers for {len(sources)} rewards: give one for each")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"--scoring.weights: {weight} must be finite")
+    return list(weights) or [1.0] * len(sources)
+
+
+def _identity(source: str) -> str:
+    """What stays the same when a run is resumed: of a model its weights, wherever they lie by then."""
+    kind = kind_of(source)
+    if kind != "directory":
+        return "a service" if kind == "url" else source
+    where = _explained(source, lambda: find_reward(source))
+    arrays = sorted(where.glob("*.safetensors")) or sorted(where.glob("*.bin"))
+    digest = hashlib.sha256()
+    for path in arrays:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"model {digest.hexdigest()[:16]}"
+
+
+def _check_token(urls: Sequence[str], token: str | None) -> tuple[str, ...]:
+    """Notices; ValueError for a token that nobody, or more than one service, would get."""
+    hosts = {urlsplit(check_url(url))[:2] for url in urls}
+    if token is None:
+        return ()
+    if not hosts:
+        raise ValueError("a bearer token is given, but no --reward is a URL")
+    if len(hosts) > 1:
+        raise ValueError("a bearer token belongs to one service, but the URLs of --reward name several")
+    ((scheme, _),) = hosts
+    host = urlsplit(urls[0]).hostname or ""
+    if scheme == "http" and host not in (*LOOPBACK, "::1"):
+        return (f"the bearer token goes to {host} unencrypted, since the URL begins with http://",)
+    return ()
+
+
+def _host(source: str, options: RewardOptions, token: str | None, model: Model, report: Report) -> HostReward:
+    """One source as a reward on the host."""
+    kind = kind_of(source)
+    if kind == "url":
+        return api_reward(source, options.api, report, token)
+    if kind == "function":
+        return function_reward(load_function(source, options.function.per_sample), options.function, report)
+    scorer = _explained(source, lambda: _scorer(source, model))
+    return _reported(text_reward(scorer.score_rows, scorer.encode), source, report)
+
+
+def _scorer(source: str, model: Model) -> Scorer:
+    """A reward model that reads text; a LoRA one shares the policy's base."""
+    where = find_reward(source)
+    if not (where / artifacts.DESCRIPTION).is_file():
+        return load_scorer(source)
+    found = artifacts.load(where, "reward")
+    artifacts.check_base(found, model.fingerprint, model.config)
+    role, length = RewardRole(found.adapter, found.head), model.config.max_positions
+    first = list(model.tokenizer("a")["input_ids"])[:1]
+    bos = first if first == [model.tokenizer.bos_token_id] else []
+    rows = row_scorer(model.params, role, found.trunk(model.config), length)
+    return Scorer(source, model.tokenizer, bos, length, rows, found.meta)
+
+
+def _reported(reward: HostReward, source: str, report: Report) -> HostReward:
+    """The same reward; rows that it could not score are told of."""
+
+    def told(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        scores = reward(prompts, responses, metadata)
+        report(f"the reward model {source} gave no finite score", int(np.sum(~np.asarray(scores.valid, bool))), "")
+        return scores
+
+    return told
+
+
+def _explained(source: str, load: Callable[[], Any]) -> Any:
+    """`load()`; where nothing is at `source` the error also says what else a source may be."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        hint = f"; name the function in it, {source}:FUNCTION" if path.suffix == ".py" else ""
+        raise ValueError(f"--reward {source} is a file{hint or f'; give {FORMS}'}")
+    try:
+        return load()
+    except FileNotFoundError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(f"--reward: {error}. It takes {FORMS}") from error

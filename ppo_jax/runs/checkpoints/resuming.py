@@ -1,0 +1,149 @@
+"""Going on with a run: the newest checkpoint that is whole, the facts that must be the same, and where damage goes."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from ppo_jax.data.jsonl import read_jsonl, truncate_jsonl
+from ppo_jax.parallel.agreement import agree, of_first
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import rundir
+from ppo_jax.types import PyTree
+
+Resume = Literal["no", "yes", "auto"]  # auto: go on with a run if there is one, else start one
+
+# Facts (dotted prefixes) that may change between the two parts of a run. All others must be the same: with another
+# base, reward, seed or batch the second part would not be the run that the first one was.
+MAY_CHANGE = (
+    "hyper.",
+    "loop.",
+    "versions.",
+    "machine.",
+    "base.name",
+    "held_out",
+    "ppo.accumulate",
+    "ppo.logprob_chunk",
+    "ppo.sampling.gather_weights",
+    "compute.remat",
+    "compute.attention",
+)
+
+
+class IncompatibleRun(ValueError):
+    """The checkpoint belongs to a run with other facts; all of them are listed."""
+
+
+class Restored(NamedTuple):
+    state: PyTree
+    step: int
+    meta: dict[str, Any]  # what was saved beside the state
+
+
+def restore(
+    directory: Path, target: PyTree, facts: Mapping[str, Any], notify: Callable[[str], None]
+) -> Restored | None:
+    """The newest whole checkpoint of a run directory, in the structure of `target`; None where there is none.
+
+    `facts` (nested, of JSON values) are compared with those of the checkpoint under "facts". Damaged checkpoints are
+    named through `notify` and, once an older one could be read, moved into the folder `damaged/`: none is deleted.
+
+    Collective. A checkpoint that is damaged for one of several processes is so for all: they take the newest that is
+    whole for each, and the first of them moves the others.
+
+    Raises:
+      IncompatibleRun: facts differ that may not.
+      CheckpointError: the state has another shape; or there are checkpoints, and all of them are damaged.
+      OSError: a damaged checkpoint cannot be moved.
+    """
+    checkpoints = directory / rundir.CHECKPOINTS
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(of_first(store.all_steps(checkpoints))):
+
+        def read_facts(step: int = step) -> dict[str, Any]:
+            meta = store.read_meta(checkpoints, step)
+            _check(checkpoints / str(step), meta.get("facts", {}), facts, notify)
+            return meta
+
+        try:
+            kinds = IncompatibleRun, store.CheckpointError, store.DamagedCheckpoint, FileNotFoundError
+            meta = agree(read_facts, *kinds)
+            state, _ = store.restore(checkpoints, target, step)
+        except store.DamagedCheckpoint as error:
+            notify(f"damaged checkpoint: {error}")
+            damaged.append((step, str(error)))
+            continue
+        for number, _ in damaged:
+            kept = agree(functools.partial(_first_sets_aside, directory, number))
+            if kept is not None:
+                notify(f"the damaged checkpoint of update {number} was moved to {kept}; going on from update {step}")
+        return Restored(state, step, meta)
+    if damaged:
+        raise store.CheckpointError(
+            f"{checkpoints}: no checkpoint can be read:\n  " + "\n  ".join(text for _, text in damaged) + "\n"
+            "Bring one back from a copy, or start anew with --overwrite or in another run directory"
+        )
+    return None
+
+
+def _first_sets_aside(directory: Path, step: int) -> Path | None:
+    """None in every process but the first, whose directory is the run's."""
+    return set_aside(directory, step) if jax.process_index() == 0 else None
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Moves a checkpoint out of the way, under a name that is free."""
+    folder = directory / rundir.DAMAGED
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+    target = next(folder / name for name in names if not (folder / name).exists())
+    (directory / rundir.CHECKPOINTS / str(step)).rename(target)
+    return target
+
+
+def drop_later_records(directory: Path, step: int) -> None:
+    """Drops what a run wrote after `step`, and the samples of an evaluation at `step` that has no record yet."""
+    rundir.truncate_run(directory, step)
+    records = read_jsonl(directory / rundir.METRICS)
+    if not any(record.get("phase") == "eval" and record.get("step") == step for record in records):
+        truncate_jsonl(directory / rundir.SAMPLES, step - 1)
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(lines of facts that must not differ and do, lines of those that may), by dotted name."""
+    old, new = _flat(saved), _flat(now)
+    serious: list[str] = []
+    harmless: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now"
+            (harmless if name.startswith(MAY_CHANGE) else serious).append(line)
+    return serious, harmless
+
+
+def _check(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], notify: Callable[[str], None]) -> None:
+    serious, harmless = differences(saved, now)
+    if serious:
+        raise IncompatibleRun(
+            f"{path} is of another run:\n  " + "\n  ".join(serious) + "\n"
+            "Give the same again, or choose another run directory; a trained policy can be taken from export/"
+        )
+    if harmless:
+        notify("resumed with changes:\n  " + "\n  ".join(harmless))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _shown(flat: Mapping[str, Any], name: str) -> str:
+    return str(flat[name]) if name in flat else "nothing"

@@ -1,0 +1,92 @@
+"""`ppo-jax dpo`: a policy from preference pairs alone, in one run directory (train.dpo is the method).
+
+base --run_dpo--> policy                with the base as the reference, and no reward model in between
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from ppo_jax.data import EncodedPairs, PairBatch, PairRecord, TooLong, encode_pairs, pair_batches
+from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.placement import place_on_mesh
+from ppo_jax.models.pretrained import Model
+from ppo_jax.parallel.mesh import round_up_to_devices
+from ppo_jax.runs.offline import Phase, StageResult, run_offline
+from ppo_jax.runs.output.screen import Screen
+from ppo_jax.train import offline
+from ppo_jax.train.dpo import DPOConfig, Preferences, evaluate, make_measure, train_dpo
+
+
+class Pairs(NamedTuple):
+    """Token rows of prompt + response + EOS, and where the responses start."""
+
+    encoded: EncodedPairs
+    starts: Int[np.ndarray, "N 2"]  # of the chosen and of the rejected row
+
+
+def encode(records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error") -> Pairs:
+    """`data.encode_pairs` with EOS, and the first response token of each row.
+
+    Raises:
+      ValueError: as `encode_pairs`; also with "truncate_left" if a response alone is too long.
+    """
+    encoded = encode_pairs(records, tokenizer, max_length, too_long)
+    for row, kept in enumerate(encoded.kept):
+        if min(encoded.starts[row]) < 0:
+            raise ValueError(f"{records[kept].where}: a response alone does not fit into {max_length} tokens")
+    return Pairs(encoded, np.asarray(encoded.starts, np.int32).reshape(-1, 2))
+
+
+def preferences(batch: PairBatch, starts: Int[np.ndarray, "N 2"]) -> Preferences:
+    """The batch, still the host's, with the loss on its responses."""
+    mask = np.stack([batch.chosen_mask, batch.rejected_mask], axis=1)
+    loss_mask = mask & (np.arange(mask.shape[2]) >= starts[batch.index][..., None])
+    tokens = np.stack([batch.chosen, batch.rejected], axis=1)
+    return Preferences(tokens, mask, loss_mask)  # type: ignore[arg-type]  # numpy until it is fed
+
+
+def run_dpo(
+    directory: Path,
+    model: Model,
+    adapter: AdapterConfig,
+    train: Pairs,
+    held_out: Pairs,
+    dpo: DPOConfig,
+    seed: int,
+    screen: Screen,
+) -> StageResult:
+    """Trains on pairs in an opened run directory; leaves export/policy and, merged, export/model.
+
+    It measures the metrics of `train.dpo.preference_loss`. Raises ValueError when there are fewer pairs than a batch
+    has.
+    """
+    batches = _batches(train, dpo.batch_size, seed, model.pad_id)
+    steps, size = dpo.num_steps(len(train.starts)), round_up_to_devices(min(dpo.micro_batch, len(held_out.starts)))
+    run, base = make_measure(model.config, dpo), place_on_mesh(model.params)
+    return run_offline(
+        directory,
+        model._replace(params=base),
+        adapter,
+        Phase("dpo", steps, ("loss", "accuracy", "margin")),
+        lambda tuned: evaluate(run, tuned, base, in_order(held_out, size, model.pad_id)),
+        lambda tuned, write: train_dpo(
+            tuned, base, model.config, dpo, lambda step: preferences(batches[step], train.starts), steps, write
+        ),
+        seed,
+        screen,
+    )
+
+
+def in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:
+    """All pairs once, in batches of one shape: the last one is filled up with pairs whose loss mask is empty."""
+    rows = _batches(pairs, len(pairs.starts), 0, pad_id)[0]
+    return offline.in_order(preferences(rows, pairs.starts), batch_size)
+
+
+def _batches(pairs: Pairs, batch_size: int, seed: int, pad_id: int) -> Any:
+    encoded = pairs.encoded
+    return pair_batches(encoded.chosen, encoded.rejected, encoded.margins, batch_size, seed, pad_id)

@@ -1,0 +1,154 @@
+"""Evaluations of a run: the held-out prompts in pieces, rewards, judges, KL; records, samples, a table on screen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ppo_jax.data import left_pad
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.parallel import processes
+from ppo_jax.rewards.combine import SplitReward
+from ppo_jax.rewards.scores import as_scores, only_finite
+from ppo_jax.runs.output import rundir, writers
+from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.setup import Setup, decode_responses
+from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.state import TrainState, key_stream
+from ppo_jax.types import Frozen, Prompts
+
+SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
+SHOWN = 4  # of them in the table on screen
+
+NOT_SCORES = ("valid", "tokens", "ended")
+
+Columns = dict[str, np.ndarray]  # one array per score, NaN where a reward failed
+
+
+def make_evaluator(
+    directory: Path,
+    setup: Setup,
+    frozen: Frozen,
+    write: writers.Writer,
+    put_samples: Callable[..., object],
+    screen: Screen,
+    evaluations: dict[int, dict[str, float]],
+    stopping: Callable[[], bool] = lambda: False,
+) -> Callable[[int, TrainState], dict[str, float] | None]:
+    """evaluate(step, state): scores the held-out prompts, writes samples and phase "eval", fills `evaluations`.
+
+    The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
+    same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
+    ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
+    failure of the disk through.
+    """
+    ppo, score = setup.ppo, setup.ppo.score
+    run = make_evaluate(setup.model.config, ppo.sampling, setup.device_reward, ppo.logprob_chunk, score.truncate_ids)
+    held_out = setup.held_out
+    length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
+    tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
+    count = len(tokens)
+    size = min(setup.loop.batch_size, count)
+    key = key_stream(setup.seed, "evaluation")
+
+    def evaluate(step: int, state: TrainState) -> dict[str, float] | None:
+        pieces: list[Columns] = []
+        responses: list[str] = []
+        for number, first in enumerate(range(0, count, size)):
+            if stopping():
+                return None
+            # The last piece is filled up with rows seen before, so that one program serves; they are cut off again.
+            rows = np.arange(first, first + size) % count
+            used = min(size, count - first)
+            prompts = processes.feed(Prompts(tokens[rows], mask[rows], rows.astype(np.int32)))  # type: ignore[arg-type]
+            result = processes.fetch(run(state.policy, frozen, prompts, jax.random.fold_in(key, number), setup.hyper))
+            result = jax.tree.map(lambda x, used=used: x[:used], result)
+            texts = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
+            pieces.append(columns_of(setup, result, rows[:used], texts))
+            responses += texts
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        values = summary(columns)
+        evaluations[step] = values
+        # First the samples: where the record stands, the evaluation is whole.
+        scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
+        put_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
+        write(step, "eval", values)
+        if step == setup.loop.updates:
+            _show(directory, step, screen)
+        return values
+
+    return evaluate
+
+
+def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """What an interrupted run had already evaluated."""
+    return {
+        record["step"]: {name: value for name, value in record.items() if name not in writers.RESERVED}
+        for record in read_jsonl(directory / rundir.METRICS)
+        if record["phase"] == "eval"
+    }
+
+
+def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+    """Of the held-out prompts `rows`, one number per response and score."""
+    scores = result.scores
+    prompts = [setup.held_out.texts[i] for i in rows]
+    if scores is None:
+        assert setup.host_reward is not None
+        given = SplitReward(setup.host_reward)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        scores = as_scores(given, len(responses))
+    valid = np.asarray(only_finite(scores).valid)
+    columns = {"valid": valid, "reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+    columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
+    columns |= {name: np.asarray(judge(result.rollout, prompts, responses)) for name, judge in setup.judges.items()}
+    columns["kl"] = np.asarray(result.kl)
+    columns["tokens"] = np.asarray(result.rollout.response_mask).sum(axis=1)
+    columns["ended"] = np.asarray(result.rollout.terminated)
+    return columns
+
+
+def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means and deviations. Rewards and their parts are those of the rows that were scored. Everything else is of all
+    rows: a KL or a judge that is not a number there is a defect, and shows as one."""
+    valid = columns["valid"]
+    scores = {
+        name: column[valid] if name == "reward" or name.startswith("reward/") else column
+        for name, column in columns.items()
+        if name not in NOT_SCORES
+    }
+    values = {name: _mean(column) for name, column in scores.items()}
+    values |= {f"{name}_std": _std(column) for name, column in scores.items()}
+    tokens = columns["tokens"]
+    values["invalid_scores"] = float((~valid).mean())
+    values["kl_per_token"] = float(columns["kl"].sum(dtype=np.float64) / max(tokens.sum(), 1))
+    values["response_length"] = float(tokens.mean())
+    values["eos_rate"] = float(columns["ended"].mean())
+    return values
+
+
+def _mean(column: np.ndarray) -> float:
+    """NaN where there is nothing, as where every reward failed."""
+    return float(np.mean(column, dtype=np.float64)) if column.size else float("nan")
+
+
+def _std(column: np.ndarray) -> float:
+    return float(np.std(column, ddof=1, dtype=np.float64)) if column.size > 1 else float("nan")
+
+
+def _show(directory: Path, step: int, screen: Screen) -> None:
+    """Samples before and after, as a table; read from the file, since an earlier process may have written the first."""
+    try:
+        found = read_jsonl(directory / rundir.SAMPLES)
+    except (OSError, ValueError):
+        return  # the failure to write them has been reported
+    sides = [[s for s in found if s["step"] == when][:SHOWN] for when in (0, step)]
+    if not sides[0] or len(sides[0]) != len(sides[1]):
+        return
+    before, after = ([sample["response"] for sample in side] for side in sides)
+    scores, after_scores = ([_number(sample["scores"].get("reward")) for sample in side] for side in sides)
+    screen.sample([sample["prompt"] for sample in sides[0]], before, after, scores, after_scores)
+
+
+def _number(value: object) -> float:
+    return float("nan") if value is None else float(str(value))

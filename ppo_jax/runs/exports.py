@@ -1,0 +1,86 @@
+"""What a run leaves for others: policies as artifacts, and merged models."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.models.files import artifacts, hf
+from ppo_jax.models.files.artifacts import BEST, CRITIC, EMA, EXPORT, POLICY
+from ppo_jax.models.pretrained import Model
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import rundir
+from ppo_jax.runs.setup import Result, Setup
+from ppo_jax.train.state import TrainState
+from ppo_jax.types import Policy, PyTree
+
+
+def export_policies(
+    directory: Path,
+    setup: Setup,
+    state: TrainState,
+    evaluations: dict[int, dict[str, float]],
+    best: Mapping[str, Any],
+    notify: Callable[[str], None],
+) -> Result:
+    """Saves the last policy, and the best one where that is another; what the run returns."""
+    updates = setup.loop.updates
+    after = evaluations.get(updates, {})
+    _save_policy(directory / EXPORT / POLICY, setup, state.policy, {"updates": updates, "evaluation": after})
+    if state.policy.critic is not None:
+        _save_policy(directory / EXPORT / CRITIC, setup, state.policy._replace(adapter=state.policy.critic), {})
+    if state.ema is not None:
+        _save_policy(directory / EXPORT / EMA, setup, state.ema, {"decay": setup.ppo.ema_decay})
+    step = best.get("step", updates)
+    if 0 < step < updates:
+        try:
+            part, _ = store.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
+        except (store.CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
+            notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
+            return Result(state.policy, evaluations.get(0, {}), after)
+        facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
+        _save_policy(directory / EXPORT / BEST, setup, part["policy"], facts)
+    return Result(state.policy, evaluations.get(0, {}), after)
+
+
+def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:
+    model = setup.model
+    artifacts.save(
+        path,
+        "policy",
+        policy.adapter,
+        policy.value_head,
+        facts,
+        config=model.config,
+        base=model.name,
+        base_fingerprint=model.fingerprint,
+        overwrite=True,
+    )
+
+
+def save_role(
+    path: Path,
+    kind: artifacts.Kind,
+    adapter: PyTree,
+    head: PyTree,
+    model: Model,
+    meta: dict,
+    layers: int | None = None,
+) -> None:
+    """An artifact of this model, replacing the one that an interrupted run may have left. All processes call it."""
+    artifacts.save(
+        path,
+        kind,
+        adapter,
+        head,
+        meta,
+        config=model.config,
+        base=model.name,
+        base_fingerprint=model.fingerprint,
+        layers=layers,
+        overwrite=True,
+    )
+
+
+def write_model(path: Path, model: Model, adapter: PyTree) -> None:
+    """Writes base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
+    hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)

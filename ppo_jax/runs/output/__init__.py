@@ -1,0 +1,1 @@
+"""What a run leaves for people and other runs: its directory, configuration, records and screen."""

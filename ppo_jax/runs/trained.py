@@ -1,0 +1,214 @@
+"""A trained policy, found in a run directory: in a checkpoint, or in what the run left in export/."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.adapters import AdapterConfig, Lora
+from ppo_jax.models.config import ModelOptions
+from ppo_jax.models.files import artifacts
+from ppo_jax.models.files.artifacts import BEST, EXPORT, POLICY
+from ppo_jax.models.placement import shardings
+from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.parallel import sharding
+from ppo_jax.parallel.mesh import current_mesh
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.output import config, rundir, writers
+from ppo_jax.types import PyTree
+
+_PREFIX = "policy.adapter."  # of the leaves of a checkpoint that make the policy
+_LARGEST_TEXT = 10**8  # bytes of a config.yaml: YAML itself is limited by `config`
+
+
+class Trained(NamedTuple):
+    """A policy and the base that it was trained on."""
+
+    model: Model
+    adapter: PyTree
+    head: PyTree  # value head; {} where there is none
+    step: int | None  # update (or step of another stage) that it is from; None: not known
+    source: str  # where in the run it was found: "export/policy", "checkpoints/40"
+    base: str  # what the run called its base
+    evaluation: dict[str, float]  # the last one at or before `step`; {}: none
+    settings: dict[str, Any]  # the run's config.yaml; {}: there is none
+
+
+def find(
+    run: str | Path, step: int | None = None, model: str | None = None, options: ModelOptions | None = None
+) -> Trained:
+    """The newest policy of a run, or that of update `step`, with its base.
+
+    A run directory's export/policy counts unless a newer checkpoint is whole; `run` may also be an artifact itself.
+
+    Args:
+      model: the base, where the run's own name for it is no longer right.
+      options: how the base is run (`runs.load_model`).
+
+    Raises:
+      FileNotFoundError: there is no such run, no policy in it, no such step, or the base is gone.
+      ValueError: a file is damaged, or the base is another one than the run's.
+    """
+    where = Path(run).expanduser()
+    found = _stored(where, step)
+    if found is None:
+        return _from_checkpoint(where, step, model, options)
+    try:
+        base = load_model(model or found.base, options)
+    except FileNotFoundError as error:
+        if model:
+            raise
+        raise FileNotFoundError(f"{error} (the base that {found.path} names; give --model if it has moved)") from error
+    artifacts.check_base(found, base.fingerprint, base.config)
+    folder = where if (where / artifacts.DESCRIPTION).is_file() else where / EXPORT
+    source = Path(found.path).name if folder == where else f"{EXPORT}/{Path(found.path).name}"
+    evaluation = found.meta.get("evaluation")
+    evaluation = evaluation if isinstance(evaluation, dict) else {}
+    known = settings(where)
+    return Trained(base, found.adapter, found.head, _updates(found), source, found.base, evaluation, known)
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """The content of a run's config.yaml; {} where there is none."""
+    file = run / rundir.CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > _LARGEST_TEXT:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        return config.plain(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _stored(where: Path, step: int | None) -> artifacts.Artifact | None:
+    """The artifact that serves; None: a checkpoint does."""
+    if (where / artifacts.DESCRIPTION).is_file():
+        if step is not None:
+            raise ValueError(f"{where} is a single adapter, not a run: --step {step} has nothing to choose from")
+        return artifacts.load(where, "policy")
+    if not where.is_dir():
+        raise FileNotFoundError(f"{where}: no such run directory")
+    steps = store.all_steps(where / rundir.CHECKPOINTS) if (where / rundir.CHECKPOINTS).is_dir() else []
+    folders = [where / EXPORT / name for name in (POLICY, BEST)]
+    present = [folder for folder in folders if folder.is_dir()]
+    if not present and not steps:
+        hint = "; it is a model, so give it as --model" if (where / "config.json").is_file() else ""
+        raise FileNotFoundError(
+            f"{where} holds no trained policy: no {EXPORT}/{POLICY}, no {rundir.CHECKPOINTS}/, and "
+            f"{artifacts.DESCRIPTION} is missing{hint}"
+        )
+    for folder in present if step is not None else present[:1]:
+        found = artifacts.load(folder, "policy")
+        done = _updates(found)
+        if step is None and not (steps and done is not None and steps[-1] > done):
+            return found
+        if step is not None and step == done:
+            return found
+    if step is not None and step not in steps:
+        have = ", ".join(map(str, steps)) or "none"
+        raise FileNotFoundError(f"{where} holds no policy of --step {step}; its checkpoints: {have}")
+    return None
+
+
+def _updates(found: artifacts.Artifact) -> int | None:
+    done = found.meta.get("updates", found.meta.get("steps"))
+    return done if isinstance(done, int) and not isinstance(done, bool) else None
+
+
+def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
+    """The policy of one checkpoint, or of the newest that is whole."""
+    folder = where / rundir.CHECKPOINTS
+    load = functools.lru_cache(maxsize=1)(lambda name: load_model(name, options))  # once for all checkpoints of a base
+    if step is not None:
+        return _read(where, step, model, load)
+    damaged = []
+    for number in reversed(store.all_steps(folder)):
+        try:
+            return _read(where, number, model, load)
+        except store.DamagedCheckpoint as error:
+            warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
+            damaged.append(str(error))
+    raise store.CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
+
+
+def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model]) -> Trained:
+    folder = where / rundir.CHECKPOINTS
+    at, meta = folder / str(step), store.read_meta(folder, step)
+    named = meta.get("facts", {}).get("base", {})
+    known = config.plain(meta["config"], f"{at}: config") if meta.get("config") else settings(where)
+    name = model or named.get("name")
+    if not name:
+        raise ValueError(f"{at} does not name its base; give it with --model")
+    base = load(name)
+    if "fingerprint" in named and named["fingerprint"] != base.fingerprint:
+        raise ValueError(
+            f"{at} was trained on other weights: those of {named.get('name')} (sha256 {named['fingerprint'][:12]}...), "
+            f"while this model's are {base.fingerprint[:12]}...; give that base with --model"
+        )
+    manifest = store.read_manifest(folder, step)
+    paths = [path for path in manifest if path.startswith(_PREFIX)]
+    # Compared with the base before anything is allocated.
+    dtypes = {path: manifest[path]["dtype"] for path in paths}
+    shapes = {
+        path: jax.ShapeDtypeStruct(manifest[path]["shape"], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+        for path, dtype in dtypes.items()
+    }
+    scales = AdapterConfig()
+    if any(".lora." in path for path in paths):
+        if not isinstance(known.get("policy"), dict):
+            raise ValueError(f"{at}: policy.alpha, the scale of its LoRA, is not in {where / rundir.CONFIG}")
+        scales = config.from_yaml(AdapterConfig, yaml.safe_dump(known["policy"]), f"{where / rundir.CONFIG}: policy")
+    if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
+        raise store.CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
+    adapter = _restored(folder, _tree(shapes, scales.alpha), step)
+    return Trained(
+        base,
+        adapter,
+        {},
+        step,
+        f"{rundir.CHECKPOINTS}/{step}",
+        named.get("name", name),
+        _evaluation(where, step),
+        known,
+    )
+
+
+def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
+    """The adapter, read straight onto the current mesh, or onto the default device."""
+    mesh = current_mesh()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    layout = jax.tree.map(lambda x: device, shapes) if mesh is None else shardings(shapes, mesh)
+    target = {"policy": {"adapter": sharding.abstract(shapes, layout)}}
+    return store.restore(folder, target, step, part=True)[0]["policy"]["adapter"]
+
+
+def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
+    """The adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.removeprefix(_PREFIX).split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    for name, pair in tree.get("lora", {}).items():
+        if len(rank := pair["a"].shape) != 3 or not rank[-1]:
+            raise store.CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
+        tree["lora"][name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
+    return tree
+
+
+def _evaluation(where: Path, step: int) -> dict[str, float]:
+    found: dict[str, Any] = {}
+    for record in read_jsonl(where / rundir.METRICS):
+        at = record.get("step")
+        if record.get("phase") == "eval" and isinstance(at, int) and at <= step:
+            found = record
+    return {name: value for name, value in found.items() if name not in writers.RESERVED}

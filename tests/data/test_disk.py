@@ -1,0 +1,93 @@
+"""A directory that cannot be put in its place leaves the older one there: exports, artifacts and classifiers."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ppo_jax.cli import main as cli
+from ppo_jax.data.disk import swap
+from ppo_jax.models.adapters import init_lora
+from ppo_jax.models.files import artifacts, classifiers, hf
+from ppo_jax.models.heads import RewardHead
+from tests.data.tokenizer import make_tokenizer
+from tests.models.tiny import CONFIG, random_params
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def artifact(path: Path, seed: int) -> None:
+    adapter = init_lora(jax.random.key(seed), CONFIG, rank=2, alpha=2.0)
+    facts = {"config": CONFIG, "base": "base", "base_fingerprint": "f" * 64}
+    artifacts.save(path, "policy", adapter, {}, {}, overwrite=True, **facts)
+
+
+def classifier(path: Path, seed: int) -> None:
+    head = RewardHead().init(jax.random.key(seed), jnp.zeros((1, CONFIG.hidden_size)))["params"]
+    params = random_params(CONFIG, seed)
+    classifiers.save(path, CONFIG, params, head, make_tokenizer(), overwrite=True)
+
+
+def export(path: Path, seed: int) -> None:
+    model = path.parent / f"base-{seed}"
+    if not model.exists():
+        hf.save(model, CONFIG, random_params(CONFIG, seed), make_tokenizer())
+    if cli.main(["export", "--model", str(model), "--to", str(path), "--overwrite"]):
+        raise OSError("the command failed")
+
+
+@pytest.mark.parametrize("save", [artifact, classifier, export])
+def test_what_is_there_stays_where_the_new_one_cannot_be_put(
+    save: Callable[[Path, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "it"
+    save(target, 1)
+    before, real = content(target), os.replace
+
+    def full(source: Path, to: Path) -> None:
+        if Path(to) == target and ".partial-" in Path(source).name:
+            raise OSError(errno.EIO, "injected", str(to))
+        real(source, to)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        save(target, 2)
+    assert content(target) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    monkeypatch.undo()
+    save(target, 2)
+    assert content(target) != before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_interruption_between_the_two_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    real, calls = os.replace, []
+
+    def interrupted(source: Path, to: Path) -> None:
+        calls.append(to)
+        real(source, to)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        swap(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    swap(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "a").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_gone_cannot_be_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(FileNotFoundError):
+        swap(tmp_path / "gone", tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

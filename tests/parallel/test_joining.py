@@ -1,0 +1,99 @@
+"""Real processes that are told nothing: Slurm's or a TPU pod's variables in their environment bring them together."""
+
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, jax
+from jax.experimental import multihost_utils
+from ppo_jax.distributed import start
+start()
+seen = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 10))
+here = jax.process_index(), jax.process_count(), jax.local_device_count()
+print(json.dumps([*here, seen.tolist(), jax.config.jax_enable_compilation_cache]), flush=True)
+"""
+OTHERS = ("SLURM_", "TPU_", "MEGASCALE_")
+JOB = random.randrange(1, 4096)  # jax takes the coordinator's port from the job's number
+
+
+def slurm(process: int) -> dict[str, str]:
+    """What srun gives each task of a step with two tasks, the node's name aside."""
+    found = {"JOB_ID": JOB, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    return {f"SLURM_{name}": str(value) for name, value in found.items()}
+
+
+def pod(process: int) -> dict[str, str]:
+    """What a pod slice of two hosts gives each; JAX_FORCE_TPU_INIT stands in for the chips."""
+    hosts = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(process)}
+    return hosts | {"TPU_SKIP_MDS_QUERY": "1", "JAX_FORCE_TPU_INIT": "1"}
+
+
+def addressed(process: int) -> dict[str, str]:
+    """The same as newer runtimes say it."""
+    given = pod(process)
+    return given | {"TPU_PROCESS_ADDRESSES": given.pop("TPU_WORKER_HOSTNAMES")}
+
+
+def slices(process: int) -> dict[str, str]:
+    """Two slices of one host each."""
+    alone = pod(0) | {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}
+    return alone | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": str(process)}
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """The metadata server of a Cloud machine that has nothing to add to the environment."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def metadata() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def run(environments: list[dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of one process per environment, all at once."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
+    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    command, pipe = [sys.executable, "-c", PROGRAM], subprocess.PIPE
+    started = [subprocess.Popen(command, env=clean | e, stdout=pipe, stderr=pipe, text=True) for e in environments]
+    try:
+        said = [process.communicate(timeout=120) for process in started]  # raises when they hang
+        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("platform", [slurm, pod, addressed, slices])
+def test_processes_find_each_other_without_arguments(platform: Callable[[int], dict], metadata: str) -> None:
+    found = run([platform(i) | {"GCE_METADATA_IP": metadata} for i in range(2)])
+    for i, (code, out, errors) in enumerate(found):
+        assert code == 0, errors
+        assert json.loads(out.splitlines()[-1]) == [i, 2, 1, [10, 11], False]
+
+
+def test_a_platform_that_does_not_answer_is_an_error_that_says_what_to_give() -> None:
+    [(code, _, errors)] = run([pod(0) | {"GCE_METADATA_IP": "127.0.0.1:9"}])
+    assert code == 1 and "ConnectionError: the processes did not come together" in errors
+    assert "Give --distributed.coordinator" in errors

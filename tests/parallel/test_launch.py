@@ -1,0 +1,122 @@
+"""`ppo-jax ppo` in two processes by experiments/launch/one_machine.sh: one run directory, as one process leaves it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.cli import main as cli
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import artifacts, hf
+from ppo_jax.runs.checkpoints import store
+from tests.data.tokenizer import EOS, make_tokenizer
+from tests.models.tiny import random_params
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "experiments" / "launch").glob("*.sh"))
+MODEL = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=64,
+    eos_token_ids=(EOS,),
+)
+REWARD = """
+import os
+def length(prompts, responses, metadata):
+    with open(os.environ["CALLS"] + str(os.getpid()), "a") as log:
+        print(len(responses), file=log)
+    return [len(response) / 10 for response in responses]
+"""
+
+
+def make_world(folder: Path) -> None:
+    hf.save(folder / "model", MODEL, random_params(MODEL), make_tokenizer())
+    (folder / "reward.py").write_text(REWARD)
+    lines = [json.dumps({"prompt": "abcd"[: 1 + i % 4], "metadata": {"n": i}}) + "\n" for i in range(30)]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+
+
+def options(name: str) -> list[str]:
+    text = (
+        f"--model model --prompts prompts.jsonl --reward reward.py:length --run-dir {name} --loop.updates 2 "
+        "--held-out 4 --loop.batch-size 8 --ppo.sampling.response-length 4 --ppo.epochs 1 --ppo.num-minibatches 2 "
+        "--policy.kind full"
+    )
+    return text.split()
+
+
+def start(folder: Path, command: list[str], **more: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PATH": path, "TMPDIR": str(folder / "private")} | more
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def test_two_processes_leave_what_one_leaves(tmp_path: Path) -> None:
+    make_world(tmp_path)
+    (tmp_path / "private").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = ROOT / "experiments" / "launch" / "one_machine.sh"
+    joined = [str(script), *options("two"), "--mesh.fsdp", "2"]
+    start(tmp_path, joined, PROCESSES="2", PORT=str(port), CALLS=str(tmp_path / "two-calls-"))
+    start(tmp_path, ["ppo-jax", "ppo", *options("one")], CALLS=str(tmp_path / "one-calls-"))
+
+    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [(r["step"], r["phase"]) for r in two] == [(r["step"], r["phase"]) for r in one]  # written by one process
+    for record, expected in zip(two, one, strict=True):
+        for name in ("reward", "kl", "policy_loss", "response_length"):
+            if name in expected:
+                np.testing.assert_allclose(record[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    # Each process was asked for its half of every batch, in training and in evaluation.
+    calls = [sorted(p.read_text().split()) for p in tmp_path.glob("two-calls-*")]
+    assert calls == [["2", "2", "4", "4"]] * 2
+    assert (tmp_path / "two" / "report.html").is_file()
+    assert store.latest_step(tmp_path / "two" / "checkpoints") == 2
+    assert not list((tmp_path / "private").glob("ppo_jax-*"))  # what the second process wrote for itself is gone
+    policies = [artifacts.load(tmp_path / name / "export" / "policy", "policy").adapter for name in ("one", "two")]
+    for left, right in zip(*map(jax.tree.leaves, policies), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=1e-3, atol=1e-5)
+    # What the run has left is what the command writes, from the policy and from the checkpoint of both.
+    left = (tmp_path / "two" / "export" / "model" / "model.safetensors").read_bytes()
+    for folder in ("from policy", "from checkpoint"):
+        given = ["--model", str(tmp_path / "model"), "--to", str(tmp_path / folder)]
+        assert cli.main(["export", str(tmp_path / "two"), *given]) == 0
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == left
+        shutil.rmtree(tmp_path / "two" / "export" / "policy", ignore_errors=True)
+
+
+def test_the_scripts_are_shell() -> None:
+    assert {path.name for path in SCRIPTS} == {"one_machine.sh", "slurm_gpu.sh", "tpu_pod.sh"}
+    for path in SCRIPTS:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (2, False), (75, True)])
+def test_a_slurm_job_that_was_stopped_and_saved_is_queued_again(tmp_path: Path, code: int, queued: bool) -> None:
+    """Slurm's two commands replaced by recorders: the script's own logic is run."""
+    for name, text in {"srun": f"exit {code}", "scontrol": 'echo "$@" > queued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": "/h", "SLURM_JOB_ID": "7"}
+    script = str(ROOT / "experiments" / "launch" / "slurm_gpu.sh")
+    done = subprocess.run([script], cwd=tmp_path, env=environment | {"SLURM_JOB_NAME": "ppo"}, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 7\n"

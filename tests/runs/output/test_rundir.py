@@ -1,0 +1,150 @@
+"""rundir: no run is ever lost by a slip, and what is in the way is named."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.runs.output import rundir, writers
+
+
+def make_run(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.yaml").write_text("seed: 0\n")
+    (path / "metrics.jsonl").write_text('{"step": 1, "phase": "ppo"}\n')
+    (path / "checkpoints" / "1").mkdir(parents=True)
+    (path / "notes.txt").write_text("mine")
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_new_nested_directory_is_made(tmp_path: Path):
+    run = rundir.open_run(tmp_path / "a" / "b")
+    assert run.is_dir() and list(run.iterdir()) == [] and not rundir.holds_run(run)
+
+
+def test_directory_with_a_run_is_refused_and_untouched(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"already holds a run .*config\.yaml.*--resume.*--overwrite"):
+        rundir.open_run(run)
+    assert contents(run) == before
+
+
+def test_resume_keeps_everything_and_starts_where_there_is_none(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    before = contents(run)
+    for resume in (True, "yes", "auto"):
+        assert rundir.open_run(run, resume=resume) == run
+        assert contents(run) == before
+    assert rundir.open_run(tmp_path / "fresh", resume="auto").is_dir()
+    with pytest.raises(ValueError, match=r"mistyped holds no run to go on with: --resume auto starts one"):
+        rundir.open_run(tmp_path / "mistyped", resume="yes")
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    rundir.open_run(run, overwrite=True)
+    assert [p.name for p in run.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_follows_no_link_out_of_the_run(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights").write_text("precious")
+    (run / "export").symlink_to(elsewhere)
+    rundir.open_run(run, overwrite=True)
+    assert (elsewhere / "weights").read_text() == "precious" and not (run / "export").exists()
+
+
+def test_overwrite_does_not_delete_what_may_not_be_a_run(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model").write_text("somebody else's")
+    with pytest.raises(ValueError, match="nothing was deleted"):
+        rundir.open_run(tmp_path, overwrite=True)
+    assert (tmp_path / "checkpoints" / "model").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path: Path):
+    with pytest.raises(ValueError, match="exclude"):
+        rundir.open_run(tmp_path, resume=True, overwrite=True)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write the run directory .*file"):
+        rundir.open_run(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"cannot write the run directory .*file"):
+        rundir.open_run(tmp_path / "file" / "below")
+
+
+def test_directory_without_write_permission():
+    # root may write anywhere, so the question is asked in a process that has become another user
+    code = """if True:
+        import os, sys
+        from ppo_jax import rundir
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        try:
+            rundir.open_run(sys.argv[1])
+        except ValueError as error:
+            print(error)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert "cannot write the run directory" in done.stdout and "Permission denied" in done.stdout, done.stderr
+
+
+def test_samples_are_appended_with_index_and_scores(tmp_path: Path):
+    rundir.write_samples(tmp_path, 0, ["a", "b"], ["x", 'y\n"z" \ud800'], {"reward": [1.0, float("nan")]})
+    rundir.write_samples(tmp_path, 5, ["a", "b"], ["é", "v"], {"reward": [2, 3], "vader": [0.5, -0.5]})
+    records = read_jsonl(tmp_path / "samples.jsonl")
+    assert [(r["step"], r["index"], r["prompt"]) for r in records] == [
+        (0, 0, "a"),
+        (0, 1, "b"),
+        (5, 0, "a"),
+        (5, 1, "b"),
+    ]
+    assert records[1]["response"] == 'y\n"z" ?' and records[1]["scores"] == {
+        "reward": None
+    }  # a lone surrogate is no text
+    assert records[2]["response"] == "é" and records[3]["scores"] == {"reward": 3.0, "vader": -0.5}
+
+
+def test_samples_of_unequal_length_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="2 prompts but 1 of 'reward'"):
+        rundir.write_samples(tmp_path, 0, ["a", "b"], ["x", "y"], {"reward": [1.0]})
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_truncate_run_takes_metrics_and_samples_back(tmp_path: Path):
+    write = writers.jsonl_writer(tmp_path / "metrics.jsonl")
+    for phase, step in (("reward", 50), ("ppo", 1), ("ppo", 2), ("eval", 2)):
+        write(step, phase, {})
+    for step in (0, 2):
+        rundir.write_samples(tmp_path, step, ["a"], ["x"], {})
+    rundir.truncate_run(tmp_path, 1)
+    assert [(r["phase"], r["step"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        ("reward", 50),
+        ("ppo", 1),
+    ]
+    assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [0]
+
+
+def test_summary_round_trip(tmp_path: Path):
+    assert rundir.read_summary(tmp_path) == {}
+    rundir.write_summary(tmp_path, {"before": {"reward": float("nan")}, "versions": {"jax": "0.10"}, "run": tmp_path})
+    assert rundir.read_summary(tmp_path)["before"] == {"reward": None}
+    assert json.loads((tmp_path / "summary.json").read_text())["run"] == str(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]  # no temporary file is left

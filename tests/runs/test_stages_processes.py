@@ -1,0 +1,113 @@
+"""`ppo-jax sft`, `dpo` and `reward` in two real processes that gloo joins: what one process leaves, written once."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.cli import main as cli
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.files import artifacts, hf
+from ppo_jax.rewards.loading import load_scorer
+from tests.small import SMALL, write_stage_files
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 240  # seconds: a test that hangs has failed
+COMMON = "--model model --held-out 7 --run-dir"
+RUNS = {
+    "sft": "sft --data sft.jsonl --adapter.kind full --sft.batch-size 8 --sft.steps 3",
+    "dpo": "dpo --pairs pairs.jsonl --adapter.rank 2 --dpo.batch-size 8 --dpo.accumulate 2 --dpo.steps 3",
+    "reward": "reward --ratings ratings.jsonl --reward.lora-layers 1 --reward.batch-size 8 --reward.head-steps 20",
+    "whole": "reward --pairs pairs.jsonl --reward.kind full --reward.batch-size 8 --reward.head-steps 20",
+}
+MESHES = {"sft": "--mesh.fsdp 2", "dpo": "--mesh.tensor 2", "reward": "--mesh.data 2", "whole": "--mesh.fsdp 2"}
+
+
+def words(name: str, folder: str, *more: str) -> list[str]:
+    return [*RUNS[name].split(), *COMMON.split(), f"{folder}/{name}", *more]
+
+
+def start_two(world: Path) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(world / "private")
+    }  # fmt: skip
+    started = []
+    for process in range(2):
+        joined = f"--distributed.coordinator 127.0.0.1:{port} --distributed.processes 2 --distributed.process {process}"
+        commands = [words(name, "two", *mesh.split(), *joined.split()) for name, mesh in MESHES.items()]
+        command = [sys.executable, "-m", "tests.command_worker", json.dumps(commands)]
+        with (world / f"{process}.log").open("w") as log:
+            started.append(subprocess.Popen(command, cwd=world, env=environment, stdout=log, stderr=log))
+    return started
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder after all runs, once by two processes and once by this one."""
+    path = tmp_path_factory.mktemp("stages")
+    write_stage_files(path, dataclasses.replace(SMALL, num_kv_heads=2))
+    (path / "private").mkdir()
+    started = start_two(path)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(path)
+            assert [cli.main(words(name, "one")) for name in RUNS] == [0] * len(RUNS)
+        codes = [process.wait(timeout=LIMIT) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "".join((path / f"{i}.log").read_text()[-4000:] for i in range(2))
+    return path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_leave_what_one_leaves(world: Path, name: str) -> None:
+    one, two = (read_jsonl(world / folder / name / "metrics.jsonl") for folder in ("one", "two"))
+    assert [(r["step"], r["phase"]) for r in two] == [(r["step"], r["phase"]) for r in one]  # written by one process
+    for record, expected in zip(two, one, strict=True):
+        for value in record.keys() - {"step", "phase", "time"}:
+            pair = np.array([record[value], expected[value]], float)  # null: a batch in which nothing is ordered
+            np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6, err_msg=value)
+    left, right = (
+        {path.relative_to(world / folder / name) for path in (world / folder / name).rglob("*") if path.suffix}
+        for folder in ("one", "two")
+    )
+    assert {path for path in left ^ right if "events" not in path.name} == set()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sft", "policy"), ("dpo", "policy"), ("reward", "reward")])
+def test_the_roles_are_the_same(world: Path, name: str, kind: artifacts.Kind) -> None:
+    one, two = (artifacts.load(world / folder / name / "export" / kind, kind) for folder in ("one", "two"))
+    for left, right in zip(*(jax.tree.leaves((x.adapter, x.head)) for x in (one, two)), strict=True):
+        assert np.linalg.norm(left - right) <= 1e-5 * np.linalg.norm(left)
+
+
+def test_the_models_are_the_same(world: Path) -> None:
+    for name in ("sft", "dpo"):
+        one, two = (hf.load(world / folder / name / "export" / "model")[1] for folder in ("one", "two"))
+        for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:  # where the base of the artifact is
+        patch.chdir(world)
+        for name in ("reward", "whole"):
+            scores = [load_scorer(world / folder / name).score(["", ""], ["cd a", "cd b"]) for folder in ("one", "two")]
+            np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
+            assert scores[0][0] != scores[0][1]
+
+
+def test_only_the_first_process_speaks_and_the_other_leaves_nothing(world: Path) -> None:
+    first, second = ((world / f"{i}.log").read_text() for i in range(2))
+    assert "held-out perplexity" in first and "the reward model is at two/reward" in first.replace("\n", "")
+    assert "held-out" not in second
+    assert not list((world / "private").glob("ppo_jax-*"))
