@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.experience import make_experience, reference_logprobs, rollout_prefix
+from ppo_jax.train.experience import evaluate_reference, make_experience, score_rollout, share_prefix
 from ppo_jax.train.host import host_iteration
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.objective import count_units, ppo_loss
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import collect, make_host_iteration, make_iteration
@@ -25,15 +25,15 @@ from tests.train.toy import FROZEN, HYPER, TWICE, B, T, assert_close, iteration,
 @jax.jit
 def fresh(state, frozen, prompts, hyper):
     """Metrics of the loss that the first minibatch sees, and of the KL, without the update."""
-    rollout = collect(state, frozen, prompts, hyper, toy.CONFIG, toy.ONCE)
-    prefix, depth = rollout_prefix(state.policy, frozen, rollout, toy.CONFIG)
-    reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, toy.CONFIG)
-    scores = toy.worth(frozen, rollout, prefix, depth)
-    experience = make_experience(rollout, scores, reference, prefix, jnp.float32(0.05), hyper, toy.ONCE)
-    count = jnp.sum(experience.batch.loss_mask, dtype=jnp.float32)
-    _, metrics = ppo_loss(state.policy, frozen, experience.batch, count, hyper, toy.CONFIG, toy.ONCE)
+    algorithm = toy.algorithm(toy.ONCE)
+    collected = share_prefix(algorithm, state.policy, frozen, collect(algorithm, state, frozen, prompts, hyper))
+    reference = evaluate_reference(algorithm, state.policy, frozen, collected, hyper)
+    scores = score_rollout(toy.worth, frozen, collected)
+    experience = make_experience(algorithm, collected, scores, reference, hyper)
+    counts = count_units(algorithm, experience.batch)
+    _, metrics = ppo_loss(state.policy, algorithm, frozen, experience.batch, counts, hyper)
     worst = jnp.max(jnp.where(experience.batch.loss_mask, jnp.abs(experience.kl), 0.0))
-    return metrics, worst, prefix is not None
+    return metrics, worst, collected.prefix is not None
 
 
 @functools.cache
