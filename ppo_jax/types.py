@@ -111,6 +111,7 @@ class Experience(NamedTuple):
     rewards: Float[Array, "B T"]  # shaped: score at the last token, KL penalty at every token
     kl: Float[Array, "B T"]  # of the policy to the reference, the estimator that shapes the reward
     scores: Scores
+    totals: Float[Array, " B"]  # sum of each response's rewards as the advantages were estimated from: whitened, too
 
 
 class Policy(NamedTuple):

@@ -42,18 +42,26 @@ class KLConfig:
     """Per-token estimate (Schulman 2020): k1 is the log-ratio; full sums over the vocabulary, one more pass. In the
     reward only k1 has the gradient of the KL: full does not depend on the token drawn, so only later ones count."""
     place: Literal["reward", "loss"] = "reward"
-    """Subtracted from the reward of each token (Ziegler et al. 2019), or a term of the loss (Shao et al. 2024)."""
+    """Subtracted from the reward of each token (Ziegler et al. 2019), or a term of the loss (Shao et al. 2024). In the
+    loss k2 and full have the gradient of the KL of the same token only, so the optimum is another one (`kl.per`)."""
+    per: Literal["token", "response"] = "token"
+    """With k2 in the loss: the square of each token's log-ratio, or of a response's sum of them, whose gradient is that
+    of the KL of whole responses, as k1 has it in the reward (and whose variance is higher)."""
     control: Literal["fixed", "adaptive", "linear"] = "fixed"
     """Of the coefficient hyper.kl_coef: steered to hyper.kl_target (Ziegler et al. 2019), or linear to kl_coef_end."""
 
     def __post_init__(self) -> None:
         check_choices(self, place=Literal["reward", "loss"], control=Literal["fixed", "adaptive", "linear"])
+        check_choices(self, per=Literal["token", "response"])
+        if self.per == "response" and (self.place, self.estimator) != ("loss", "k2"):
+            raise ValueError("kl.per=response is for kl.place=loss with kl.estimator=k2; leave it at token")
         if self.estimator not in (*get_args(Kind), "full"):
             raise ValueError(f"kl.estimator={self.estimator!r} must be one of {', '.join(get_args(Kind))}, full")
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(
                 f"kl.estimator={self.estimator} cannot be a term of the loss: its gradient is not that of the KL (0 in "
-                "expectation for k1). Choose k2 (the gradient of k1 in the reward), full, or k3 (biased)"
+                "expectation for k1). Choose k2 (with kl.per=response the gradient of k1 in the reward), full, or k3 "
+                "(biased)"
             )
 
 
@@ -194,6 +202,12 @@ def check_scalars_of(ppo: PPOConfig, hyper: Hyper) -> None:
     for name in ("critic_lr_scale", "critic_max_grad_norm", "critic_warmup"):
         if not ppo.has_critic and getattr(hyper, name) != getattr(default, name):
             raise ValueError(f"hyper.{name} needs advantage=gae; advantage={ppo.advantage} has no critic")
+    for name, reads in (("gamma", ("gae", "reinforce++")), ("lam", ("gae",))):
+        if ppo.advantage not in reads and getattr(hyper, name) != getattr(default, name):
+            raise ValueError(
+                f"hyper.{name}={getattr(hyper, name)} has no effect under advantage={ppo.advantage}, which compares "
+                f"whole responses; leave it at {getattr(default, name)}, or choose {' or '.join(reads)}"
+            )
 
 
 def check_hyper(hyper: Hyper) -> Hyper:
