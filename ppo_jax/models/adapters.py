@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layout import linear_shapes
+from ppo_jax.models.layout import TENSORS, linear_shapes
 from ppo_jax.types import PyTree
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = tuple(tensor.name for tensor in TENSORS if tensor.linear)
 
 
 @dataclasses.dataclass(frozen=True)

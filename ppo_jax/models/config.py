@@ -48,15 +48,8 @@ class RopeScaling:
 class ModelConfig:
     """Shapes and choices that are compiled into the program.
 
-    Parameters are a nested dict, all layers stacked on axis 0 (linear weights are [in, out]):
-
-        embedding                     [V, D]
-        layers.attention_norm         [L, D]          layers.mlp_norm   [L, D]
-        layers.q [L, D, heads*H]      layers.k, .v    [L, D, K*H]       layers.o     [L, heads*H, D]
-        layers.gate, .up [L, D, F]    layers.down     [L, F, D]
-        layers.{q,k,v}_bias, .o_bias  (attention_bias / output_bias)    layers.{gate,up,down}_bias (mlp_bias)
-        final_norm                    [D]
-        unembedding                   [V, D]          (absent when tie_embeddings)
+    Parameters are a nested dict, all layers stacked on axis 0, linear maps as [in, out]; `models.layout.TENSORS` has a
+    row for each.
     """
 
     vocab_size: int

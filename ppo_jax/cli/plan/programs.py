@@ -1,7 +1,7 @@
 """The programs of a PPO iteration, compiled for devices that are not there, and what they would need.
 
-Run as a process of its own (`python -m ppo_jax.plan.programs PROGRAM < settings.yaml`): libtpu and the number of CPU
-devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
+Run as a process of its own (`python -m ppo_jax.cli.plan.programs PROGRAM < settings.yaml`): libtpu and the number of
+CPU devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def micro_rows(settings: PlanSettings) -> int:
 # -- abstract arguments ----------------------------------------------------------------------------------------------
 
 
-def devices_of(name: str) -> list[Any]:
+def target_devices(name: str) -> list[Any]:
     """Devices to compile for; for a TPU they cannot run anything."""
     if topology(name).chip is None:
         return jax.devices("cpu")[: topology(name).devices]
@@ -174,52 +174,52 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
     rollout = jax.eval_shape(lambda s, f, p: collect(algorithm, s, f, p, Hyper()), state, frozen, prompts)
     responses = rollout.terminated.shape
     scores = jax.eval_shape(lambda: Scores(jnp.zeros(responses), jnp.ones(responses, bool), {}))
-    found = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
+    placed = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
     batches = {"prompts": prompts, "rollout": rollout, "scores": scores}
-    found |= {name: (tree, sharding.row_shardings(tree, mesh)) for name, tree in batches.items()}
-    return {name: sharding.abstract(tree, of) for name, (tree, of) in found.items()}
+    placed |= {name: (tree, sharding.row_shardings(tree, mesh)) for name, tree in batches.items()}
+    return {name: sharding.abstract(tree, of) for name, (tree, of) in placed.items()}
 
 
 def program(
-    name: Program, settings: PlanSettings, config: ModelConfig, given: dict[str, PyTree]
+    name: Program, settings: PlanSettings, config: ModelConfig, inputs: dict[str, PyTree]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The jitted function that training runs, and its arguments."""
     ppo, hyper = settings.static, Hyper()
     optimizer = make_optimizer(ppo.optimizer)
     reward = adapter_reward(config, ppo.sampling.stop_ids)
     first, second = make_host_iteration(config, ppo, optimizer)
-    state, frozen = given["state"], given["frozen"]
+    state, frozen = inputs["state"], inputs["frozen"]
     if name == "rollout":
-        return first, (state, frozen, given["prompts"], hyper)
+        return first, (state, frozen, inputs["prompts"], hyper)
     if name == "update":
-        return second, (state, frozen, given["rollout"], given["scores"], hyper)
+        return second, (state, frozen, inputs["rollout"], inputs["scores"], hyper)
     if name == "iteration":
-        return make_iteration(config, ppo, optimizer, reward), (state, frozen, given["prompts"], hyper)
+        return make_iteration(config, ppo, optimizer, reward), (state, frozen, inputs["prompts"], hyper)
 
     def scoring(state: Any, frozen: Frozen, rollout: Rollout) -> Scores:
         collected = share_prefix(Algorithm(config, ppo, optimizer), state.policy, frozen, rollout)
         return score_rollout(reward, frozen, collected)
 
-    return jax.jit(scoring), (state, frozen, given["rollout"])
+    return jax.jit(scoring), (state, frozen, inputs["rollout"])
 
 
-def held(given: dict[str, PyTree]) -> dict[str, int]:
+def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
     """Bytes per device of what stays between programs."""
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
         return sum(x.dtype.itemsize * _elements(x.sharding.shard_shape(x.shape)) for x in leaves)
 
-    state, frozen = given["state"], given["frozen"]
-    found = {
+    state, frozen = inputs["state"], inputs["frozen"]
+    sizes = {
         "base": size(frozen.base),
         "reward": size(frozen.reward),
         "policy": size(state.policy._replace(critic=None)),
         "optimizer": size(state.opt_state),
     }
     if state.policy.critic is not None:
-        found["critic"] = size(state.policy.critic)
-    return found if state.ema is None else found | {"average": size(state.ema)}
+        sizes["critic"] = size(state.policy.critic)
+    return sizes if state.ema is None else sizes | {"average": size(state.ema)}
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -240,10 +240,10 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
     `compiled` false, the claim as `peak`, and None for the rest.
     """
     config = check(settings)
-    mesh = make_mesh(settings.mesh, devices_of(settings.topology))
-    given = arguments(settings, config, mesh)
-    function, args = program(name, settings, config, given)
-    report: dict[str, Any] = {"program": name, "held": held(given), "attention": config.attention}
+    mesh = make_mesh(settings.mesh, target_devices(settings.topology))
+    inputs = arguments(settings, config, mesh)
+    function, args = program(name, settings, config, inputs)
+    report: dict[str, Any] = {"program": name, "held": held_bytes(inputs), "attention": config.attention}
     nothing = dict.fromkeys(("arguments", "temporary", "flops", "traffic", "collectives", "unknown_loops"))
     chip = topology(settings.topology).chip
     stays = sum(report["held"].values())
@@ -253,7 +253,7 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
         try:
             compiled = function.lower(*args).compile()  # type: ignore[attr-defined]
         except jax.errors.JaxRuntimeError as error:
-            if (claim := claimed(str(error))) is None:
+            if (claim := claimed_bytes(str(error))) is None:
                 raise
             return report | nothing | {"peak": claim, "compiled": False}
     memory = compiled.memory_analysis()
@@ -271,11 +271,11 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def claimed(message: str) -> int | None:
+def claimed_bytes(message: str) -> int | None:
     """Bytes that a program wanted, from libtpu's two ways to say that it has not got them; None for another message."""
     for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
-        if found := re.search(pattern, message):
-            return int(float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]])
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]])
     return None
 
 
