@@ -9,7 +9,7 @@ Masks are made by the sampler and carried; nothing is ever inferred from `token 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -107,6 +107,15 @@ class Frozen(NamedTuple):
 
     base: PyTree  # the trunk that all roles share
     reward: PyTree = None  # what the on-device reward needs: adapter and head, or a whole model
+
+
+class Off(NamedTuple):
+    """In `Annotated[int, Off(0)]`: the value of a setting that the word "off" stands for."""
+
+    value: float | str
+
+
+FloatOrOff = Annotated[float, Off(math.inf)]
 
 
 class Hyper(NamedTuple):
