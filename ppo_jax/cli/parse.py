@@ -1,11 +1,10 @@
 """The command line: presets, a YAML file and options, read into a settings record."""
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -57,9 +56,9 @@ def parse(
     if wanted:
         whole = "--help-all" in wanted or not brief.fields
         more = "" if whole else "\n\nBelow are the options that people turn most; --help-all shows all of them."
-        with contextlib.nullcontext() if whole else _hidden(brief.fields):
-            tyro.cli(command, args=["--help"], prog=prog, description=text + more)
-    settings = tyro.cli(command, args=args, prog=prog, description=text).settings
+        rules = _help_of({} if whole else brief.fields)
+        tyro.cli(command, args=["--help"], prog=prog, description=text + more, registry=rules)
+    settings: Any = tyro.cli(command, args=args, prog=prog, description=text).settings
     try:
         return from_plain(cls, to_plain(settings))  # what a file may not say, an option may not either
     except FieldError as problem:
@@ -93,7 +92,7 @@ def write_out(args: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     `--field` without a value means yes where the field's choices include "yes"; `off` is the value that turns a field
     off; a text may begin with a dash.
     """
-    words, written = list(args), []
+    words, written = list(args), list[str]()
     while words:
         word = words.pop(0)
         if word == "--":
@@ -157,28 +156,36 @@ def _command(cls: type[C], base: C | None, presets: Mapping[str, C]) -> type:
 def _describe(cls: type, brief: Brief) -> str:
     written = cls.__doc__ or ""
     doc = "" if written.startswith(f"{cls.__name__}(") else written  # else: made by @dataclass
-    return "\n\n".join(filter(None, [doc, "\n".join(("Examples:", *brief.examples)) if brief.examples else ""]))
+    examples = "\n  ".join(("Examples:", *brief.examples)) if brief.examples else ""
+    return "\n\n".join(filter(None, [doc, examples]))
 
 
-@contextlib.contextmanager
-def _hidden(shown: Mapping[type, tuple[str, ...]]) -> Iterator[None]:
-    """Inside the block tyro's help leaves out the fields that are not shown."""
+def _help_of(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.ConstructorRegistry:
+    """Rules by which tyro's help leaves out the fields that are not shown, and breaks no line where the source does."""
     registry = tyro.constructors.ConstructorRegistry()
-    asked: list[type] = []
+    asked: list[Any] = []
 
     @registry.struct_rule
-    def hide(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-        if info.type not in shown or info.type in asked:
-            return None  # the rule of tyro itself
+    def shape(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if info.type in asked:
+            return None  # the rules of tyro itself
         asked.append(info.type)
         spec = registry.get_struct_spec(info)
         asked.remove(info.type)
-        assert isinstance(spec, tyro.constructors.StructConstructorSpec)
-        fields = (
-            field if field.name in shown[info.type] else dataclasses.replace(field, type=tyro.conf.Suppress[field.type])
-            for field in spec.fields
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return None
+        names = shown.get(info.type) if is_record(info.type) else None
+        return dataclasses.replace(
+            spec, fields=tuple(_show(field, names is None or field.name in names) for field in spec.fields)
         )
-        return dataclasses.replace(spec, fields=tuple(fields))
 
-    with registry:
-        yield
+    return registry
+
+
+def _show(field: tyro.constructors.StructFieldSpec, shown: bool) -> tyro.constructors.StructFieldSpec:
+    def text() -> str | None:
+        written = field.helptext() if callable(field.helptext) else field.helptext
+        return written and " ".join(written.split())
+
+    suppressed: Any = tyro.conf.Suppress
+    return dataclasses.replace(field, helptext=text, type=field.type if shown else suppressed[field.type])
