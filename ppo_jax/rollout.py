@@ -32,12 +32,11 @@ class Sampling:
     min_p: Annotated[float, Off(0.0)] = 0.0
     """Tokens are sampled from those at least this fraction as probable as the most probable one; 0 is off."""
     repetition_penalty: Annotated[float, Off(1.0)] = 1.0
-    """Positive logits of tokens that prompt or response hold are divided by this, negative ones multiplied; 1 is
-    off."""
+    """Positive logits of tokens in prompt or response are divided by this, negative ones multiplied; 1 is off."""
     gather_weights: bool = False
     """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
-    """These token ids end a response; the stop token belongs to it."""
+    """A response ends with the first of these token ids, which belongs to it."""
     pad_id: int = 0
     """This id fills the slots after the end; never read back, it may equal a stop id. Commands take the tokenizer's."""
 

@@ -165,7 +165,7 @@ class Hyper(NamedTuple):
     entropy_coef: float = 0.0  # The entropy bonus has this weight.
     importance_cap: FloatOrOff = 2.0  # The importance weights policy / behaviour are cut off at this; inf is off.
     ptx_coef: float = 0.0  # The pretraining loss (PPO-ptx) has this weight.
-    target_kl: FloatOrOff = math.inf  # An iteration's updates end beyond this KL to the old policy; inf is off.
+    target_kl: FloatOrOff = math.inf  # An iteration makes no update beyond this KL to the old policy; inf is off.
     ratio_threshold: FloatOrOff = math.inf  # A minibatch is skipped beyond this mean ratio; inf is off.
     # -- critic -------------------------------------------------------------------------------------------------------
     vf_coef: float = 0.1  # The value loss has this weight.
