@@ -13,11 +13,11 @@ class ModelOptions:
     """How a model is run, whatever its weights: memory against speed."""
 
     dtype: Dtype = "float32"
-    """Of the base's parameters and of activations. What is trained is float32 always, and cast where it is used."""
+    """The base's parameters and activations have this type. What is trained is always float32, and cast where used."""
     remat: Remat = "none"
-    """What the backward pass computes again: nothing; all of a layer but its matrix products; whole layers."""
+    """The backward pass computes again nothing, all of a layer but matrix products (dots), or whole layers (full)."""
     attention: Attention = "auto"
-    """Implementation; auto: splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
+    """Attention runs in this implementation; auto is splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", Dtype), ("remat", Remat), ("attention", Attention)):

@@ -11,7 +11,7 @@ random head distorts good features (Kumar et al. 2022, "Fine-Tuning can Distort 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.train.comparisons import Comparisons
 from ppo_jax.train.offline import check_least, check_positive, descended, learn
-from ppo_jax.types import Metrics, Prefix, PyTree
+from ppo_jax.types import Metrics, Off, Prefix, PyTree
 
 Loss = Literal["pairwise", "best"]
 
@@ -38,31 +38,33 @@ class RewardConfig:
     """Static choices of a reward model and its training."""
 
     kind: Literal["lora", "full"] = "lora"
-    """LoRA and a head on the frozen base, which PPO shares; or a model of its own (a learning rate of 1e-5 suits)."""
+    """The model is LoRA and a head on the frozen base, which PPO shares, or one of its own (try a learning rate of
+    1e-5)."""
     depth: int = 0
-    """Layers of the base that the reward model reads; 0: all. Sentiment, for one, is as readable half-way up."""
+    """The reward model reads this many layers of the base; 0 means all. Sentiment is as readable half-way up."""
     lora_layers: int = 6
-    """How many of those layers, counted from the top, carry LoRA; 0: the head alone is trained."""
+    """LoRA is carried by this many of the layers it reads, counted from the top; 0 trains the head alone."""
     rank: int = 8
-    """LoRA rank."""
+    """A LoRA update has this rank."""
     alpha: float = 16.0
-    """LoRA scale is alpha / rank."""
+    """A LoRA update is scaled by alpha / rank."""
     batch_size: int = 50
-    """Texts per optimizer step (a pair counts two, a choice of n counts n)."""
+    """An optimizer step has this many texts (a pair counts two, a choice of n counts n)."""
     epochs: int = 1
-    """Passes over the texts after the head has been fitted."""
+    """The texts are passed over this many times after the head has been fitted."""
     learning_rate: float = 3e-4
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     max_grad_norm: float = 1.0
-    """Global-norm clip."""
+    """The gradient is clipped to this global norm."""
     head_l2: float = 1e-2
-    """L2 penalty of the head's fit, on standardised features."""
+    """The head's fit has this L2 penalty, on standardised features."""
     head_steps: int = 300
-    """L-BFGS steps of the head's fit at most; 0: adapter and head are trained together from a random head."""
-    centring: float = 0.0
-    """Weight of mean (better + worse)^2, which holds scores around 0 while adapter and head are trained; 0: off."""
+    """The head's fit takes at most this many L-BFGS steps; 0 trains adapter and head together from a random head."""
+    centring: Annotated[float, Off(0.0)] = 0.0
+    """The loss holds scores around 0 by this weight of mean (better + worse)^2, while adapter and head are trained; 0
+    is off."""
     normalise: bool = True
-    """Shift and scale the scores to mean 0 and std 1 on reference texts; by default those that were trained on."""
+    """Shift and scale the scores to mean 0 and std 1 on reference texts, by default on the training texts."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.cli.parse import Brief
 from ppo_jax.cli.plan.chips import GIB, topology
 from ppo_jax.cli.plan.count import count
 from ppo_jax.cli.plan.known import known_config
@@ -44,31 +45,31 @@ class PlanSettings:
     """Compile PPO for a TPU slice (or CPUs) without having it: memory, work and what binds, per program and device."""
 
     model: str
-    """A known size (llama-3-8b, qwen2.5-7b, smollm2-135m, ...) or a Hugging Face directory, without weights."""
+    """The model is a known size (llama-3-8b, qwen2.5-7b, smollm2-135m) or a Hugging Face directory, without weights."""
     topology: str
-    """Devices: v5e:8x8, v5p:4x4x4, v6e:2x4 (needs the extra `tpu`) or cpu:8."""
+    """The devices are v5e:8x8, v5p:4x4x4, v6e:2x4 (TPUs need the extra `tpu`) or cpu:8, for example."""
     mesh: MeshConfig = MeshConfig()
-    """How the work is cut; the product must be the number of devices."""
+    """These options cut the work; their product must be the number of devices."""
     batch: int = 64
-    """Prompts per iteration, over all devices."""
+    """An iteration has this many prompts, over all devices."""
     prompt_length: int = 512
-    """Slots of a prompt, in tokens."""
+    """A prompt has this many slots, in tokens."""
     response_length: int = 512
-    """Longest response, in tokens."""
+    """A response may have at most this many tokens."""
     policy: AdapterConfig = AdapterConfig()
-    """What is trained: lora, top_k or full."""
+    """These options say what is trained: lora, top_k or full."""
     reward: AdapterConfig = AdapterConfig()
-    """The reward model: an adapter like the policy's on the same base, with a head."""
+    """The reward model is an adapter like the policy's on the same base, with a head."""
     compute: ModelOptions = ModelOptions(dtype="bfloat16", remat="full")
-    """How the model is run."""
+    """These options say how the model is run."""
     ppo: PPOConfig = PPOConfig()
-    """The algorithm's static choices, as in training; sampling.response_length is --response-length."""
+    """These choices of the algorithm are those of training; sampling.response_length is --response-length."""
     programs: tuple[Program, ...] = ("rollout", "scoring", "update")
-    """Which programs; `iteration` is all of them in one."""
+    """These programs are compiled; `iteration` is all of them in one."""
     search: bool = False
-    """Where an update does not fit, try rematerialisation and smaller micro-batches until it does."""
+    """Try rematerialisation and smaller micro-batches until an update fits."""
     memory: float = 0.0
-    """GiB per device that count as fitting; 0: the chip's HBM."""
+    """This many GiB per device count as fitting; 0 means the chip's HBM."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -86,6 +87,23 @@ class PlanSettings:
         """The algorithm's choices with the length of responses in place."""
         sampling = dataclasses.replace(self.ppo.sampling, response_length=self.response_length)
         return dataclasses.replace(self.ppo, sampling=sampling)
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax plan --model llama-3-8b --topology v5p:4x4x4 --mesh.data 4 --mesh.fsdp 16",
+        "ppo-jax plan --model smollm2-135m --topology cpu:1 --batch 16 --memory 8 --search",
+    ),
+    {
+        PlanSettings: (
+            *("model", "topology", "mesh", "batch", "prompt_length", "response_length", "policy", "compute", "ppo"),
+            *("programs", "search", "memory", "json"),
+        ),
+        AdapterConfig: ("kind", "layers", "rank"),
+        ModelOptions: ("dtype", "remat"),
+        PPOConfig: ("num_minibatches", "accumulate", "group_size"),
+    },
+)
 
 
 def model_config(settings: PlanSettings) -> ModelConfig:
