@@ -43,11 +43,11 @@ class KLConfig:
     In the reward only k1 has the gradient of the KL: full does not depend on the token drawn, so only later ones
     count."""
     place: Literal["reward", "loss"] = "reward"
-    """The penalty is subtracted from each token's reward (Ziegler et al. 2019), or a term of the loss (Shao et al. 2024).
-    There k2 and full have the gradient of the KL of the same token only, so the optimum is another one (`kl.per`)."""
+    """The penalty is subtracted from each token's reward (Ziegler et al. 2019), or a term of the loss (Shao et al.
+    2024), where k2 and full have the gradient of the KL of the same token only: another optimum (`kl.per`)."""
     per: Literal["token", "response"] = "token"
-    """With k2 in the loss this squares each token's log-ratio, or a response's sum of them, whose gradient is that of the
-    KL of whole responses, as k1 has it in the reward (with a higher variance)."""
+    """With k2 in the loss this squares each token's log-ratio, or a response's sum of them, whose gradient is that of
+    the KL of whole responses, as k1 has it in the reward (with a higher variance)."""
     control: Literal["fixed", "adaptive", "linear"] = "fixed"
     """The coefficient hyper.kl_coef stays, is steered to hyper.kl_target (Ziegler et al. 2019), or goes linearly to
     hyper.kl_coef_end."""
