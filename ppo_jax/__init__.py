@@ -4,6 +4,7 @@ from ppo_jax.models import ModelConfig, apply, load, save
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.experience import make_experience
 from ppo_jax.train.optimizer import make_optimizer
@@ -22,6 +23,7 @@ __all__ = [
     "PPOConfig",
     "Policy",
     "Prompts",
+    "Reward",
     "RewardHead",
     "RewardRole",
     "Rollout",

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from ppo_jax.parallel.processes import own_rows
 from ppo_jax.rewards.base import DeviceReward, HostReward
-from ppo_jax.rewards.scores import to_scores
+from ppo_jax.rewards.scores import only_finite, to_scores
 from ppo_jax.types import Frozen, Rollout, Scores
 
 
@@ -63,15 +63,16 @@ def weighted_sum(rewards: Mapping[str, tuple[HostReward, float]]) -> HostReward:
         parts: dict[str, np.ndarray] = {}
         tokens: Any = None
         for name, (one, weight) in rewards.items():
-            scores = one(prompts, responses, metadata)
-            good = np.asarray(scores.valid, bool) & np.isfinite(scores.reward)
-            part = np.where(good, scores.reward, np.nan)
-            total = total + weight * part  # NaN * 0 is NaN: a failed part fails the row at any weight
+            scores = only_finite(one(prompts, responses, metadata))
+            part = np.asarray(scores.reward)
+            total = total + weight * part.astype(
+                np.float64
+            )  # NaN * 0 is NaN: a failed part fails the row, at any weight
             if scores.tokens is not None:
                 extra = weight * np.asarray(scores.tokens, np.float64)
                 tokens = extra if tokens is None else tokens + extra
             parts |= {name: part} | {f"{name}/{inner}": np.asarray(x) for inner, x in scores.parts.items()}
-        return to_scores(total, parts)._replace(tokens=tokens)
+        return to_scores(total, parts, tokens)
 
     return reward
 

@@ -21,18 +21,18 @@ from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
-from ppo_jax.rewards.base import LoadedReward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
 from ppo_jax.types import PyTree
 
 
 def load_reward(
     path: str | Path, policy_model: Model, stop_ids: tuple[int, ...] | None = None, micro_batch: int = 16
-) -> LoadedReward:
-    """The reward model in a directory, ready for `runs.Setup`: `device_reward` and `reward_params`, or `host_reward`.
+) -> Reward:
+    """The reward model in a directory, ready for a run: a device function and its arrays, or a host function.
 
     A LoRA artifact must have been trained on the policy's base, and costs its adapter and head alone. A model of its
-    own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: `notice`
+    own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: a notice
     says so. It lies on the current mesh like the policy's base, and is run in that one's dtype.
 
     Args:
@@ -49,8 +49,8 @@ def load_reward(
     if (where / artifacts.DESCRIPTION).is_file():
         found = artifacts.load(where, "reward")
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
-        device_reward = adapter_reward(found.trunk(policy_model.config), stop_ids)
-        return LoadedReward("lora", device_reward, RewardRole(found.adapter, found.head), None, "", found.meta)
+        device, role = adapter_reward(found.trunk(policy_model.config), stop_ids), RewardRole(found.adapter, found.head)
+        return Reward(device, params=role, metadata=found.meta)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
     check_vocabulary(model.config, tokenizer)
@@ -58,8 +58,8 @@ def load_reward(
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         micro_batch = -(-micro_batch // parts) * parts
     if same_tokens(policy_model.tokenizer, tokenizer):
-        params = FullReward(model.params, model.head)
-        return LoadedReward("full", model_reward(model.config, stop_ids, micro_batch), params, None, "", model.meta)
+        device = model_reward(model.config, stop_ids, micro_batch)
+        return Reward(device, params=FullReward(model.params, model.head), metadata=model.meta)
     notice = (
         f"the reward model {path} has another tokenizer than {policy_model.name}: responses are scored as text, which "
         "is tokenised again. A chat template's markers in the prompts reach it as the text that they are"
@@ -67,7 +67,8 @@ def load_reward(
     scorer = _scorer(
         str(path), model.params, RewardRole({}, model.head), model.config, tokenizer, 0, (micro_batch,), {}
     )
-    return LoadedReward("retokenised", None, None, text_reward(scorer.score_rows, scorer.encode), notice, model.meta)
+    host = text_reward(scorer.score_rows, scorer.encode)
+    return Reward(host=host, notices=(notice,), metadata=model.meta)
 
 
 class Scorer(NamedTuple):

@@ -24,14 +24,15 @@ import numpy as np
 from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward, check_url
-from ppo_jax.rewards.base import ChosenReward, HostReward
+from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
+from ppo_jax.rewards.base import HostReward, Reward
 from ppo_jax.rewards.combine import scaled, weighted_sum
 from ppo_jax.rewards.failures import FailureLog, Report
 from ppo_jax.rewards.function import FunctionConfig, function_reward
 from ppo_jax.rewards.importing import load_function
 from ppo_jax.rewards.loading import Scorer, find_reward, load_reward, load_scorer
 from ppo_jax.rewards.model import row_scorer, text_reward
+from ppo_jax.rewards.protocols import check_url
 from ppo_jax.types import Scores
 
 FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
@@ -53,9 +54,7 @@ class RewardOptions:
     """Calls of Python functions."""
 
 
-def choose_reward(
-    sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]
-) -> ChosenReward:
+def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]) -> Reward:
     """The reward that a user named.
 
     One reward model whose tokens are the policy's runs on the device. In a sum everything runs on the host, and reward
@@ -75,24 +74,22 @@ def choose_reward(
     urls = [source for source in sources if kind_of(source) == "url"]
     notices = _check_token(urls, token)
     if len(sources) == 1 and kind_of(sources[0]) == "directory":
-        found = _explained(sources[0], lambda: load_reward(sources[0], model, stop_ids))
-        notices += (found.notice,) if found.notice else ()
-        device, host = found.device_reward, found.host_reward
-        if device is not None:
-            device = device if weights[0] == 1 else scaled(device, weights[0])
+        found: Reward = _explained(sources[0], lambda: load_reward(sources[0], model, stop_ids))
+        notices, metadata = notices + found.notices, found.metadata
+        if found.device is not None:
+            device = found.device if weights[0] == 1 else scaled(found.device, weights[0])
             name = f"{weights[0]:g} x a reward model"  # which one its arrays tell
-            return ChosenReward(device, found.reward_params, None, failures, notices, found.meta, name)
-        assert host is not None
-        host, meta = _reported(host, sources[0], failures), found.meta
-        hosts = [host]
+            return dataclasses.replace(found, device=device, name=name, failures=failures, notices=notices)
+        assert found.host is not None
+        hosts = [_reported(found.host, sources[0], failures)]
     else:
-        meta = {}
+        metadata = {}
         hosts = [_host(source, options, token, model, failures) for source in sources]
-    if len(hosts) == 1 and weights[0] == 1:
-        return ChosenReward(None, None, hosts[0], failures, notices, meta, name)
-    parts = list(zip(part_names(sources), zip(hosts, weights, strict=True), strict=True))
-    summed = weighted_sum(dict(parts))  # the names differ, so none is lost
-    return ChosenReward(None, None, summed, failures, notices, meta, name)
+    host = hosts[0]
+    if len(hosts) > 1 or weights[0] != 1:
+        parts = zip(part_names(sources), zip(hosts, weights, strict=True), strict=True)
+        host = weighted_sum(dict(parts))  # the names differ, so none is lost
+    return Reward(host=host, name=name, failures=failures, notices=notices, metadata=metadata)
 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:

@@ -75,7 +75,8 @@ def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | Non
         rollout = collect(state, frozen, prompts, hyper, config, ppo)
         prefix, depth = rollout_prefix(state.policy, frozen, rollout, config)
         reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, ppo.logprob_chunk)
-        scores = None if setup.device_reward is None else setup.device_reward(frozen, rollout, prefix, depth)
+        device = setup.reward.device
+        scores = None if device is None else device(frozen, rollout, prefix, depth)
         return rollout, reference, scores
 
     return jax.jit(run)
@@ -83,9 +84,9 @@ def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | Non
 
 def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores:
     """The host's reward, asked again; NaN where it fails altogether, since this must not hide why the run stopped."""
-    assert setup.host_reward is not None
+    assert setup.reward.host is not None
     try:
-        return as_scores(setup.host_reward(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
+        return as_scores(setup.reward.host(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
     except Exception:
         nothing = np.full(len(rows), np.nan, np.float32)
         return Scores(jnp.asarray(nothing), jnp.zeros(len(rows), bool), {})

@@ -44,7 +44,7 @@ def make_evaluator(
     failure of the disk through.
     """
     ppo, score = setup.ppo, setup.ppo.score
-    run = make_evaluate(setup.model.config, ppo.sampling, setup.device_reward, ppo.logprob_chunk, score.truncate_ids)
+    run = make_evaluate(setup.model.config, ppo.sampling, setup.reward.device, ppo.logprob_chunk, score.truncate_ids)
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
@@ -95,11 +95,12 @@ def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Se
     scores = result.scores
     prompts = [setup.held_out.texts[i] for i in rows]
     if scores is None:
-        assert setup.host_reward is not None
-        given = SplitReward(setup.host_reward)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        assert setup.reward.host is not None
+        given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
         scores = as_scores(given, len(responses))
-    valid = np.asarray(only_finite(scores).valid)
-    columns = {"valid": valid, "reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+    scores = only_finite(scores)
+    valid = np.asarray(scores.valid)
+    columns = {"valid": valid, "reward": np.asarray(scores.reward)}
     columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
     columns |= {name: np.asarray(judge(result.rollout, prompts, responses)) for name, judge in setup.judges.items()}
     columns["kl"] = np.asarray(result.kl)

@@ -18,7 +18,7 @@ from ppo_jax.models.files import artifacts
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import APIConfig
-from ppo_jax.rewards.base import ChosenReward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.function import FunctionConfig
 from ppo_jax.rewards.importing import load_function
 from ppo_jax.rewards.options import RewardOptions, choose_reward, kind_of, part_names
@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def choose(*sources: str, **options) -> ChosenReward:
+def choose(*sources: str, **options) -> Reward:
     return choose_reward(sources, RewardOptions(**options), MODEL, MODEL.stop_ids)
 
 
@@ -88,7 +88,7 @@ def reward_model(folder: Path) -> Path:
     return folder / "rm"
 
 
-def on_device(chosen: ChosenReward) -> np.ndarray:
+def on_device(chosen: Reward) -> np.ndarray:
     """Scores of TEXTS by a device reward: left-padded prompts, right-padded responses, a stop token at the end."""
     prompts, responses = [[0, *ids("ab")][1:], [0, *ids("c")]], [[*ids("de"), EOS, 0], [*ids("fgh"), EOS]]
     zeros = jnp.zeros((2, 4))
@@ -131,7 +131,7 @@ def test_a_service_with_a_token_of_the_environment_or_of_a_file(folder: Path, mo
 
 def test_a_reward_model_runs_on_the_device(reward_model: Path):
     chosen = choose("rm")
-    assert chosen.host is None and chosen.meta == {"accuracy": 0.75}
+    assert chosen.host is None and chosen.metadata == {"accuracy": 0.75}
     scores = on_device(chosen)
     assert abs(scores[0] - scores[1]) > 1e-3
     np.testing.assert_allclose(on_device(choose("rm", weights=(-2.0,))), -2 * scores, rtol=1e-6)
@@ -153,7 +153,7 @@ def test_a_sum_of_all_kinds_logs_each_part(reward_model: Path):
     np.testing.assert_array_equal(found.parts["length"], [1, 1.5])
     expected = 0.5 * model_scores + service - 2 * np.array([1, 1.5])
     np.testing.assert_allclose(found.reward, expected, rtol=1e-5)
-    assert found.valid.all() and chosen.device is None and chosen.meta == {}
+    assert found.valid.all() and chosen.device is None and chosen.metadata == {}
     assert re.fullmatch(r"0.5 x model [0-9a-f]{16} \+ 1 x a service \+ -2 x scores.py:length", chosen.name)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import smoke
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.rewards.base import Reward
 from ppo_jax.runs.evaluation import columns_of, make_evaluator, summary
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
@@ -27,7 +28,7 @@ def make(folder: Path, batch_size: int, stop_after: int = 99) -> tuple[Any, list
     written: list[tuple] = []
     asked = iter([False] * stop_after + [True] * 9)
     loop = dataclasses.replace(SETUP.loop, batch_size=batch_size)
-    setup = SETUP._replace(loop=loop, host_reward=AnyRows())
+    setup = SETUP._replace(loop=loop, reward=Reward(host=AnyRows()))
     with progress("test", main_process=False) as screen:
         return make_evaluator(
             folder,
