@@ -1,4 +1,4 @@
-"""What a reward is: a function on the device or one on the host, and the record that a run takes either in.
+"""What a reward is: a function on the device, one on the host, or the sum of both; and the record that a run takes.
 
 A device reward is a pure function that is traced into the iteration; a host reward is any Python that reads text.
 Both return `Scores`; a row that could not be scored is invalid, never 0 (rewards/scores.py).
@@ -42,7 +42,7 @@ class HostReward(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reward:
-    """Where a run's scores come from: give `device` or `host`.
+    """Where a run's scores come from: `device`, `host`, or both, whose scores are added (`combine.sum_scores`).
 
     `Reward(device=f, params=p)`, `Reward(host=g)`; from what a user names, `rewards.options.choose_reward` makes one.
     """
@@ -63,5 +63,5 @@ class Reward:
     """What training said of a reward model that is the only source: accuracy, ..."""
 
     def __post_init__(self) -> None:
-        if (self.device is None) == (self.host is None):
-            raise ValueError("a run needs exactly one reward: give a device function or a host function")
+        if self.device is None and self.host is None:
+            raise ValueError("a run needs a reward: give a device function, a host function, or both for their sum")

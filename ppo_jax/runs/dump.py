@@ -10,6 +10,7 @@ import numpy as np
 
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.parallel import processes
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Setup, decode_responses
@@ -35,8 +36,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
-        if scores is None:
-            scores = _host_scores(setup, asked, texts, rows)
+        scores = add_scores(scores, _host_scores(setup, asked, texts, rows))
         path = directory / rundir.FAULTS / f"update-{step + 1}"
         arrays = {name: value for name, value in rollout._asdict().items() if value is not None}
         arrays |= {"ref_logprobs": reference, "reward": scores.reward, "valid": scores.valid}
@@ -82,9 +82,10 @@ def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | Non
     return jax.jit(run)
 
 
-def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores:
+def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores | None:
     """The host's reward, asked again; NaN where it fails altogether, since this must not hide why the run stopped."""
-    assert setup.reward.host is not None
+    if setup.reward.host is None:
+        return None
     try:
         return as_scores(setup.reward.host(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
     except Exception:

@@ -9,7 +9,7 @@ import numpy as np
 from ppo_jax.data import left_pad
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.parallel import processes
-from ppo_jax.rewards.combine import SplitReward
+from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
@@ -92,13 +92,11 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
 
 def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
     """Of the held-out prompts `rows`, one number per response and score."""
-    scores = result.scores
-    prompts = [setup.held_out.texts[i] for i in rows]
-    if scores is None:
-        assert setup.reward.host is not None
+    prompts, from_host = [setup.held_out.texts[i] for i in rows], None
+    if setup.reward.host is not None:
         given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
-        scores = as_scores(given, len(responses))
-    scores = only_finite(scores)
+        from_host = as_scores(given, len(responses))
+    scores = only_finite(add_scores(result.scores, from_host))
     valid = np.asarray(scores.valid)
     columns = {"valid": valid, "reward": np.asarray(scores.reward)}
     columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}

@@ -166,10 +166,10 @@ def _last_words(screen: Screen, lost: int, failures: FailureLog) -> None:
 
 
 def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
-    if setup.reward.device is not None:
+    if setup.reward.host is None:
+        assert setup.reward.device is not None
         return make_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
-    assert setup.reward.host is not None
-    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
+    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
     return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, stopping)

@@ -23,6 +23,7 @@ from ppo_jax.ops.losses import token_weights
 from ppo_jax.ops.means import merge_metrics, no_metrics
 from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import only_finite
 from ppo_jax.rollout import generate
 from ppo_jax.train.experience import (
@@ -60,12 +61,13 @@ def make_iteration(
 
 
 def make_host_iteration(
-    config: ModelConfig, ppo: PPOConfig, optimizer: optax.GradientTransformation
+    config: ModelConfig, ppo: PPOConfig, optimizer: optax.GradientTransformation, reward: DeviceReward | None = None
 ) -> tuple[Collect, Learn]:
     """The iteration in two jitted halves, for rewards that are computed on the host in between.
 
     Returns collect(state, frozen, prompts, hyper) -> rollout, and
-    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state.
+    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state. It adds
+    what `reward` says on the device, where there is one, to the host's scores.
     """
 
     def first(state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper) -> Rollout:
@@ -79,7 +81,9 @@ def make_host_iteration(
         hyper: Hyper,
         pretrain: Texts | None = None,
     ) -> tuple[TrainState, Metrics]:
-        prefix, _ = rollout_prefix(state.policy, frozen, rollout, config)
+        prefix, depth = rollout_prefix(state.policy, frozen, rollout, config)
+        if reward is not None:
+            scores = add_scores(reward(frozen, rollout, prefix, depth), scores)
         return learn(state, frozen, rollout, scores, prefix, hyper, config, ppo, optimizer, pretrain)
 
     return jax.jit(first), jax.jit(second, donate_argnums=0)

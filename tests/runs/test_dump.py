@@ -21,7 +21,6 @@ from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Stopped
-from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import Frozen
 from tests.compilation import compile_once
@@ -42,8 +41,8 @@ def poisoned(make: Any, first: int, last: int) -> Any:
     """make_host_iteration whose base has a weight that is NaN in the iterations first .. last - 1."""
 
     @functools.wraps(make)
-    def made(config: Any, ppo: PPOConfig, optimizer: Any) -> Any:
-        collect, learn = make(config, ppo, optimizer)
+    def made(*given: Any) -> Any:
+        collect, learn = make(*given)
 
         def bad(state: Any, frozen: Frozen, *rest: Any) -> Any:
             if first <= int(state.step) < last:

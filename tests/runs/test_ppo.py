@@ -255,10 +255,9 @@ def test_another_seed_is_another_run(runs: Runs):
     assert records(runs.whole) == before and not (runs.whole / rundir.CONFIG).exists()
 
 
-def test_a_reward_is_a_device_function_or_a_host_function():
-    for both in ({}, {"device": lambda *_: None, "host": WordReward()}):
-        with pytest.raises(ValueError, match="exactly one"):
-            Reward(**both)
+def test_a_reward_has_a_function():
+    with pytest.raises(ValueError, match="a run needs a reward: give a device function"):
+        Reward(params={})
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path: Path):
