@@ -1,7 +1,7 @@
 """Records -> token rows, in the form that the policy sees when it generates.
 
 Chats are rendered by the tokenizer's own template. A response is tokenised apart from its prompt and closed with
-EOS, so that training and sampling agree on the tokens at the seam.
+EOS, so that training and sampling agree on the tokens at the seam. A text that spells BOS or EOS gets no second one.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ppo_jax.data.lines import Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
+from ppo_jax.data.tokens import end_ids, leading_bos, tokenise, with_bos, without_ends
 
 TooLong = Literal["error", "truncate_left", "drop"]
 
@@ -86,7 +87,7 @@ def encode_prompts(
       ValueError: some are too long (how many, and which is the longest), one has no tokens, or none is left.
     """
     names = where or [f"prompt {i}" for i in range(len(prompts))]
-    bos = _bos(tokenizer)
+    bos = leading_bos(tokenizer)
     rows = [_encode(prompt, tokenizer, bos, name) for prompt, name in zip(prompts, names, strict=True)]
     for row, name in zip(rows, names, strict=True):
         if row == bos:
@@ -100,9 +101,10 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
 
-    A pair is too long if one of its rows is.
+    A pair is too long if one of its rows is. Without `eos` an answer that spells EOS loses it, since a reward reads the
+    text of a response (`rewards.adapter`).
     """
-    bos, end = _bos(tokenizer), _eos(tokenizer) if eos else []
+    bos, end = leading_bos(tokenizer), _eos(tokenizer) if eos else []
     sides: list[list[tuple[list[int], int]]] = [[], []]
     for record in records:
         for rows, answer in zip(sides, (record.chosen, record.rejected), strict=True):
@@ -131,7 +133,7 @@ def encode_sft(
     Raises:
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
     """
-    bos, end = _bos(tokenizer), _eos(tokenizer)
+    bos, end = leading_bos(tokenizer), _eos(tokenizer)
     both = [_joined(r.prompt, r.response, tokenizer, bos, end, r.where) for r in records]
     kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
     rows, starts = [], []
@@ -148,21 +150,20 @@ def encode_sft(
 
 
 def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]:
-    ids: list[int] = tokenizer(render(text, tokenizer, where), add_special_tokens=False)["input_ids"]
-    return ids if isinstance(text, list) else bos + ids  # a chat template writes its own BOS
+    (ids,) = tokenise([render(text, tokenizer, where)], tokenizer)
+    return ids if isinstance(text, list) else with_bos(ids, bos)  # a chat template writes its own BOS
 
 
 def _joined(
     prompt: Text | None, response: str, tokenizer: Any, bos: list[int], end: list[int], where: str
 ) -> tuple[list[int], int]:
-    before = bos if prompt is None else _encode(prompt, tokenizer, bos, where)
-    return before + list(tokenizer(response, add_special_tokens=False)["input_ids"]) + end, len(before)
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """[the BOS id] if this tokenizer puts one before plain text, else []."""
-    first = list(tokenizer("a")["input_ids"])[:1]
-    return first if first == [tokenizer.bos_token_id] else []
+    (after,) = tokenise([response], tokenizer)
+    if prompt is None:
+        row, start = with_bos(after, bos), len(bos)
+    else:
+        before = _encode(prompt, tokenizer, bos, where)
+        row, start = before + after, len(before)
+    return without_ends(row, end_ids(tokenizer), start) + end, start
 
 
 def _eos(tokenizer: Any) -> list[int]:
@@ -200,7 +201,7 @@ def encode_ratings(
     records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedRatings:
     """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
-    bos = _bos(tokenizer)
+    bos = leading_bos(tokenizer)
     rows = [_joined(r.prompt, r.response, tokenizer, bos, [], r.where)[0] for r in records]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
     return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
@@ -210,7 +211,7 @@ def encode_choices(
     records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedChoices:
     """Token rows of prompt + each response, without EOS; a choice is too long if one of its rows is. As above."""
-    bos = _bos(tokenizer)
+    bos = leading_bos(tokenizer)
     groups = [[_joined(r.prompt, text, tokenizer, bos, [], r.where)[0] for text in r.responses] for r in records]
     lengths = [max(map(len, group)) for group in groups]
     kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ppo_jax.data.tokens import end_ids, leading_bos, tokenise, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
@@ -80,20 +81,16 @@ class Scorer(NamedTuple):
     max_length: int  # longest text in tokens; of a longer one the last are read
     score_rows: ScoreRows
     meta: dict[str, Any]
+    ends: tuple[int, ...] = ()  # end tokens, of which none is read at the end of a text, as in training
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token rows of prompt + response, tokenised apart as in training; [] for a text without tokens."""
-        if not prompts:
-            return []
-        sides = [self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in (prompts, responses)]
+        sides = [tokenise(texts, self.tokenizer) for texts in (prompts, responses)]
         return [self._row([*before, *after]) for before, after in zip(*sides, strict=True)]
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
-        if not texts:
-            return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [self._row(row, max_length) for row in rows]
+        return [self._row(row, max_length) for row in tokenise(texts, self.tokenizer)]
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """The score of each response; NaN for a text without tokens."""
@@ -101,7 +98,7 @@ class Scorer(NamedTuple):
 
     def _row(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
         bos = self.bos
-        text = list(ids[len(bos) :] if list(ids[: len(bos)]) == bos else ids)  # a chat template writes its own BOS
+        text = without_ends(with_bos(ids, bos), self.ends, len(bos))[len(bos) :]
         if not text:
             return []
         room = min(max_length or self.max_length, self.max_length) - len(bos)
@@ -199,7 +196,5 @@ def _scorer(
     if not 0 <= max_length <= config.max_positions or max_length == 1:
         raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
     max_length = max_length or config.max_positions
-    first = list(tokenizer("a")["input_ids"])[:1]
-    bos = first if first == [tokenizer.bos_token_id] else []
     score_rows = row_scorer(params, role, config, max_length, batch_sizes)
-    return Scorer(name, tokenizer, bos, max_length, score_rows, meta)
+    return Scorer(name, tokenizer, leading_bos(tokenizer), max_length, score_rows, meta, end_ids(tokenizer))

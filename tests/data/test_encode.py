@@ -88,6 +88,24 @@ def test_too_long_sft() -> None:
     assert (dropped.rows, dropped.starts, dropped.kept, dropped.too_long) == ([[BOS, *ids("ab"), EOS]], [2], [1], 1)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_text_that_spells_bos_or_eos_gets_no_second_one(bos: bool) -> None:
+    tokenizer, front = make_tokenizer(bos), [BOS] * bos
+    assert encode_prompts(["<s>ab", "ab"], make_tokenizer(bos=True), 9).rows == [[BOS, *ids("ab")]] * 2
+    plain = encode_sft([SFTRecord("a", "b", "f:1"), SFTRecord(None, "ab", "f:2")], tokenizer, 9)
+    spelt = encode_sft([SFTRecord("<s>" * bos + "a", "b</s>", "f:1"), SFTRecord(None, "<s>" * bos + "ab</s>", "f:2")],
+                       tokenizer, 9)  # fmt: skip
+    assert spelt == plain and plain.rows == [[*front, *ids("ab"), EOS]] * 2
+    in_chat = encode_sft([SFTRecord(CHAT, "c</s></s>", "f:1")], tokenizer, 99)
+    assert in_chat.rows == [[*CHAT_IDS, *ids("c"), EOS]]
+    for end, tail in ((True, [EOS]), (False, [])):
+        pairs = encode_pairs([PairRecord("a", "b</s>", "c", 0.0, "f:1")], tokenizer, 9, eos=end)
+        assert (pairs.chosen, pairs.rejected) == ([[*front, *ids("ab"), *tail]], [[*front, *ids("ac"), *tail]])
+    # An EOS that the prompt ends with is the prompt's, and so is one within an answer the answer's.
+    row = encode_sft([SFTRecord("a</s>", "</s>", "f:1"), SFTRecord("a", "b</s>c", "f:2")], tokenizer, 9).rows
+    assert row == [[*front, *ids("a"), EOS, EOS], [*front, *ids("ab"), EOS, *ids("c"), EOS]]
+
+
 def test_no_eos() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None

@@ -37,6 +37,15 @@ def test_ratings_and_choices_are_encoded_as_pairs_are(tmp_path: Path) -> None:
     assert encode_ratings(rated, tokenizer, 99).ratings == [4, -0.5]
 
 
+def test_an_answer_that_spells_eos_is_rated_where_it_is_scored_in_use(tmp_path: Path) -> None:
+    """PPO reads a response without the token that ended it, so no rated text has one either."""
+    tokenizer = make_tokenizer(bos=True)
+    rated = read_ratings(lines(tmp_path, {"prompt": "<s>a", "response": "b</s>", "rating": 1}))
+    assert encode_ratings(rated, tokenizer, 9).rows == [[BOS, *ids("ab")]]
+    chosen = read_choices(lines(tmp_path, {"prompt": "a", "responses": ["b</s>", "c"], "best": 0}))
+    assert encode_choices(chosen, tokenizer, 9).groups == [[[BOS, *ids("ab")], [BOS, *ids("ac")]]]
+
+
 def test_long_texts_are_cut_dropped_or_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(bos=True)
     records = read_choices(

@@ -202,6 +202,9 @@ def test_long_texts_keep_bos_and_their_end(world: Path) -> None:
     with_bos = scorer._replace(bos=[0])
     assert with_bos.encode(["<s>abcdefgh", "<s>", ""], ["ijkl", "", ""]) == [[0, *ids("defghijkl")], [], []]
     assert with_bos.encode_texts(["ab"], max_length=1) == [[0, *ids("b")]]
+    # A service is given texts that spell their end; they are read as in training, without it.
+    assert scorer.encode(["a", "a"], ["b</s>", "</s>"]) == [ids("ab"), ids("a")]
+    assert scorer.encode_texts(["ab</s></s>", "</s>"]) == [ids("ab"), []]
     with pytest.raises(ValueError, match="max_length=49 must be from 2 to the model's 48"):
         load_scorer(world / "merged", max_length=49)
 
