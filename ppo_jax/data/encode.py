@@ -1,7 +1,7 @@
 """Records -> token rows, in the form that the policy sees when it generates.
 
-Chats are rendered by the tokenizer's own template. A response is tokenised apart from its prompt and closed with
-EOS, so that training and sampling agree on the tokens at the seam. A text that spells BOS or EOS gets no second one.
+Chats are rendered by the tokenizer's own template. A row is the tokens of prompt + response, closed with EOS, and
+begins with the very tokens that the policy is given to continue (`data.tokens`).
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ppo_jax.data.lines import Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
-from ppo_jax.data.tokens import end_ids, leading_bos, tokenise, with_bos, without_ends
+from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
 
 TooLong = Literal["error", "truncate_left", "drop"]
 
@@ -106,12 +106,8 @@ def encode_pairs(
     """
     bos, end = leading_bos(tokenizer), _eos(tokenizer) if eos else []
     sides: list[list[tuple[list[int], int]]] = [[], []]
-    for record in records:
-        for rows, answer in zip(sides, (record.chosen, record.rejected), strict=True):
-            prompt, response = record.prompt, answer
-            if isinstance(response, list):
-                prompt, response = [*(prompt or []), *response[:-1]], response[-1]["content"]
-            rows.append(_joined(prompt, response, tokenizer, bos, end, record.where))
+    for rows, name in zip(sides, ("chosen", "rejected"), strict=True):
+        rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, end)
     lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
     kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
     chosen, rejected = ([_cut(side[i][0], max_length, bos) for i in kept] for side in sides)
@@ -134,7 +130,7 @@ def encode_sft(
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
     """
     bos, end = leading_bos(tokenizer), _eos(tokenizer)
-    both = [_joined(r.prompt, r.response, tokenizer, bos, end, r.where) for r in records]
+    both = _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, end)
     kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
     rows, starts = [], []
     for i in kept:
@@ -149,21 +145,32 @@ def encode_sft(
     return EncodedSFT(rows, starts, kept, count)
 
 
+def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str]:
+    """(prompt, response) of an answer; one in messages is its last message, and earlier ones follow the prompt."""
+    if isinstance(answer, str):
+        return prompt, answer
+    return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
+
+
 def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]:
     (ids,) = tokenise([render(text, tokenizer, where)], tokenizer)
     return ids if isinstance(text, list) else with_bos(ids, bos)  # a chat template writes its own BOS
 
 
-def _joined(
-    prompt: Text | None, response: str, tokenizer: Any, bos: list[int], end: list[int], where: str
-) -> tuple[list[int], int]:
-    (after,) = tokenise([response], tokenizer)
-    if prompt is None:
-        row, start = with_bos(after, bos), len(bos)
-    else:
-        before = _encode(prompt, tokenizer, bos, where)
-        row, start = before + after, len(before)
-    return without_ends(row, end_ids(tokenizer), start) + end, start
+def _answered(
+    texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, end: list[int]
+) -> list[tuple[list[int], int]]:
+    """(tokens of prompt + response + end, where the response begins) of each (prompt, response, name for messages)."""
+    bos, ends = leading_bos(tokenizer), end_ids(tokenizer)
+    befores = ["" if prompt is None else render(prompt, tokenizer, where) for prompt, _, where in texts]
+    rows = []
+    found = token_rows(befores, [response for _, response, _ in texts], tokenizer)
+    for (prompt, _, _), (row, start) in zip(texts, found, strict=True):
+        if not isinstance(prompt, list):  # a chat template writes its own BOS
+            bare, row = len(row), with_bos(row, bos)
+            start = max(start + len(row) - bare, len(bos))
+        rows.append((without_ends(row, ends, start) + end, start))
+    return rows
 
 
 def _eos(tokenizer: Any) -> list[int]:
@@ -202,7 +209,7 @@ def encode_ratings(
 ) -> EncodedRatings:
     """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
     bos = leading_bos(tokenizer)
-    rows = [_joined(r.prompt, r.response, tokenizer, bos, [], r.where)[0] for r in records]
+    rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, [])]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
     return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
 
@@ -212,7 +219,8 @@ def encode_choices(
 ) -> EncodedChoices:
     """Token rows of prompt + each response, without EOS; a choice is too long if one of its rows is. As above."""
     bos = leading_bos(tokenizer)
-    groups = [[_joined(r.prompt, text, tokenizer, bos, [], r.where)[0] for text in r.responses] for r in records]
+    rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, []))
+    groups = [[next(rows)[0] for _ in r.responses] for r in records]
     lengths = [max(map(len, group)) for group in groups]
     kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])
     cut = [[_cut(row, max_length, bos) for row in groups[i]] for i in kept]

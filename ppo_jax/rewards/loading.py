@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax.data.tokens import end_ids, leading_bos, tokenise, with_bos, without_ends
+from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
@@ -84,9 +84,8 @@ class Scorer(NamedTuple):
     ends: tuple[int, ...] = ()  # end tokens, of which none is read at the end of a text, as in training
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token rows of prompt + response, tokenised apart as in training; [] for a text without tokens."""
-        sides = [tokenise(texts, self.tokenizer) for texts in (prompts, responses)]
-        return [self._row([*before, *after]) for before, after in zip(*sides, strict=True)]
+        """Token rows of prompt + response, as in training (`data.tokens`); [] for a text without tokens."""
+        return [self._row(row) for row, _ in token_rows(prompts, responses, self.tokenizer)]
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
