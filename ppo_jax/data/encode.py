@@ -101,8 +101,8 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
 
-    A pair is too long if one of its rows is. Without `eos` an answer that spells EOS loses it, since a reward reads the
-    text of a response (`rewards.adapter`).
+    A pair is too long if one of its rows is; both then lose the same tokens of the prompt. Without `eos` an answer that
+    spells EOS loses it, since a reward reads the text of a response (`rewards.adapter`).
     """
     bos, end = leading_bos(tokenizer), _eos(tokenizer) if eos else []
     sides: list[list[tuple[list[int], int]]] = [[], []]
@@ -110,14 +110,9 @@ def encode_pairs(
         rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, end)
     lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
     kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
-    chosen, rejected = ([_cut(side[i][0], max_length, bos) for i in kept] for side in sides)
-
-    def start(side: list[tuple[list[int], int]], place: int) -> int:
-        row, first = side[place]
-        first -= max(len(row) - max_length, 0)
-        return first if first >= len(bos) else -1
-
-    starts = [(start(sides[0], i), start(sides[1], i)) for i in kept]
+    pairs = [_cut_alike([sides[0][i], sides[1][i]], max_length, bos) for i in kept]
+    chosen, rejected = ([pair[side][0] for pair in pairs] for side in (0, 1))
+    starts = [(pair[0][1], pair[1][1]) for pair in pairs]
     return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count, starts)
 
 
@@ -204,6 +199,24 @@ def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
     return bos + row[len(row) - max_length + len(bos) :] if row[: len(bos)] == bos else row[-max_length:]
 
 
+def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list[int]) -> list[tuple[list[int], int]]:
+    """Answers (row, start) to one prompt, cut on the left to `max_length` so that the prompt stays one and the same.
+
+    The longest says how much of the prompt goes, from all of them. An answer that is too long by itself is cut further,
+    and its start is -1.
+    """
+    excess = max(len(row) for row, _ in rows) - max_length
+    if excess <= 0:
+        return list(rows)
+    cut = []
+    for row, start in rows:
+        front = len(bos) if row[: len(bos)] == bos else 0
+        gone = min(excess, start - front)
+        short = _cut(row[:front] + row[front + gone :], max_length, bos)
+        cut.append((short, start - gone if len(short) == len(row) - gone else -1))
+    return cut
+
+
 def encode_ratings(
     records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedRatings:
@@ -217,11 +230,14 @@ def encode_ratings(
 def encode_choices(
     records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedChoices:
-    """Token rows of prompt + each response, without EOS; a choice is too long if one of its rows is. As above."""
+    """Token rows of prompt + each response, without EOS. As above.
+
+    A choice is too long if one of its rows is; all of them then lose the same tokens of the prompt.
+    """
     bos = leading_bos(tokenizer)
     rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, []))
-    groups = [[next(rows)[0] for _ in r.responses] for r in records]
-    lengths = [max(map(len, group)) for group in groups]
+    groups = [[next(rows) for _ in r.responses] for r in records]
+    lengths = [max(len(row) for row, _ in group) for group in groups]
     kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])
-    cut = [[_cut(row, max_length, bos) for row in groups[i]] for i in kept]
+    cut = [[row for row, _ in _cut_alike(groups[i], max_length, bos)] for i in kept]
     return EncodedChoices(cut, [records[i].best for i in kept], count)

@@ -1,6 +1,8 @@
 """Token rows, worked out by hand on a tokenizer with one token per character."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft, render
 from tests.data.tokenizer import BOS, EOS, ids, make_tokenizer
@@ -137,6 +139,37 @@ def test_too_long_pairs() -> None:
     dropped = encode_pairs(records, make_tokenizer(), 5, "drop")
     assert (dropped.margins, dropped.kept, dropped.too_long) == ([2.0], [1], 1)
     cut = encode_pairs(records, make_tokenizer(), 5, "truncate_left")
-    assert cut.chosen[0] == [*ids("abc"), EOS] and cut.rejected[0] == [*ids("cdef"), EOS]
+    # The prompt goes from both, though the chosen answer would leave room for it.
+    assert cut.chosen[0] == [*ids("c"), EOS] and cut.rejected[0] == [*ids("cdef"), EOS]
+    assert list(cut.starts) == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match=r"1 of 2 .* the longest has 7 \(f:1\)"):
         encode_pairs(records, make_tokenizer(), 5)
+
+
+@given(
+    st.integers(0, 6), st.integers(1, 6), st.integers(1, 6), st.integers(3, 9), st.sampled_from([False, True]),
+    st.sampled_from(["text", "chat"]),
+)  # fmt: skip
+def test_a_pair_that_is_cut_has_one_prompt(prompt: int, chosen: int, rejected: int, room: int, bos: bool, kind: str):
+    """The end of the prompt, the same of both; each answer whole, or the end of it where it has no room by itself."""
+    tokenizer, answers = make_tokenizer(bos), ("x" * chosen, "y" * rejected)
+    asked = "abcdef"[:prompt] or None
+    if kind == "chat":
+        asked = [{"role": "user", "content": asked or "a"}]
+    record = PairRecord(asked, *answers, 0.0, "f:1")
+    cut = encode_pairs([record], tokenizer, room, "truncate_left", eos=False)
+    whole = encode_pairs([record], tokenizer, 999, eos=False)
+    sides = (cut.chosen[0], cut.rejected[0]), (whole.chosen[0], whole.rejected[0]), cut.starts[0], whole.starts[0]
+    fronts = []
+    for row, full, start, first, answer in zip(*sides, answers, strict=True):
+        assert len(row) <= room
+        front = [BOS] * (bos and full[0] == BOS)
+        if start < 0:  # the answer has no room
+            assert len(answer) + len(front) > room and row == [*front, *ids(answer)[-(room - len(front)) :]]
+            continue
+        assert row[start:] == ids(answer) and row[: len(front)] == front
+        assert row[len(front) : start] == full[first - (start - len(front)) : first]
+        fronts.append(row[:start])
+    assert len(fronts) < 2 or fronts[0] == fronts[1]
+    longest = max(map(len, (whole.chosen[0], whole.rejected[0])))
+    assert max(map(len, (cut.chosen[0], cut.rejected[0]))) == min(longest, room)  # no more goes than has to

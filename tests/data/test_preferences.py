@@ -54,6 +54,10 @@ def test_long_texts_are_cut_dropped_or_refused(tmp_path: Path) -> None:
     assert encode_choices(records, tokenizer, 4, "drop") == ([[[BOS, *ids("a")], [BOS, *ids("b")]]], [1], 1)
     cut = encode_choices(records, tokenizer, 4, "truncate_left")
     assert cut.groups[0] == [[BOS, *ids("abc")], [BOS, *ids("def")]] and cut.too_long == 1
+    asked = read_choices(lines(tmp_path, {"prompt": "xyz", "responses": ["a", "bc", "d"], "best": 0}))
+    cut = encode_choices(asked, tokenizer, 5, "truncate_left")
+    assert cut.groups == [[[BOS, *ids("yz" + answer)] for answer in ("a", "bc", "d")]]
+    records = read_choices(lines(tmp_path, {"responses": ["abc", "abcdef"], "best": 0}))
     with pytest.raises(ValueError, match="longer than 4 tokens"):
         encode_choices(records, tokenizer, 4)
     rated = read_ratings(lines(tmp_path, {"response": "abcdef", "rating": 1}, {"response": "a", "rating": 2}))
