@@ -22,6 +22,7 @@ from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, en
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.facts import environment
 from ppo_jax.runs.output import config, rundir
@@ -134,8 +135,7 @@ def main(args: list[str] | None = None) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            device_reward=adapter_reward(reward.trunk, sampling.stop_ids),
-            reward_params=reward.role,
+            reward=Reward(adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role),
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
             labels=LABELS,
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),

@@ -43,6 +43,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -52,7 +53,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup, with_reward
+from ppo_jax.runs.setup import Judge, Result, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
@@ -234,21 +235,18 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            device_reward=adapter_reward(reward.trunk, stop_ids),
-            reward_params=reward.role,
+            reward=chosen or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
             config=repeatable,
         )
-        if chosen is not None:
-            setup = with_reward(setup, chosen)
-            for notice in chosen.notices:
-                screen.message(notice)
+        for notice in setup.reward.notices:
+            screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        accuracy = reward.accuracy if chosen is None else chosen.meta.get("accuracy")
+        accuracy = reward.accuracy if chosen is None else chosen.metadata.get("accuracy")
         summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
         path = page.write(directory, summary)
         screen.message(f"report: {path}")

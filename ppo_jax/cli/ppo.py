@@ -120,12 +120,8 @@ def _ppo(settings: PPOSettings) -> None:
         loop=settings.loop,
         seed=settings.seed,
         pretrain=_pretraining(settings, model),
-        device_reward=chosen.device,
-        reward_params=chosen.params,
-        host_reward=chosen.host,
-        failures=chosen.failures,
+        reward=chosen,
         config=repeatable_yaml(settings),
-        reward_name=chosen.name,
     )
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
@@ -147,8 +143,8 @@ def _ppo(settings: PPOSettings) -> None:
             "versions": facts["versions"],
             "machine": facts["machine"],
         }
-        if "accuracy" in chosen.meta:
-            summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
+        if "accuracy" in chosen.metadata:
+            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported}; report: {page}")
 

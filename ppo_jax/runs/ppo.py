@@ -56,7 +56,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
     """
     setup = _checked(setup)
     loop = setup.loop
-    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward_params))
+    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward.params))
     optimizer = make_optimizer(setup.ppo.optimizer)
     state = place_on_mesh(make_fresh_state(setup, optimizer))
     facts = run_facts(setup, state.policy)
@@ -126,8 +126,6 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | resumi
 
 def _checked(setup: Setup) -> Setup:
     """Raises ValueError for what cannot be trained, before anything is written."""
-    if (setup.device_reward is None) == (setup.host_reward is None):
-        raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     setup.ppo.check_batch(setup.loop.batch_size)
     setup = setup._replace(hyper=check_hyper(setup.hyper))
     check_scalars_of(setup.ppo, setup.hyper)
@@ -148,9 +146,8 @@ def _introduce(directory: Path, setup: Setup, screen: Screen) -> FailureLog:
             "mismatch is logged as behaviour_mismatch. " + FILTERED[setup.ppo.behaviour]
         )
     screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
-    failures = setup.failures or FailureLog()
-    failures.notify = screen.message
-    return failures
+    setup.reward.failures.notify = screen.message
+    return setup.reward.failures
 
 
 def _write_again(directory: Path, config: str, writers: Sequence[Callable[[], int]]) -> int:
@@ -169,10 +166,10 @@ def _last_words(screen: Screen, lost: int, failures: FailureLog) -> None:
 
 
 def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
-    if setup.device_reward is not None:
-        return make_iteration(setup.model.config, setup.ppo, optimizer, setup.device_reward)
-    assert setup.host_reward is not None
-    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
+    if setup.reward.host is None:
+        assert setup.reward.device is not None
+        return make_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
-    reward, sampling = SplitReward(setup.host_reward), setup.ppo.sampling
+    reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
     return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, stopping)
