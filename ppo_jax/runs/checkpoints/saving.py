@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ppo_jax.parallel.agreement import of_first
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointSaveBroken, CheckpointSaveError
 from ppo_jax.train.loop import Exploded, LoopConfig, Stopped
 from ppo_jax.types import PyTree
 
@@ -67,8 +68,8 @@ class Saver:
             try:
                 store.save(self.manager, step, state, self.meta)
                 store.wait(self.manager)
-            except store.CheckpointSaveError as error:
-                if isinstance(error, store.CheckpointSaveBroken) or not self._published(step):
+            except CheckpointSaveError as error:
+                if isinstance(error, CheckpointSaveBroken) or not self._published(step):
                     raise
             finally:
                 self.close()
@@ -78,7 +79,7 @@ class Saver:
         """Lets the manager go. Errors were reported, or belong to a save that `settle` has not been asked about."""
         manager, self.manager = self.stack, None
         self.stack = contextlib.ExitStack()
-        with contextlib.suppress(store.CheckpointSaveError):
+        with contextlib.suppress(CheckpointSaveError):
             manager.close()
 
     def _save(self, step: int, state: PyTree) -> None:
@@ -102,9 +103,9 @@ class Saver:
         """Runs `action`; a failure to save closes the manager, is reported, and sets the time of the next try."""
         try:
             action()
-        except store.CheckpointSaveBroken:
+        except CheckpointSaveBroken:
             raise
-        except (store.CheckpointSaveError, OSError) as error:
+        except (CheckpointSaveError, OSError) as error:
             tried, self.pending = self.pending, None
             self.close()
             if self._published(tried):
@@ -152,7 +153,7 @@ def leave(error: Stopped, keep: Saver, given: Sequence[tuple[int, PyTree]]) -> N
         try:
             keep.insist(*given[-1])
             saved = keep.good
-        except (store.CheckpointSaveError, OSError) as failure:
+        except (CheckpointSaveError, OSError) as failure:
             left = "no update has been saved" if saved is None else f"--resume goes on from update {saved}"
             raise Stopped(f"{error}; its state is not saved: {failure}; {left}") from None
     on_disk = "no update has been saved" if saved is None else f"update {saved} is saved"
