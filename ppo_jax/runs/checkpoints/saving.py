@@ -5,7 +5,7 @@ here is collective then, but for `close`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from ppo_jax.types import PyTree
 class Saver:
     """`Saver(step, state, due)` after every update; a failed save is tried again 1, 2, 4, ... updates later.
 
-    best: the step that the best evaluation was at, or None; its checkpoint is kept.
+    best: asked at every save for the step that the best evaluation was at, or None; its checkpoint is kept.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Saver:
         meta: Mapping[str, Any],
         notify: Callable[[str], None],
         last: int | None,
+        best: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.directory, self.loop, self.meta, self.notify = directory, loop, meta, notify
-        self.good = last
-        self.best: int | None = None
+        self.good, self.best = last, best
         self.pending: int | None = None  # given to Orbax, not yet known to be on disk
         self.retry: int | None = None  # the update at which a failed save is tried again
         self.patience = 1
@@ -97,7 +97,7 @@ class Saver:
         return step in of_first(steps)
 
     def _open(self) -> contextlib.AbstractContextManager[Any]:
-        return store.open_manager(self.directory, self.loop.keep, self.loop.keep_every, lambda: self.best)
+        return store.open_manager(self.directory, self.loop.keep, self.loop.keep_every, self.best)
 
     def _guard(self, step: int, action: Callable[[], None]) -> None:
         """Runs `action`; a failure to save closes the manager, is reported, and sets the time of the next try."""
@@ -112,7 +112,7 @@ class Saver:
                 self.good, self.patience = tried, 1
                 cause = error.__cause__ or error
                 self.notify(f"update {tried} is saved, but an older checkpoint could not be deleted: {cause}")
-                store.delete_old(self.directory, self.loop.keep, self.loop.keep_every, self.best)
+                store.delete_old(self.directory, self.loop.keep, self.loop.keep_every, self.best())
                 return
             self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
             last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"
@@ -127,9 +127,10 @@ def saver(
     meta: Mapping[str, Any],
     notify: Callable[[str], None],
     last: int | None,
+    best: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Saver]:
     """A `Saver` for the length of the block, at whose end the last save is waited for."""
-    found = Saver(directory, loop, meta, notify, last)
+    found = Saver(directory, loop, meta, notify, last, best)
     try:
         yield found
         found.settle()
@@ -137,21 +138,21 @@ def saver(
         found.close()
 
 
-def leave(error: Stopped, keep: Saver, given: Sequence[tuple[int, PyTree]]) -> NoReturn:
+def leave(error: Stopped, keep: Saver, given: tuple[int, PyTree] | None) -> NoReturn:
     """Raises the error again, with what is on disk; a state that is not there is tried once more.
 
     Args:
-      given: the last update that was done, and its state; empty where none was.
+      given: the last update that was done, and its state; None where none was.
 
     Raises:
       Stopped: in place of Interrupted, where the state could not be saved: what was done since is lost.
     """
     saved = keep.settle()
     if isinstance(error, Exploded):
-        raise Exploded(f"{error}. {_way_back(keep.directory, given[-1][0] if given else saved)}") from None
-    if given and saved != given[-1][0]:
+        raise Exploded(f"{error}. {_way_back(keep.directory, given[0] if given else saved)}") from None
+    if given and saved != given[0]:
         try:
-            keep.insist(*given[-1])
+            keep.insist(*given)
             saved = keep.good
         except (CheckpointSaveError, OSError) as failure:
             left = "no update has been saved" if saved is None else f"--resume goes on from update {saved}"
