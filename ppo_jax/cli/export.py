@@ -9,8 +9,6 @@ files, ppo_jax_export.json, by which an export is known as one: only such a dire
 
 import dataclasses
 import json
-import shutil
-import uuid
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data.disk import swap
+from ppo_jax.data.disk import replaced_directory
 from ppo_jax.models.files import families, hf, peft
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import resolve
@@ -93,9 +91,7 @@ def _export(settings: ExportSettings) -> None:
 def write(target: Path, found: trained.Trained, settings: ExportSettings) -> None:
     """Makes the directory beside `target` and renames it: it is there whole or not at all."""
     model = found.model
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
+    with replaced_directory(target) as partial:
         if settings.format == "peft":
             peft.save(partial, found.adapter, model.config, base_name(found, settings))
             save_tokenizer(partial, model.tokenizer)
@@ -117,9 +113,6 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
         files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
         mark = json.dumps({"format": settings.format, "files": files}, indent=2)
         (partial / MARK).write_text(mark + "\n", encoding="utf-8")
-        swap(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def base_name(found: trained.Trained, settings: ExportSettings) -> str:

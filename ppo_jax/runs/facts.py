@@ -13,7 +13,7 @@ import numpy as np
 
 from ppo_jax.data.disk import strict
 from ppo_jax.models.adapters import Lora
-from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.checksums import array_sum
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Setup
 from ppo_jax.types import Policy, PyTree
@@ -65,8 +65,8 @@ def _mesh() -> str:
 
 def _digest(tree: PyTree) -> str:
     """Of the bytes of a tree's arrays, in their order."""
-    sums = [store.array_sum(leaf) for leaf in jax.tree.leaves(tree)]
-    return f"{len(sums)} arrays, {store.array_sum(np.array(sums, np.uint32)):08x}"
+    sums = [array_sum(leaf) for leaf in jax.tree.leaves(tree)]
+    return f"{len(sums)} arrays, {array_sum(np.array(sums, np.uint32)):08x}"
 
 
 def _rows_digest(rows: Sequence[Sequence[int]]) -> str:

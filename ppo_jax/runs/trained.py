@@ -19,6 +19,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import config, rundir, writers
 from ppo_jax.types import PyTree
 
@@ -131,10 +132,10 @@ def _from_checkpoint(where: Path, step: int | None, model: str | None, options: 
     for number in reversed(store.all_steps(folder)):
         try:
             return _read(where, number, model, load)
-        except store.DamagedCheckpoint as error:
+        except DamagedCheckpoint as error:
             warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
             damaged.append(str(error))
-    raise store.CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
+    raise CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
 
 
 def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model]) -> Trained:
@@ -168,7 +169,7 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
         except config.FieldError as error:
             raise ValueError(f"{where / rundir.CONFIG}: policy.{error}") from error
     if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
-        raise store.CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
+        raise CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
     adapter = _restored(folder, _tree(shapes, scales.alpha), step)
     return Trained(
         base,
@@ -202,7 +203,7 @@ def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
         node[name] = leaf
     for name, pair in tree.get("lora", {}).items():
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
-            raise store.CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
+            raise CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
         tree["lora"][name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
     return tree
 

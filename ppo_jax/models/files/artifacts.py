@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import sha256_of, strict, swap
+from ppo_jax.data.disk import replaced_directory, sha256_of, strict
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -134,21 +132,15 @@ def _write(
     overwrite: bool,
     pieces: tensor_file.Pieces,
 ) -> None:
-    """Makes the directory beside `path` and renames it."""
+    """Puts the directory in its place."""
     if path.exists() and not (overwrite and (path / DESCRIPTION).is_file()):
         advice = " or pass overwrite=True" if (path / DESCRIPTION).is_file() else ""
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
-    try:
+    with replaced_directory(path) as partial:
         tensor_file.write(partial / ARRAYS, entries, pieces)
         description = description | {"arrays_sha256": sha256_of(partial / ARRAYS)}
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        swap(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(path: str | Path, kind: Kind | None = None) -> Artifact:

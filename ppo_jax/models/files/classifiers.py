@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,9 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ppo_jax.data.disk import swap
+from ppo_jax.data.disk import replaced_directory
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, hf, weights
+from ppo_jax.models.files import families, hf, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
 from ppo_jax.parallel import processes
 from ppo_jax.types import PyTree
@@ -158,12 +157,14 @@ def save(
         BIAS: float(head["bias"]),
         META: dict(meta or {}),
     }
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        hf.save(partial, config, params, tokenizer, adapter=adapter)
-        processes.first_writes(lambda _: _finish(partial, path, kernel, fields))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    files = hf.plan_files(config, params, tokenizer, adapter)
+
+    def write(source: tensor_file.Pieces) -> None:
+        with replaced_directory(path) as partial:
+            files.write(partial, source)
+            _make_classifier(partial, kernel, fields)
+
+    processes.first_writes(write, files.source())
     return path
 
 
@@ -173,14 +174,13 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
 
 
-def _finish(partial: Path, path: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
-    """Makes a classifier of a saved language model, and puts it in its place."""
-    (partial / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
-    _add_score(partial, kernel)
-    raw = json.loads((partial / "config.json").read_text(encoding="utf-8")) | fields
+def _make_classifier(where: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
+    """Makes a classifier of a saved language model."""
+    (where / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    _add_score(where, kernel)
+    raw = json.loads((where / "config.json").read_text(encoding="utf-8")) | fields
     text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
-    (partial / "config.json").write_text(text, encoding="utf-8")
-    swap(partial, path)
+    (where / "config.json").write_text(text, encoding="utf-8")
 
 
 def _check_kind(raw: Mapping[str, Any]) -> None:

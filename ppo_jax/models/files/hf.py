@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from ppo_jax.data.disk import keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, gguf, tensor_file, weights
@@ -26,7 +26,6 @@ from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PARTIAL = ".partial"  # folder in a model's directory while that is written
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -98,11 +97,11 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
 
-    Everything is written into `path`/.partial first and moved from there, config.json last: a directory that has one
-    is complete, and one that cannot be replaced stays as it was. Of several processes, all of which have to call it,
-    the first one writes. Adapters are merged, and arrays fetched, one tensor of one layer at a time.
+    It is made beside `path` and put in its place: a directory that cannot be replaced stays as it was, and what else
+    lies in it (a README.md) is kept. Of several processes, all of which have to call it, the first one writes.
+    Adapters are merged, and arrays fetched, one tensor of one layer at a time.
 
     Args:
       path: made if absent.
@@ -120,7 +119,36 @@ def save(
       FileExistsError: the directory holds a model, and `overwrite` is off.
       OSError: it cannot be written, also in the processes that do not write.
     """
-    where, adapter = Path(path), adapter or {}
+    where = Path(path)
+    files = plan_files(config, params, tokenizer, adapter, dtype, max_shard_bytes)
+
+    def write(source: tensor_file.Pieces) -> None:
+        if any(file.exists() for file in _model_files(where)) and not overwrite:
+            raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
+        with replaced_directory(where) as partial:
+            files.write(partial, source)
+            keep_files(where, partial, without=[file.name for file in _model_files(where)])
+
+    first_writes(write, files.source())
+
+
+class ModelFiles(NamedTuple):
+    """The files of a model's directory, yet to be written."""
+
+    write: Callable[[Path, tensor_file.Pieces], None]  # into an empty directory, from the pieces of `source`
+    source: Callable[[], tensor_file.Pieces]  # collective, see `tensor_file.pieces`
+
+
+def plan_files(
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Any = None,
+    adapter: PyTree = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> ModelFiles:
+    """What `save` writes with these arguments. Raises ValueError as it does."""
+    adapter = adapter or {}
     raw = families.config_to_hf(config)
     merged = jax.eval_shape(lambda params, adapter: merge(params, adapter, config), params, adapter)
     check_params(config, merged)
@@ -129,33 +157,11 @@ def save(
     dtypes = jax.tree.map(lambda array: jnp.dtype(dtype or array.dtype), merged)
     files = _split_into_files(config, params, adapter, dtypes, max_shard_bytes)
 
-    def write(source: tensor_file.Pieces) -> None:
-        with _replaced_model(where, overwrite) as partial:
-            _write_texts(partial, config, raw, tokenizer)
-            _write_weights(partial, files, source)
+    def write(where: Path, source: tensor_file.Pieces) -> None:
+        _write_texts(where, config, raw, tokenizer)
+        _write_weights(where, files, source)
 
-    first_writes(write, tensor_file.pieces(entry for entries in files.values() for entry in entries))
-
-
-@contextlib.contextmanager
-def _replaced_model(where: Path, overwrite: bool) -> Iterator[Path]:
-    """Makes a folder to write a model into, whose files take the place of those in `where` when all are there."""
-    where.mkdir(parents=True, exist_ok=True)
-    if any(file.exists() for file in _model_files(where)) and not overwrite:
-        raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
-    partial = where / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in _model_files(where):
-            file.unlink(missing_ok=True)
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            if file.is_dir():  # a tokenizer may have a folder of chat templates
-                shutil.rmtree(where / file.name, ignore_errors=True)
-            os.replace(file, where / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return ModelFiles(write, lambda: tensor_file.pieces(entry for entries in files.values() for entry in entries))
 
 
 def _model_files(where: Path) -> list[Path]:
