@@ -57,7 +57,7 @@ BRIEF = Brief(
 
 
 def dpo(settings: DPOSettings) -> None:
-    """`ppo-jax dpo`."""
+    """Run `ppo-jax dpo`."""
     with common.on_mesh(settings, *common.micro_batch("dpo", settings.dpo)):
         _dpo(settings)
 

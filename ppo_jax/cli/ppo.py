@@ -88,7 +88,7 @@ BRIEF = Brief(
 
 
 def ppo(settings: PPOSettings) -> None:
-    """`ppo-jax ppo`."""
+    """Run `ppo-jax ppo`."""
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
@@ -150,7 +150,7 @@ def _ppo(settings: PPOSettings) -> None:
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
-    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    """Read the token rows of PPO-ptx, no longer than prompt and response together."""
     if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
         raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
     if settings.pretrain is None:

@@ -83,13 +83,13 @@ BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output class
 
 
 def export_reward(settings: ExportRewardSettings) -> None:
-    """`ppo-jax export-reward`."""
+    """Run `ppo-jax export-reward`."""
     path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 
 def reward(settings: RewardSettings) -> None:
-    """`ppo-jax reward`."""
+    """Run `ppo-jax reward`."""
     given = {name: getattr(settings, name) for name in ("pairs", "ratings", "choices")}
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
@@ -130,7 +130,7 @@ def _reward(settings: RewardSettings) -> None:
 
 
 def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
-    """(training, held-out) token rows, and the file. No EOS: the reward reads the text of a response, whether it ended
+    """Read (training, held-out) token rows, and the file. No EOS: the reward reads a response's text, whether it ended
     by itself or was cut (rewards.adapter)."""
     tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
 

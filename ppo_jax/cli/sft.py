@@ -54,7 +54,7 @@ BRIEF = Brief(
 
 
 def sft(settings: SFTSettings) -> None:
-    """`ppo-jax sft`."""
+    """Run `ppo-jax sft`."""
     with on_mesh(settings, *micro_batch("sft", settings.sft)):
         _sft(settings)
 

@@ -1,4 +1,4 @@
-"""What a line of a JSON-lines file may say: checked objects, chat messages and texts."""
+"""The lines of JSON-lines files, and what they may say: checked objects, chat messages and texts."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _MESSAGES = '[{"role": ..., "content": ...}, ...]'
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", line) for each line of a UTF-8 file; blank lines at the end are ignored."""
+    """Yield ("file:line", line) for each line of a UTF-8 file; blank lines at the end are ignored."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -46,7 +46,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) for each line of a JSON Lines file."""
+    """Yield ("file:line", object) for each line of a JSON Lines file."""
     for where, line in read_lines(path):
         try:
             value = parse_json(line)
@@ -62,7 +62,7 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def form_of(
     line: dict[str, Any], where: str, forms: Sequence[tuple[str, ...]], optional: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """The one of `forms` (sets of required fields) that this line has; ValueError if none, several, or more fields."""
+    """Choose the one of `forms` (sets of required fields) a line has; ValueError if none, several, or more fields."""
     allowed = " or ".join(" and ".join(f'"{field}"' for field in form) for form in forms)
     if optional:
         allowed += "; optional: " + ", ".join(f'"{field}"' for field in optional)
@@ -127,5 +127,5 @@ def shown(value: Any) -> str:
 
 
 def read_prompt(line: dict[str, Any], where: str) -> Text | None:
-    """The field `prompt` of a line, checked; None where there is none."""
+    """Read the field `prompt` of a line, checked; None where there is none."""
     return check_chat_or_text(line["prompt"], where, "prompt") if "prompt" in line else None

@@ -58,7 +58,7 @@ class SFTRecord(NamedTuple):
 
 
 def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """Prompts: one text per line of a .txt file, otherwise one JSON object per line.
+    """Read prompts: one text per line of a .txt file, otherwise one JSON object per line.
 
     {"prompt": text} or {"messages": [...]}, and optionally "metadata": {...}.
 
@@ -88,7 +88,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
 
 
 def read_pairs(path: str | Path) -> list[PairRecord]:
-    """Preferences, one JSON object per line: {"chosen": text, "rejected": text}, optionally "prompt" and "margin".
+    """Read preferences, a JSON object per line: {"chosen": text, "rejected": text}, optionally "prompt" and "margin".
 
     Each text is a string or a list of messages; the answers are both the one or both the other. Strings are joined
     as they are, so a space between prompt and answer belongs to one of them.
@@ -115,7 +115,7 @@ def read_pairs(path: str | Path) -> list[PairRecord]:
 
 
 def read_sft(path: str | Path) -> list[SFTRecord]:
-    """Demonstrations: one text per line of a .txt file, otherwise one JSON object per line.
+    """Read demonstrations: one text per line of a .txt file, otherwise one JSON object per line.
 
     {"prompt": text or messages, "response": text}, {"messages": [...]} (the last one, the assistant's, is the
     response) or {"text": text} (all of it is learnt).
@@ -140,7 +140,7 @@ def read_sft(path: str | Path) -> list[SFTRecord]:
 
 
 def read_ratings(path: str | Path) -> list[RatingRecord]:
-    """Rated responses, one JSON object per line: {"response": text, "rating": number}, optionally "prompt".
+    """Read rated responses, a JSON object per line: {"response": text, "rating": number}, optionally "prompt".
 
     Raises:
       ValueError: a line is not that; the message names file, line and field.
@@ -161,7 +161,7 @@ def read_ratings(path: str | Path) -> list[RatingRecord]:
 
 
 def read_choices(path: str | Path) -> list[ChoiceRecord]:
-    """Best of n, one JSON object per line: {"responses": [text, ...], "best": place from 0}, optionally "prompt".
+    """Read best of n, a JSON object per line: {"responses": [text, ...], "best": place from 0}, optionally "prompt".
 
     Raises: as `read_ratings`.
     """

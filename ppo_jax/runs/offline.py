@@ -56,7 +56,7 @@ def run_offline(
     seed: int,
     screen: Screen,
 ) -> StageResult:
-    """A fresh adapter, measured, trained, measured again, and saved: export/policy and, merged, export/model.
+    """Measure a fresh adapter, train, measure again, and save: export/policy and, merged, export/model.
 
     On a mesh the adapter is born on its shards, every process takes part, and the first one writes.
 

@@ -62,7 +62,7 @@ def run_reward(
     screen: Screen,
     reference: Sequence[Sequence[int]] = (),
 ) -> RewardResult:
-    """Trains a reward model in an opened run directory; leaves export/reward.
+    """Train a reward model in an opened run directory; leave export/reward.
 
     The head is fitted on frozen features, then adapter and head together. With `reward.normalise` scores have mean 0
     and std 1 on the `reference` rows, by default the training texts. LoRA leaves an artifact (`ppo_jax.artifacts`),
@@ -126,7 +126,7 @@ def run_reward(
 
 
 def check_batch(reward: RewardConfig, data: Data) -> None:
-    """Raises ValueError unless `batch_size` texts are a whole number of pairs or choices, and there are so many."""
+    """Raise ValueError unless `batch_size` texts are a whole number of pairs or choices, and there are so many."""
     size = reward.batch_size
     if isinstance(data, EncodedRatings):
         if size > len(data.rows):
@@ -144,7 +144,7 @@ def check_batch(reward: RewardConfig, data: Data) -> None:
 
 
 def compared(data: Data, seed: int, what: str = "texts") -> Compared:
-    """The texts and comparisons of pairs, of ratings (all, or many random ones) or of choices (the best to the others).
+    """Collect texts and comparisons of pairs, of ratings (all, or many at random) or of choices (the best to others).
 
     Args:
       what: what the texts are, for the message: which part of the data.
@@ -180,7 +180,7 @@ def compared(data: Data, seed: int, what: str = "texts") -> Compared:
 def training_batches(
     data: Data, reward: RewardConfig, seed: int, pad_id: int
 ) -> tuple[Callable[[int], Comparisons], int]:
-    """(step -> batch, number of steps); no steps where the head alone is trained."""
+    """Make (step -> batch, number of steps); no steps where the head alone is trained."""
     epochs = reward.epochs if reward.trains else 0
     if isinstance(data, EncodedPairs):
         per_batch = reward.batch_size // 2
@@ -198,7 +198,7 @@ def training_batches(
 
 
 def comparisons(batch: PairBatch) -> Comparisons:
-    """Chosen texts in the first half of the rows, rejected in the second; row i is preferred to row B + i."""
+    """Put chosen texts in the first half of the rows, rejected in the second; row i is preferred to row B + i."""
     pairs, length = batch.chosen.shape
     better = np.zeros((2 * pairs, 2 * pairs), bool)
     margin = np.zeros(better.shape, np.float32)
@@ -211,7 +211,7 @@ def comparisons(batch: PairBatch) -> Comparisons:
 
 
 def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
-    """The groups of `index`, each in as many rows as the largest group of all needs; every shape is the same."""
+    """Put the groups of `index` in as many rows each as the largest of all needs; every shape is the same."""
     each = max(map(len, data.groups))
     length = max(len(row) for group in data.groups for row in group)
     count = each * len(index)
@@ -230,7 +230,7 @@ def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> 
 def evaluate(
     role: RewardRole, features: Float[np.ndarray, "N D"], unseen: Compared
 ) -> tuple[dict[str, float], list[Bucket]]:
-    """What a role is worth on held-out comparisons, from the features of their texts; gaps without the head's gain."""
+    """Measure a role on held-out comparisons, from the features of their texts; gaps without the head's gain."""
     scores = head_scores(role.head, features)
     leads = (scores[unseen.better] - scores[unseen.worse]) / float(role.head["gain"])
     table = calibration(leads)
@@ -252,6 +252,6 @@ def _spread(scores: Float[np.ndarray, " N"]) -> dict[str, Any]:
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Three padded lengths; one program is compiled for each."""
+    """Choose three padded lengths; one program is compiled for each."""
     longest = max(map(len, rows))
     return sorted({-(-longest // 4), -(-longest // 2), longest})
