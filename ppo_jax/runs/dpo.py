@@ -72,7 +72,7 @@ def run_dpo(
         model._replace(params=base),
         adapter,
         Phase("dpo", steps, ("loss", "accuracy", "margin")),
-        lambda tuned: evaluate(run, tuned, base, in_order(held_out, size, model.pad_id)),
+        lambda tuned: evaluate(run, tuned, base, batch_in_order(held_out, size, model.pad_id)),
         lambda tuned, write: train_dpo(
             tuned, base, model.config, dpo, lambda step: preferences(batches[step], train.starts), steps, write
         ),
@@ -81,7 +81,7 @@ def run_dpo(
     )
 
 
-def in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:
+def batch_in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:
     """Yield all pairs once, in batches of one shape: the last one is filled up with pairs whose loss mask is empty."""
     rows = _batches(pairs, len(pairs.starts), 0, pad_id)[0]
     return offline.in_order(preferences(rows, pairs.starts), batch_size)

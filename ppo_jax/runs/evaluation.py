@@ -67,10 +67,10 @@ def make_evaluator(
             result = processes.fetch(run(state.policy, frozen, prompts, jax.random.fold_in(key, number), setup.hyper))
             result = jax.tree.map(lambda x, used=used: x[:used], result)
             texts = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
-            pieces.append(columns_of(setup, result, rows[:used], texts))
+            pieces.append(collect_columns(setup, result, rows[:used], texts))
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        values = summary(columns)
+        values = summarise(columns)
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
         scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
@@ -92,7 +92,7 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
     """Collect one number per response and score, for the held-out prompts `rows`."""
     prompts, from_host = [setup.held_out.texts[i] for i in rows], None
     if setup.reward.host is not None:
@@ -109,7 +109,7 @@ def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Se
     return columns
 
 
-def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+def summarise(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Compute means and deviations. Rewards and their parts are those of the rows that were scored. All else is of all
     rows: a KL or a judge that is not a number there is a defect, and shows as one."""
     valid = columns["valid"]

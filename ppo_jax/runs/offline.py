@@ -66,16 +66,16 @@ def run_offline(
     """
     write = phase_writer(directory, screen, phase.name, phase.steps)
 
-    def measured(step: int, tuned: PyTree) -> dict[str, float]:
+    def measure_at(step: int, tuned: PyTree) -> dict[str, float]:
         values = measure(tuned)
         write(step, {f"heldout_{name}": values[name] for name in phase.shown})
         return values
 
     key = key_stream(seed, "adapter")
     tuned = create_on_mesh(lambda k, base: init_adapter(k, base, model.config, adapter), key, model.params)
-    before = measured(0, tuned)
+    before = measure_at(0, tuned)
     tuned = train(tuned, write)
-    after = measured(phase.steps, tuned)
+    after = measure_at(phase.steps, tuned)
     export = directory / EXPORT
     save_role(export / POLICY, "policy", tuned, {}, model, meta={"steps": phase.steps, "heldout": after})
     write_model(export / MODEL, model, tuned)

@@ -71,7 +71,7 @@ def run_reward(
     Raises ValueError when a batch cannot be filled (`check_batch`), or nothing is compared.
     """
     check_batch(reward, train)
-    trunk, given, size = reward.trunk(model.config), compared(train, seed, TRAINING), reward.batch_size
+    trunk, given, size = reward.trunk(model.config), collect_comparisons(train, seed, TRAINING), reward.batch_size
     batches, steps = training_batches(train, reward, seed, model.pad_id)
     write = phase_writer(directory, screen, "reward", steps)
     model = model._replace(params=place_on_mesh(model.params))
@@ -89,7 +89,7 @@ def run_reward(
         write(step, {f"heldout_{name}": value for name, value in kept.items()})
         return values, table
 
-    unseen = compared(held_out, seed, HELD_OUT)
+    unseen = collect_comparisons(held_out, seed, HELD_OUT)
     screen.message(f"reward model: reading {len(given.rows)} texts")
     found = features(given.rows)
     if reward.head_steps:
@@ -143,7 +143,7 @@ def check_batch(reward: RewardConfig, data: Data) -> None:
         raise ValueError(f"batch_size={size} texts are {size // each} {what}, but there are {count}")
 
 
-def compared(data: Data, seed: int, what: str = "texts") -> Compared:
+def collect_comparisons(data: Data, seed: int, what: str = "texts") -> Compared:
     """Collect texts and comparisons of pairs, of ratings (all, or many at random) or of choices (the best to others).
 
     Args:
@@ -185,7 +185,7 @@ def training_batches(
     if isinstance(data, EncodedPairs):
         per_batch = reward.batch_size // 2
         pairs = pair_batches(data.chosen, data.rejected, data.margins, per_batch, seed, pad_id)
-        return lambda step: comparisons(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
+        return lambda step: compare_pairs(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
     rng = np.random.default_rng(seed)
     if isinstance(data, EncodedRatings):
         buckets, ratings = bucket_texts(data.rows, _lengths(data.rows), pad_id), np.asarray(data.ratings, np.float64)
@@ -194,10 +194,10 @@ def training_batches(
     per_batch = reward.batch_size // max(map(len, data.groups))
     steps = math.ceil(epochs * len(data.groups) / per_batch)
     order = np.concatenate([rng.permutation(len(data.groups)) for _ in range(epochs + 1)])
-    return lambda step: choices(data, order[step * per_batch :][:per_batch], pad_id), steps
+    return lambda step: compare_choices(data, order[step * per_batch :][:per_batch], pad_id), steps
 
 
-def comparisons(batch: PairBatch) -> Comparisons:
+def compare_pairs(batch: PairBatch) -> Comparisons:
     """Put chosen texts in the first half of the rows, rejected in the second; row i is preferred to row B + i."""
     pairs, length = batch.chosen.shape
     better = np.zeros((2 * pairs, 2 * pairs), bool)
@@ -210,7 +210,7 @@ def comparisons(batch: PairBatch) -> Comparisons:
     return Comparisons(tokens, mask, better, margin)  # type: ignore[arg-type]  # numpy until it is fed
 
 
-def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
+def compare_choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
     """Put the groups of `index` in as many rows each as the largest of all needs; every shape is the same."""
     each = max(map(len, data.groups))
     length = max(len(row) for group in data.groups for row in group)
