@@ -45,20 +45,20 @@ TIMES = ("time", "seconds", "tokens_per_second", "rollout_seconds", "reward_seco
 
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
-    """The torment."""
+    """Train while things break, and compare with a quiet run."""
 
     minutes: float = 60.0
-    """How long things break."""
+    """Things break for this many minutes."""
     run_dir: Path = Path("runs/soak")
-    """Both runs; deleted first."""
+    """Both runs go into this directory, which is deleted first."""
     report: Path | None = None
-    """Where the report goes besides the screen, as Markdown."""
+    """The report is also written to this file, as Markdown."""
     seed: int = 0
-    """Of the faults."""
+    """This number seeds the faults."""
     pause: float = 6.0
-    """Mean seconds between two faults."""
+    """Two faults are this many seconds apart in the mean."""
     limit: float = 120.0
-    """Seconds within which a process must have ended after SIGTERM."""
+    """A process must end within this many seconds after SIGTERM."""
 
 
 def main(args: list[str] | None = None) -> Path:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ppo_jax.cli.parse import Brief
 from ppo_jax.data.disk import replaced_directory
 from ppo_jax.models.files import families, hf, peft
 from ppo_jax.models.files.families import Dtype
@@ -33,21 +34,32 @@ class ExportSettings:
     """Write the result of a run as a Hugging Face directory or a PEFT adapter, with a model card."""
 
     to: Path
-    """New directory."""
+    """The export goes into this new directory."""
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Run directory of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it; without one --model itself is written."""
+    """The result of this run (of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it) is exported; without one --model
+    itself is."""
     format: Literal["merged", "peft"] = "merged"
-    """Base and adapter in one; or the LoRA adapter alone, as the peft library reads it."""
+    """Base and adapter are merged into one model, or (peft) the LoRA adapter is written alone, as the peft library
+    reads it."""
     step: int | None = None
-    """Update of the run whose checkpoint is taken; by default the newest."""
+    """The checkpoint of this update of the run is exported; by default the newest is."""
     model: str | None = None
-    """The base, where the run's name for it is no longer right: directory, name on the hub, or .gguf file."""
+    """The base is this directory, name on the hub, or .gguf file, where the run's name for it is no longer right."""
     dtype: Dtype = "float32"
-    """Of the merged weights; the peft format holds float32."""
+    """The merged weights have this type; the peft format always holds float32."""
     overwrite: bool = False
     """Replace an earlier export in that directory."""
     mesh: MeshConfig = MeshConfig()
-    """Devices of this machine that base and adapter are spread over; the host then holds no whole model."""
+    """Base and adapter are spread over these devices of this machine; the host then holds no whole model."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax export runs/ppo --to policy",
+        "ppo-jax export runs/ppo --to adapter --format peft",
+        "ppo-jax export runs/ppo --step 40 --to policy-40 --dtype bfloat16",
+    )
+)
 
 
 def export(settings: ExportSettings) -> None:

@@ -44,18 +44,7 @@ def export_policies(
 
 
 def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:
-    model = setup.model
-    artifacts.save(
-        path,
-        "policy",
-        policy.adapter,
-        policy.value_head,
-        facts,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        overwrite=True,
-    )
+    artifacts.save(path, "policy", policy.adapter, policy.value_head, setup.model.base, facts, overwrite=True)
 
 
 def save_role(
@@ -73,10 +62,8 @@ def save_role(
         kind,
         adapter,
         head,
+        model.base,
         meta,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
         layers=layers,
         overwrite=True,
     )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.adapters import AdapterConfig, Lora
@@ -83,7 +82,7 @@ def settings(run: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_TEXT:
             raise ValueError(f"{file.stat().st_size} bytes")
-        return config.plain(file.read_text(encoding="utf-8"), str(file))
+        return config.read_mapping(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text: {error}") from error
 
@@ -143,7 +142,7 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
     folder = where / rundir.CHECKPOINTS
     at, meta = folder / str(step), store.read_meta(folder, step)
     named = meta.get("facts", {}).get("base", {})
-    known = config.plain(meta["config"], f"{at}: config") if meta.get("config") else settings(where)
+    known = config.read_mapping(meta["config"], f"{at}: config") if meta.get("config") else settings(where)
     name = model or named.get("name")
     if not name:
         raise ValueError(f"{at} does not name its base; give it with --model")
@@ -165,7 +164,10 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
     if any(".lora." in path for path in paths):
         if not isinstance(known.get("policy"), dict):
             raise ValueError(f"{at}: policy.alpha, the scale of its LoRA, is not in {where / rundir.CONFIG}")
-        scales = config.from_yaml(AdapterConfig, yaml.safe_dump(known["policy"]), f"{where / rundir.CONFIG}: policy")
+        try:
+            scales = config.from_plain(AdapterConfig, known["policy"])
+        except config.FieldError as error:
+            raise ValueError(f"{where / rundir.CONFIG}: policy.{error}") from error
     if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
         raise CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
     adapter = _restored(folder, _tree(shapes, scales.alpha), step)

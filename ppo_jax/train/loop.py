@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ import optax
 
 from ppo_jax.ops.means import means
 from ppo_jax.rewards.failures import GivenUp, next_streak, too_many
-from ppo_jax.types import Hyper, Metrics
+from ppo_jax.types import FloatOrOff, Hyper, Metrics, Off
 
 State = TypeVar("State", bound=Any)
 Step: TypeAlias = Callable[[State, int], tuple[State, Metrics]]
@@ -23,33 +23,34 @@ class LoopConfig:
     """How long a run is and what happens when."""
 
     updates: int = 40
-    """PPO iterations."""
+    """The run has this many PPO iterations."""
     batch_size: int = 64
-    """Prompts per iteration, with ppo.group_size responses each."""
+    """An iteration has this many prompts, with ppo.group_size responses each."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls from hyper.learning_rate over the run; linear and cosine end at 0."""
+    """The learning rate falls in this way from hyper.learning_rate over the run; linear and cosine end at 0."""
     warmup: int = 0
-    """Iterations in which the learning rate first rises linearly."""
+    """The learning rate first rises linearly for this many iterations."""
     eval_every: int = 10
-    """Iterations between evaluations on held-out prompts; always before the first and after the last. 0: only those."""
+    """Evaluations on held-out prompts are so many iterations apart, with one before and one after; 0 leaves those
+    two."""
     checkpoint_every: int = 10
-    """Iterations between checkpoints; the last one is always saved. 0: only that."""
+    """Checkpoints are this many iterations apart; the last one is always saved. 0 leaves only that."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """This many of the newest checkpoints are kept."""
     keep_every: int = 0
-    """Checkpoints at multiples of this stay as well. 0: none."""
-    best_metric: str = "reward"
-    """The checkpoint of the evaluation with the highest value of this stays; -name: the lowest; "": off."""
+    """Checkpoints at multiples of this stay as well; 0 means none."""
+    best_metric: Annotated[str, Off("")] = "reward"
+    """The checkpoint of the evaluation with the highest value of this stays; -name: the lowest; "" is off."""
     max_nonfinite: int = 20
-    """Optimizer steps in a row that may be skipped because loss or gradient was not finite; then the run stops."""
-    max_kl: float = math.inf
-    """KL to the reference (nats per response, mean of a batch) beyond which the run stops. Infinity: off."""
-    max_failed: float = 0.2
-    """Fraction of a batch's rewards that may fail; where more did in several batches in a row the run stops. 1: off."""
+    """At most this many steps in a row are skipped because loss or gradient was not finite; then the run stops."""
+    max_kl: FloatOrOff = math.inf
+    """The run stops beyond this KL to the reference (nats per response, mean of a batch); inf is off."""
+    max_failed: Annotated[float, Off(1.0)] = 0.2
+    """This fraction of a batch's rewards may fail; the run stops when more did in several batches. 1 is off."""
     max_failed_batches: int = 3
-    """How many such batches in a row."""
-    wandb: str = ""
-    """Project of Weights & Biases that the metrics are also sent to. "": off."""
+    """The run stops after this many batches in a row with more failed rewards than max_failed."""
+    wandb: Annotated[str, Off("")] = ""
+    """Metrics are also sent to this project of Weights & Biases; "" is off."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):

@@ -24,8 +24,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def artifact(path: Path, seed: int) -> None:
     adapter = init_lora(jax.random.key(seed), CONFIG, rank=2, alpha=2.0)
-    facts = {"config": CONFIG, "base": "base", "base_fingerprint": "f" * 64}
-    artifacts.save(path, "policy", adapter, {}, {}, overwrite=True, **facts)
+    artifacts.save(path, "policy", adapter, {}, artifacts.Base("base", "f" * 64, CONFIG), overwrite=True)
 
 
 def classifier(path: Path, seed: int) -> None:

@@ -49,10 +49,10 @@ class SequenceClassifier(NamedTuple):
 def is_sequence_classifier(path: str | Path) -> bool:
     """Whether `path` is a directory whose config.json names an architecture `...ForSequenceClassification`."""
     try:
-        found = read_json(Path(path) / "config.json").get("architectures")
+        names = read_json(Path(path) / "config.json").get("architectures")
     except (OSError, ValueError):
         return False
-    return isinstance(found, list) and any(str(name).endswith(CLASSIFIER) for name in found)
+    return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
 
 
 def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
@@ -75,7 +75,7 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     config = dataclasses.replace(config, tie_embeddings=True)
-    source = _tensors(hf.weight_files(where))
+    source = _find_tensors(hf.weight_files(where))
     source.pop("lm_head.weight", None)  # a leftover of the language model that it was trained from
     head_file = source.pop("score.weight", None)
     if head_file is None:
@@ -184,12 +184,12 @@ def _make_classifier(where: Path, kernel: np.ndarray, fields: dict[str, Any]) ->
 
 
 def _check_kind(raw: Mapping[str, Any]) -> None:
-    found = raw.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES.values():
-        raise ValueError(f"architectures={found!r} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
-    wanted = ARCHITECTURES.get(str(raw.get("model_type")))
-    if found[0] != wanted:
-        raise ValueError(f"architectures={found!r} contradicts model_type={raw.get('model_type')!r}")
+    classes = raw.get("architectures")
+    if not isinstance(classes, list) or len(classes) != 1 or classes[0] not in ARCHITECTURES.values():
+        raise ValueError(f"architectures={classes!r} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
+    expected = ARCHITECTURES.get(str(raw.get("model_type")))
+    if classes[0] != expected:
+        raise ValueError(f"architectures={classes!r} contradicts model_type={raw.get('model_type')!r}")
     names = raw.get("id2label")
     labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)  # transformers' default is 2
     if labels != 1:
@@ -203,18 +203,18 @@ def _bias(raw: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _tensors(files: list[Path]) -> dict[str, Path]:
+def _find_tensors(files: list[Path]) -> dict[str, Path]:
     """{tensor name: the file that holds it}."""
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as handle:
-                found |= dict.fromkeys(handle.keys(), file)
+                files_by_name |= dict.fromkeys(handle.keys(), file)
         except (SafetensorError, OSError, MemoryError, ValueError) as error:
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}); copy or download it again"
             ) from error
-    return found
+    return files_by_name
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
@@ -240,7 +240,7 @@ def _add_score(where: Path, kernel: np.ndarray) -> None:
         os.rename(where / hf.SINGLE, where / _BASE)
         content = {
             "metadata": {"total_size": (where / _BASE).stat().st_size},
-            "weight_map": dict.fromkeys(_tensors([where / _BASE]), _BASE),
+            "weight_map": dict.fromkeys(_find_tensors([where / _BASE]), _BASE),
         }
     save_file({"score.weight": np.ascontiguousarray(kernel.T)}, where / _SCORE, metadata={"format": "pt"})
     shutil.copymode(where / "config.json", where / _SCORE)

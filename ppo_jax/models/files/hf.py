@@ -15,14 +15,13 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.data.disk import keep_files, replaced_directory
-from ppo_jax.models import layout
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, gguf, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
-from ppo_jax.models.layout import Tensor, check_params, tensors
+from ppo_jax.models.layout import Tensor, check_params, leaf, tensors
 from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
@@ -39,7 +38,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
       mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
 
     Returns:
-      The configuration and the parameters (jax arrays, laid out as `ModelConfig` says). Tensors are read one at a
+      The configuration and the parameters (jax arrays, laid out as `models.layout` says). Tensors are read one at a
       time, so the host holds little more than one stacked array beside the result. On a mesh each process reads the
       slices that its devices need, and the host holds one device's shard of one stacked array at a time. (A GGUF
       file's tensors are expanded whole, and cut then.)
@@ -155,8 +154,8 @@ def plan_files(
     check_params(config, merged)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer)
-    stored = jax.tree.map(lambda leaf: jnp.dtype(dtype or leaf.dtype), merged)
-    files = _plan(config, params, adapter, stored, max_shard_bytes)
+    dtypes = jax.tree.map(lambda array: jnp.dtype(dtype or array.dtype), merged)
+    files = _split_into_files(config, params, adapter, dtypes, max_shard_bytes)
 
     def write(where: Path, source: tensor_file.Pieces) -> None:
         _write_texts(where, config, raw, tokenizer)
@@ -245,29 +244,29 @@ def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: 
             )
 
 
-def _plan(
+def _split_into_files(
     config: ModelConfig, params: PyTree, adapter: PyTree, dtypes: PyTree, max_bytes: int
 ) -> dict[str, list[tensor_file.Entry]]:
     """{name of a file: what is in it}, each with at most `max_bytes`."""
 
-    def read(ours: Tensor, layer: int) -> tensor_file.Pieces:
-        array = merge_one(params, adapter, ours.key, layer).astype(layout.leaf(dtypes, ours.key))
-        return pieces(array.T if ours.transpose else array)
+    def read(tensor: Tensor, layer: int) -> tensor_file.Pieces:
+        array = merge_one(params, adapter, tensor.key, layer).astype(leaf(dtypes, tensor.key))
+        return pieces(array.T if tensor.transposed else array)
 
-    plan: list[list[tensor_file.Entry]] = [[]]
+    files: list[list[tensor_file.Entry]] = [[]]
     used = 0
-
-    for ours in tensors(config):
-        for layer in range(config.num_layers if ours.stacked else 1):
-            name, dtype = ours.name.format(layer), layout.leaf(dtypes, ours.key)
-            entry = tensor_file.Entry(name, dtype, ours.hf_shape, functools.partial(read, ours, layer))
-            if plan[-1] and used + entry.nbytes > max_bytes:
-                plan.append([])
+    for tensor in tensors(config):
+        dtype, shape = leaf(dtypes, tensor.key), tensor.hf_shape(config)
+        for layer in range(config.num_layers if tensor.stacked else 1):
+            read_layer = functools.partial(read, tensor, layer)
+            entry = tensor_file.Entry(tensor.hf_name.format(layer), dtype, shape, read_layer)
+            if files[-1] and used + entry.nbytes > max_bytes:
+                files.append([])
                 used = 0
-            plan[-1].append(entry)
+            files[-1].append(entry)
             used += entry.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
-    return dict(zip(names if len(plan) > 1 else [SINGLE], map(tensor_file.in_order, plan), strict=True))
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    return dict(zip(names if len(files) > 1 else [SINGLE], map(tensor_file.in_order, files), strict=True))
 
 
 def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:
