@@ -135,7 +135,9 @@ def main(args: list[str] | None = None) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=Reward(adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role),
+            reward=Reward(
+                adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role, layers=reward.trunk.num_layers
+            ),
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
             labels=LABELS,
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),

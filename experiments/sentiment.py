@@ -235,7 +235,8 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=chosen or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role),
+            reward=chosen
+            or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role, layers=reward.trunk.num_layers),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
             config=repeatable,
