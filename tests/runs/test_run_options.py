@@ -88,7 +88,7 @@ def test_a_critic_does_not_start_from_a_reward_model_on_a_cut_trunk(tmp_path: Pa
     trunk = dataclasses.replace(MODEL.config, num_layers=1)
     reward = Reward(adapter_reward(trunk, MODEL.stop_ids), params=reward_role(), layers=1)
     ppo = dataclasses.replace(SETUP.ppo, critic=CriticConfig(own=True, init="reward"))
-    with pytest.raises(ValueError, match="needs a reward model that reads all 2 layers of the base; this one reads 1"):
+    with pytest.raises(ValueError, match="needs a reward model that reads all 4 layers of the base; this one reads 1"):
         run_ppo(tmp_path, SETUP._replace(reward=reward, ppo=ppo), screen)
     assert not list(tmp_path.iterdir())
 
