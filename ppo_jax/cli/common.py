@@ -25,20 +25,20 @@ class RunSettings:
     """What every stage is told. (Of what is named here only `model` may be given by place.)"""
 
     model: str
-    """Hugging Face directory, name on the hub, or .gguf file."""
+    """The model is a Hugging Face directory, a name on the hub, or a .gguf file."""
     _: dataclasses.KW_ONLY
     seed: int = 0
-    """Of the order of the data, of sampling and of initialisation."""
+    """This number seeds the order of the data, sampling and initialisation."""
     too_long: TooLong = "error"
-    """What to do with longer texts than allowed."""
+    """A text longer than allowed is an error, is truncated from the left, or is dropped."""
     compute: ModelOptions = ModelOptions()
-    """How the model is run: memory against speed."""
+    """These options trade memory against speed when the model is run."""
     mesh: MeshConfig = MeshConfig()
-    """How many devices work on what; by default one."""
+    """These options say how many devices share the work; by default it is one."""
     distributed: DistributedConfig = DistributedConfig()
-    """How this process finds the others, where there are several."""
+    """These options say how this process finds the others, where there are several."""
     overwrite: bool = False
-    """Delete the run in run_dir and start anew."""
+    """Delete the run that is in run_dir and start anew."""
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Bytes written whole or not at all, strict JSON, and checksums."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,46 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target`, which takes its place at the end of the block.
+
+    Where the block fails the new directory goes, and `target` is as it was. Parents are made. A link stays one, and
+    what it leads to is replaced.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+        swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Gives the directory `target` what `source` has and it has not, apart from the names `without`.
+
+    Files are linked where the disk can do that, and copied where not; `source` keeps them.
+    """
+    for item in source.iterdir() if source.is_dir() else ():
+        new = target / item.name
+        if item.name in without or new.exists():
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def swap(partial: Path, target: Path) -> None:

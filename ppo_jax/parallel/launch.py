@@ -27,17 +27,18 @@ class DistributedConfig:
     """How this process finds the others."""
 
     start: Literal["auto", "on", "off"] = "auto"
-    """auto: where Slurm or a TPU pod says that there are several, or `coordinator` is given; on: ask the platform."""
+    """Join the other processes where Slurm or a TPU pod says that there are several, or `coordinator` is given (auto);
+    always, as the platform says (on); or never (off)."""
     coordinator: str = ""
-    """HOST:PORT on which process 0 listens; only where the platform does not tell."""
+    """Process 0 listens on this HOST:PORT; it is only needed where the platform does not tell."""
     processes: int = 0
-    """How many there are, with `coordinator`."""
+    """There are this many processes; it goes with `coordinator`."""
     process: int = -1
-    """Number of this one, from 0, with `coordinator`."""
+    """This process has this number, from 0; it goes with `coordinator`."""
     heartbeat: int = 100
-    """Seconds after which a silent process counts as dead, and all others end."""
+    """A process counts as dead after this many silent seconds, and all others end."""
     timeout: int = 300
-    """Seconds to wait for the others at the start."""
+    """A process waits this many seconds for the others at the start."""
 
     def __post_init__(self) -> None:
         if self.start not in ("auto", "on", "off"):

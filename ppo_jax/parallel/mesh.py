@@ -21,11 +21,11 @@ class MeshConfig:
     """How many devices work on what; the product is the number of devices."""
 
     data: int = 1
-    """Copies of the model, each on its own rows. The axis that crosses slow networks."""
+    """The model is copied this many times, each copy on its own rows. This axis may cross slow networks."""
     fsdp: int = 1
-    """Parts that parameters and optimizer state are cut into, gathered layer by layer; rows are split over it too."""
+    """Parameters and optimizer state are cut into this many parts, gathered layer by layer; rows are split too."""
     tensor: int = 1
-    """Parts that heads, MLP and vocabulary are cut into; wants the fastest links."""
+    """Heads, MLP and vocabulary are cut into this many parts, which want the fastest links."""
 
     def __post_init__(self) -> None:
         for name, size in zip(AXES, self.shape, strict=True):

@@ -1,10 +1,11 @@
-"""The mesh, and ONE table of logical axes that says how every array lies on it.
+"""ONE table that says on which axes of the mesh each logical axis of an array lies.
 
-    array dimension --(PARAMETERS, ACTIVATIONS)--> logical axis --(RULES)--> axes of the mesh
+    dimension of an array --(models.layout, ACTIVATIONS)--> logical axis --(RULES)--> axes of the mesh
 
-The table drives initialisation (`create`), loading (`models.weights`), sharding (`shardings`), restoring
-(`checkpoint.restore` onto those shardings) and the constraints inside the programs (`constrain*`). XLA's partitioner
-does the rest. An axis of size 1 never appears in a spec, so one device is the same code with empty specs.
+It knows nothing of models: `models.layout` names the logical axes of their parameters, and `models.placement` applies
+the rules to these when they are made, loaded and restored. The constraints inside the programs (`constrain*`) keep
+activations where the rules say, and XLA's partitioner does the rest. An axis of size 1 never appears in a spec, so one
+device is the same code with empty specs.
 """
 
 import math
@@ -47,9 +48,6 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "table": ("vocab", "width"),  # [V, D], where tokens are looked up or scored
     "cache": ("layers", "batch", "slots", "kv_heads", "width"),  # [L, B, C, K, H]
 }
-
-
-# -- meshes ----------------------------------------------------------------------------------------------------------
 
 
 # -- specs and shardings ---------------------------------------------------------------------------------------------

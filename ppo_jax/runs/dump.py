@@ -10,10 +10,13 @@ import numpy as np
 
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.parallel import processes
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Setup, decode_responses
-from ppo_jax.train.experience import reference_logprobs, rollout_prefix
+from ppo_jax.train.experience import reference_logprobs, score_rollout, share_prefix
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import Algorithm
 from ppo_jax.train.ppo import collect
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Frozen, Hyper, Prompts, Rollout, Scores
@@ -35,8 +38,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
-        if scores is None:
-            scores = _host_scores(setup, asked, texts, rows)
+        scores = add_scores(scores, _host_scores(setup, asked, texts, rows))
         path = directory / rundir.FAULTS / f"update-{step + 1}"
         arrays = {name: value for name, value in rollout._asdict().items() if value is not None}
         arrays |= {"ref_logprobs": reference, "reward": scores.reward, "valid": scores.valid}
@@ -67,25 +69,27 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
 
 def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | None]]:
     """The first half of an iteration, with the reference's log-probs."""
-    config, ppo = setup.model.config, setup.ppo
+    ppo = setup.ppo
+    algorithm = Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device)
 
     def run(
         state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper
     ) -> tuple[Rollout, jax.Array, Scores | None]:
-        rollout = collect(state, frozen, prompts, hyper, config, ppo)
-        prefix, depth = rollout_prefix(state.policy, frozen, rollout, config)
-        reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, ppo.logprob_chunk)
-        scores = None if setup.device_reward is None else setup.device_reward(frozen, rollout, prefix, depth)
+        rollout = collect(algorithm, state, frozen, prompts, hyper)
+        collected = share_prefix(algorithm, state.policy, frozen, rollout)
+        reference = reference_logprobs(algorithm.model, frozen, collected, hyper, ppo.logprob_chunk)
+        scores = None if algorithm.reward is None else score_rollout(algorithm.reward, frozen, collected)
         return rollout, reference, scores
 
     return jax.jit(run)
 
 
-def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores:
+def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores | None:
     """The host's reward, asked again; NaN where it fails altogether, since this must not hide why the run stopped."""
-    assert setup.host_reward is not None
+    if setup.reward.host is None:
+        return None
     try:
-        return as_scores(setup.host_reward(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
+        return as_scores(setup.reward.host(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
     except Exception:
         nothing = np.full(len(rows), np.nan, np.float32)
         return Scores(jnp.asarray(nothing), jnp.zeros(len(rows), bool), {})

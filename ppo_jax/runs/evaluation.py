@@ -9,12 +9,14 @@ import numpy as np
 from ppo_jax.data import left_pad
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.parallel import processes
-from ppo_jax.rewards.combine import SplitReward
+from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Setup, decode_responses
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import Algorithm
 from ppo_jax.train.state import TrainState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
@@ -43,8 +45,8 @@ def make_evaluator(
     ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
     failure of the disk through.
     """
-    ppo, score = setup.ppo, setup.ppo.score
-    run = make_evaluate(setup.model.config, ppo.sampling, setup.device_reward, ppo.logprob_chunk, score.truncate_ids)
+    ppo = setup.ppo
+    run = make_evaluate(Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device))
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
@@ -92,14 +94,13 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
 
 def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
     """Of the held-out prompts `rows`, one number per response and score."""
-    scores = result.scores
-    prompts = [setup.held_out.texts[i] for i in rows]
-    if scores is None:
-        assert setup.host_reward is not None
-        given = SplitReward(setup.host_reward)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
-        scores = as_scores(given, len(responses))
-    valid = np.asarray(only_finite(scores).valid)
-    columns = {"valid": valid, "reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+    prompts, from_host = [setup.held_out.texts[i] for i in rows], None
+    if setup.reward.host is not None:
+        given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        from_host = as_scores(given, len(responses))
+    scores = only_finite(add_scores(result.scores, from_host))
+    valid = np.asarray(scores.valid)
+    columns = {"valid": valid, "reward": np.asarray(scores.reward)}
     columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
     columns |= {name: np.asarray(judge(result.rollout, prompts, responses)) for name, judge in setup.judges.items()}
     columns["kl"] = np.asarray(result.kl)

@@ -8,6 +8,7 @@ from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.artifacts import BEST, CRITIC, EMA, EXPORT, POLICY
 from ppo_jax.models.pretrained import Model
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointError
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.train.state import TrainState
@@ -34,7 +35,7 @@ def export_policies(
     if 0 < step < updates:
         try:
             part, _ = store.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
-        except (store.CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
+        except (CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
             notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
             return Result(state.policy, evaluations.get(0, {}), after)
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
@@ -43,18 +44,7 @@ def export_policies(
 
 
 def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:
-    model = setup.model
-    artifacts.save(
-        path,
-        "policy",
-        policy.adapter,
-        policy.value_head,
-        facts,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        overwrite=True,
-    )
+    artifacts.save(path, "policy", policy.adapter, policy.value_head, setup.model.base, facts, overwrite=True)
 
 
 def save_role(
@@ -72,10 +62,8 @@ def save_role(
         kind,
         adapter,
         head,
+        model.base,
         meta,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
         layers=layers,
         overwrite=True,
     )

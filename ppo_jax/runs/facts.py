@@ -13,7 +13,7 @@ import numpy as np
 
 from ppo_jax.data.disk import strict
 from ppo_jax.models.adapters import Lora
-from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.checksums import array_sum
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Setup
 from ppo_jax.types import Policy, PyTree
@@ -34,12 +34,13 @@ def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
 
     What the arrays of a state do not tell is named here: the scales of LoRAs, the compute dtype.
     """
-    reward = "on the host" if setup.device_reward is None else "on the device"
+    sides = {"on the device": setup.reward.device, "on the host": setup.reward.host}
+    where = " and ".join(side for side, function in sides.items() if function is not None)
     around = environment()
     found = {
         "base": {"name": setup.model.name, "fingerprint": setup.model.fingerprint},
-        "reward": {"where": reward, "name": setup.reward_name, "arrays": _digest(setup.reward_params)},
-        "lora_scales": _scales({"policy": policy, "reward": setup.reward_params}),
+        "reward": {"where": where, "name": setup.reward.name, "arrays": _digest(setup.reward.params)},
+        "lora_scales": _scales({"policy": policy, "reward": setup.reward.params}),
         "compute": {name: getattr(setup.model.config, name) for name in ("dtype", "remat", "attention")},
         "prompts": _rows_digest(setup.prompts.rows),
         "prompt_texts": _text_digest(setup.prompts),
@@ -64,8 +65,8 @@ def _mesh() -> str:
 
 def _digest(tree: PyTree) -> str:
     """Of the bytes of a tree's arrays, in their order."""
-    sums = [store.array_sum(leaf) for leaf in jax.tree.leaves(tree)]
-    return f"{len(sums)} arrays, {store.array_sum(np.array(sums, np.uint32)):08x}"
+    sums = [array_sum(leaf) for leaf in jax.tree.leaves(tree)]
+    return f"{len(sums)} arrays, {array_sum(np.array(sums, np.uint32)):08x}"
 
 
 def _rows_digest(rows: Sequence[Sequence[int]]) -> str:

@@ -32,7 +32,7 @@ from ppo_jax.train.offline import (
     target_logprobs,
     totals,
 )
-from ppo_jax.types import Metrics, PyTree
+from ppo_jax.types import Metrics, Prefix, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class DPOConfig(OfflineConfig):
     """How direct preference optimisation is done, and for how long."""
 
     learning_rate: float = 5e-5
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     beta: float = 0.1
-    """Strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
+    """Beta is the strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = 0.0
-    """Probability that a label is the wrong way round (conservative DPO, Mitchell 2023); below 0.5."""
+    """A label is the wrong way round with this probability (conservative DPO, Mitchell 2023); it is below 0.5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,20 +78,17 @@ def response_logprobs(
     adapter: PyTree,
     base: PyTree,
     batch: Preferences,
-    prefix: Float[Array, "N S D"] | None,
-    depth: int,
+    prefix: Prefix | None,
     config: ModelConfig,
     logprob_chunk: int = 256,
 ) -> Float[Array, "B 2"]:
     """log pi(response | prompt) of both sides of each pair: the sum over the loss mask, in nats.
 
     Args:
-      prefix: the residual stream of the 2B texts below layer `depth` (`rollout.shared_prefix`), or None.
+      prefix: of the 2B texts (`models.roles.shared_prefix`); None: start at the tokens.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    logprobs = target_logprobs(
-        adapter, base, config, flat.tokens, flat.mask, flat.loss_mask, logprob_chunk, prefix, depth
-    )
+    logprobs = target_logprobs(adapter, base, config, flat.tokens, flat.mask, flat.loss_mask, logprob_chunk, prefix)
     return jnp.sum(logprobs, axis=1).reshape(-1, 2)
 
 
@@ -115,11 +112,10 @@ def preference_loss(
     `accuracy` of h > 0, a tie counting a half; `margin` h; `chosen_reward`, `rejected_reward` r; `chosen_logprob`,
     `rejected_logprob` in nats, which say whether the policy still writes the chosen responses.
     """
-    depth = shared_layers(adapter, config)
     tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-    prefix = shared_prefix(base, config, tokens, mask, depth)
-    reference = response_logprobs({}, base, batch, prefix, depth, config, logprob_chunk)
-    logprobs = response_logprobs(adapter, base, batch, prefix, depth, config, logprob_chunk)
+    prefix = shared_prefix(base, config, tokens, mask, shared_layers(adapter, config))
+    reference = response_logprobs({}, base, batch, prefix, config, logprob_chunk)
+    logprobs = response_logprobs(adapter, base, batch, prefix, config, logprob_chunk)
     real = counted(batch)
     loss, metrics = dpo_loss(
         logprobs[:, 0],

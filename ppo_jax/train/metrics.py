@@ -5,18 +5,17 @@ from jaxtyping import Array, Float
 
 from ppo_jax.ops.kl import Kind, kl_penalty
 from ppo_jax.ops.masked import masked_var
-from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.options import Algorithm
 from ppo_jax.types import Experience, Hyper, Metrics, Rollout, Scores
 
 
 def experience_metrics(
+    algorithm: Algorithm,
     experience: Experience,
     rollout: Rollout,
     raw: Scores,
     ref_logprobs: Float[Array, "B T"],
-    kl_coef: Float[Array, ""],
     hyper: Hyper,
-    ppo: PPOConfig,
 ) -> Metrics:
     """Sums and counts over rows with a valid score.
 
@@ -57,11 +56,24 @@ def experience_metrics(
         "advantage_std": std(batch.advantages, mask),
         "return": per_token(batch.returns),
         "return_std": std(batch.returns, mask),
-        "kl_coef": (kl_coef, one),
+        "kl_coef": (jnp.asarray(hyper.kl_coef, jnp.float32), one),
         "learning_rate": (jnp.asarray(hyper.learning_rate, jnp.float32), one),
     }
     metrics |= extremes("reward", raw.reward) | extremes("response_length", lengths)
     metrics |= _kl(batch.logprobs, ref_logprobs, mask, rows, tokens)
+    metrics |= {f"reward/{name}": per_row(part) for name, part in raw.parts.items()}
+    metrics |= _of_choices(algorithm, experience, rollout, rows, tokens)
+    return metrics
+
+
+def _of_choices(algorithm: Algorithm, experience: Experience, rollout: Rollout, rows: Array, tokens: Array) -> Metrics:
+    """What is logged only where the algorithm's choices give it a meaning."""
+    ppo, batch, mask, measured = algorithm.ppo, experience.batch, experience.batch.loss_mask, jnp.minimum(rows, 1)
+
+    def per_token(x: Array) -> tuple[Array, Array]:
+        return jnp.sum(jnp.where(mask, x, 0.0)), tokens
+
+    metrics: Metrics = {}
     if ppo.kl.estimator == "full" and ppo.kl.place == "reward":
         total, _ = per_token(experience.kl)
         metrics |= {"kl_full": (total, rows), "kl_full_per_token": (total, tokens)}
@@ -70,7 +82,6 @@ def experience_metrics(
         unexplained = masked_var(batch.returns - batch.values, mask) / total_var
         metrics["value"] = per_token(batch.values)
         metrics["explained_variance"] = ((1 - unexplained) * measured, measured)
-    metrics |= {f"reward/{name}": per_row(part) for name, part in raw.parts.items()}
     if ppo.sampling.filtered:
         # > 0: the filters made sampled tokens more likely than the policy would have.
         metrics["behaviour_mismatch"] = per_token(rollout.logprobs - rollout.policy_logprobs)

@@ -25,7 +25,7 @@ from ppo_jax.ops.means import means
 from ppo_jax.parallel.processes import feed
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
-from ppo_jax.types import Metrics, PyTree
+from ppo_jax.types import Metrics, Prefix, PyTree
 
 Params = TypeVar("Params")
 
@@ -48,19 +48,19 @@ class OfflineConfig:
     """How a policy is trained on fixed data, and for how long."""
 
     epochs: float = 1.0
-    """Passes over the data, unless `steps` says otherwise."""
+    """The data are passed over this many times, unless `steps` says otherwise."""
     steps: int = 0
-    """Optimizer steps; 0: as many as `epochs` needs."""
+    """Training takes this many optimizer steps; 0 means as many as `epochs` needs."""
     batch_size: int = 16
-    """Demonstrations, or pairs, per optimizer step."""
+    """An optimizer step has this many demonstrations, or pairs."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
+    """An optimizer step has this many micro-batches, a divisor of batch_size. It changes memory, not the result."""
     learning_rate: float = 1e-4
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     max_grad_norm: float = 1.0
-    """Global-norm clip."""
+    """The gradient is clipped to this global norm."""
     logprob_chunk: int = 256
-    """Positions whose logits are held at once; 0: all of a micro-batch."""
+    """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
         check_least(self, steps=0, batch_size=1, accumulate=1, logprob_chunk=0)
@@ -103,15 +103,14 @@ def target_logprobs(
     mask: Bool[Array, "N S"],
     loss_mask: Bool[Array, "N S"],
     logprob_chunk: int,
-    prefix: Float[Array, "N S D"] | None = None,
-    depth: int = 0,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "N S-1"]:
     """log pi(token | what stands before it) in nats of slots 1 .. S-1, and 0 outside `loss_mask`.
 
     Args:
-      prefix: the residual stream below layer `depth` (`rollout.shared_prefix`), or None.
+      prefix: of these texts (`models.roles.shared_prefix`); None: start at the tokens.
     """
-    hidden = role_hidden(base, adapter, config, tokens, mask, prefix, depth)
+    hidden = role_hidden(base, adapter, config, tokens, mask, prefix)
     table = constrain(unembedding(base, adapter), "table")  # gathered once, not once a chunk
     logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk)
     return jnp.where(loss_mask[:, 1:], logprobs, 0.0)  # nothing stands before the first token

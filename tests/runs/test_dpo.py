@@ -120,4 +120,4 @@ def test_a_bos_counts_where_a_response_is_cut() -> None:
     with pytest.raises(ValueError, match="pairs:1: a response alone does not fit into 5 tokens"):
         encode(pairs, tokenizer, 5, "truncate_left")
     fits = encode(pairs, tokenizer, 6, "truncate_left")
-    assert fits.starts.tolist() == [[1, 2]], "after BOS, the prompt being cut; after BOS and a"
+    assert fits.starts.tolist() == [[1, 1]], "after BOS, the prompt being cut from both"

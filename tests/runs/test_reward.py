@@ -191,7 +191,7 @@ def test_a_full_model_is_a_directory_of_its_own(model: Model, screen: Screen, tm
     found = load_reward(tmp_path, model)
     assert found.kind == "full" and found.meta["accuracy"] == result.accuracy
     assert found.meta["normalised_on"] == "reference texts" and found.meta["reward"]["kind"] == "full"
-    trained = found.reward_params.params
+    trained = found.params.params
     assert trained["layers"]["q"].shape[0] == 1
     for name in ("q", "down", "mlp_norm"):
         assert np.abs(trained["layers"][name] - before["layers"][name][:1]).max() > 1e-4

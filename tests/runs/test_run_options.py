@@ -16,6 +16,7 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.heads import RewardHead, last_token, score
 from ppo_jax.models.roles import role_hidden
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
@@ -69,9 +70,7 @@ def test_a_critic_from_the_reward_model_values_states_by_their_score(tmp_path: P
         ppo=ppo,
         hyper=_still(),
         loop=dataclasses.replace(SHORT, updates=1),
-        host_reward=None,
-        device_reward=adapter_reward(MODEL.config, MODEL.stop_ids),
-        reward_params=role,
+        reward=Reward(adapter_reward(MODEL.config, MODEL.stop_ids), params=role),
     )
     with progress("test", main_process=False) as screen:
         result = run_ppo(rundir.open_run(tmp_path), setup, screen)

@@ -12,7 +12,7 @@ from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.kl import kl_full
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.objective import Counts, ppo_loss
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, drawn, experience, half, scored
@@ -43,17 +43,10 @@ def test_a_kl_in_the_loss_leaves_the_reward_alone_and_adds_its_gradient(estimato
     mask, count = rollout.response_mask, jnp.sum(rollout.response_mask, dtype=jnp.float32)
 
     def ours(adapter, kl_coef):
-        loss, _ = ppo_loss(
-            policy._replace(adapter=adapter),
-            FROZEN,
-            result.batch,
-            count,
-            OFF._replace(vf_coef=0.0),
-            CONFIG,
-            ppo,
-            kl_coef,
-        )
-        return loss
+        hyper = OFF._replace(vf_coef=0.0, kl_coef=kl_coef)
+        return ppo_loss(
+            policy._replace(adapter=adapter), toy.algorithm(ppo), FROZEN, result.batch, Counts(count), hyper
+        )[0]
 
     def by_hand(adapter):
         new, ref = logits_of(adapter, rollout), logits_of({}, rollout)
@@ -109,6 +102,7 @@ def test_a_token_that_leaves_the_filter_spoils_no_gradient(estimator):
     _, metrics = half(ppo)(begin(), rollout, scored(rollout), OFF._replace(learning_rate=0.1))
     values = numbers(metrics)
     assert values["outside_filter"] > 0 and values["nonfinite_updates"] == 0
+    assert values["entropy"] <= np.log(3) + 1e-6  # top 3
 
 
 def test_a_number_that_is_not_finite_spoils_no_controller():
@@ -135,7 +129,9 @@ def test_importance_weights_are_truncated_and_weigh_the_loss():
     # At the first step the ratio is 1, so the loss is minus the weighted mean of the advantages.
     result = experience(ppo, rollout)
     count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
-    loss, _ = ppo_loss(begin().policy, FROZEN, result.batch, count, OFF._replace(vf_coef=0.0), CONFIG, ppo)
+    loss, _ = ppo_loss(
+        begin().policy, toy.algorithm(ppo), FROZEN, result.batch, Counts(count), OFF._replace(vf_coef=0.0)
+    )
     by_hand = -jnp.sum(result.batch.weights * result.batch.advantages) / count
     assert float(loss) == pytest.approx(float(by_hand), rel=1e-3, abs=1e-5)
 
@@ -281,6 +277,20 @@ def test_reinforce_subtracts_the_mean_of_earlier_returns():
     expected = ((np.asarray(scored(rollout).reward) - mean) * lengths).sum() / lengths.sum()
     assert numbers(metrics)["advantage"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert float(after.baseline.count) == 2 * toy.B
+
+
+@pytest.mark.parametrize("whiten", ["scale", "shift"])
+def test_the_baseline_of_reinforce_is_on_the_scale_of_what_it_is_subtracted_from(whiten: str):
+    """Scores far from 0 with whitened rewards: after one batch the advantages of an equal batch have mean 0."""
+    ppo = PPOConfig(
+        sampling=toy.SAMPLING, advantage="reinforce", whiten_advantages=False, epochs=1, num_minibatches=1,
+        score=ScoreConfig(whiten_rewards=whiten),
+    )  # fmt: skip
+    rollout, hyper = drawn(), OFF._replace(kl_coef=0.0, learning_rate=1e-9)
+    far = scored(rollout)._replace(reward=50 + scored(rollout).reward)
+    state, _ = half(ppo)(begin(), rollout, far, hyper)
+    advantages = experience(ppo, rollout, far, OFF, kl_coef=0.0, baseline=state.baseline.mean).batch.advantages[:, 0]
+    assert abs(float(jnp.mean(advantages))) < 1e-3 * float(jnp.std(advantages))
 
 
 def test_whitened_reinforce_only_divides():

@@ -16,7 +16,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ppo_jax.cli.plan.hlo import ARRAY, Computation, Instruction, called, dimensions, parse, shape_bytes, trip_count
+from ppo_jax.cli.plan.hlo import (
+    ARRAY,
+    Computation,
+    Instruction,
+    called_computation,
+    dimensions,
+    parse,
+    shape_bytes,
+    trip_count,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for what is there already, or bookkeeping.
@@ -74,17 +83,17 @@ class _Counter:
     def instruction(self, one: Instruction, computation: Computation, channels: set[str]) -> Cost:
         if one.op == "while":
             trips = trip_count(one, computation, self.computations)
-            body = self.control(called(one, "body")) + self.control(called(one, "condition"))
+            body = self.control(called_computation(one, "body")) + self.control(called_computation(one, "condition"))
             return body.times(trips or 1) + Cost(unknown_loops=int(trips is None))
         if one.op == "conditional":
             names = re.findall(r"%([\w.\-]+)", re.sub(r"metadata=.*", "", one.attributes))
             return max((self.control(n) for n in names if n in self.computations), key=lambda c: (c.flops, c.bytes))
         if one.op == "call":
-            return self.control(called(one, "to_apply"))
+            return self.control(called_computation(one, "to_apply"))
         if one.op in FREE or (one.op.endswith("-done") and one.op != "copy-done"):
             return Cost()
         if one.op in ("fusion", "async-start"):
-            inner = self.computations[called(one, "calls")]
+            inner = self.computations[called_computation(one, "calls")]
             return self.inside(inner, channels) + Cost(bytes=_fusion_bytes(one, computation, inner, self.computations))
         return self.plain(one, computation, channels) + Cost(bytes=_bytes(one, computation))
 
@@ -93,7 +102,7 @@ class _Counter:
         total = Cost()
         for one in computation.values():
             if one.op == "fusion":
-                total += self.inside(self.computations[called(one, "calls")], channels)
+                total += self.inside(self.computations[called_computation(one, "calls")], channels)
             else:
                 total += self.plain(one, computation, channels)
         return total
@@ -125,13 +134,13 @@ def _share(kind: str, group: int) -> float:
 
 def group_size(attributes: str) -> int:
     """Devices that take part together: {{0,1},{2,3}}, [4,2]<=[8] or mesh['x'=4,'y'=2] {'y'}."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", found[2]) if name in sizes)
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", match[2]) if name in sizes)
     return 2  # permutes name pairs
 
 
@@ -139,8 +148,8 @@ def group_size(attributes: str) -> int:
 
 
 def _numbers(attributes: str, name: str) -> list[int]:
-    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+    match = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
+    return [int(n) for n in match[1].split(",") if n] if match else []
 
 
 def _dot_flops(one: Instruction, operands: Sequence[str]) -> float:
@@ -242,7 +251,7 @@ def _read(source: Instruction, inner: Computation, computations: dict[str, Compu
         elif user.op in ("dynamic-slice", "slice", "gather"):
             total += shape_bytes(user.shape)
         elif user.op == "fusion":
-            nested = computations[called(user, "calls")]
+            nested = computations[called_computation(user, "calls")]
             places = (number for number, name in enumerate(user.operands) if name == source.name)
             total += sum(_read(_parameter(nested, number), nested, computations) for number in places)
         elif not (user.op == "dynamic-update-slice" and user.operands[0] == source.name):
@@ -252,14 +261,14 @@ def _read(source: Instruction, inner: Computation, computations: dict[str, Compu
 
 def _roots(inner: Computation, computations: dict[str, Computation]) -> list[tuple[Instruction, Computation]]:
     """What makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
-    found, waiting = [], [(i, inner) for i in inner.values() if i.root]
+    roots, waiting = [], [(i, inner) for i in inner.values() if i.root]
     while waiting:
         one, home = waiting.pop()
         if one.op in ("tuple", "bitcast") and one.operands:
             waiting += [(home[name], home) for name in one.operands]
         elif one.op == "fusion":
-            nested = computations[called(one, "calls")]
+            nested = computations[called_computation(one, "calls")]
             waiting += [(i, nested) for i in nested.values() if i.root]
         else:
-            found.append((one, home))
-    return found
+            roots.append((one, home))
+    return roots

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,6 +33,7 @@ from ppo_jax.cli.serve.batching import Batcher, Full
 from ppo_jax.cli.serve.protocol import Refused, entry, read_json, read_messages, read_samples
 from ppo_jax.cli.serve.settings import ServeSettings
 from ppo_jax.rewards.loading import Scorer, load_scorer
+from ppo_jax.rewards.scores import to_scores
 
 Handle = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 OPEN_PATHS = ("/health",)  # need no token
@@ -150,8 +152,9 @@ class Service:
             raise Refused(503, str(error), {"Retry-After": "1"}) from error
         except Exception as error:  # whatever the device or the model raised: this request failed, the server did not
             raise Refused(500, f"scoring failed: {type(error).__name__}: {error}") from error
-        self.count["ppo_jax_rows_failed_total"] += sum(not math.isfinite(score) for score in scores)
-        return [score if math.isfinite(score) else None for score in scores]
+        judged = to_scores(scores)
+        self.count["ppo_jax_rows_failed_total"] += int(np.sum(~judged.valid))
+        return [float(score) if good else None for score, good in zip(judged.reward, judged.valid, strict=True)]
 
 
 def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIApp:
