@@ -7,6 +7,16 @@
 People rated 10,605 sentences from film reviews. A reward model learns their preferences, and the policy learns to
 continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. VADER and
 a second reward model, neither of which PPO ever sees, say whether the sentences really became more positive.
+
+What it stands on (docs/algorithm.md has every formula):
+
+    the reward of this demo      rewards/adapter.py  adapter_reward
+    what a failed score becomes  rewards/scores.py   to_scores
+    the sampler                  ops/sampling.py     sample
+    the KL penalty               ops/kl.py           kl_penalty
+    GAE                          ops/advantages.py   gae
+    the clipped policy loss      ops/losses.py       clipped_policy_loss
+    one iteration of PPO         train/ppo.py        iterate
 """
 
 import dataclasses

@@ -3,22 +3,25 @@
 from ppo_jax.models import ModelConfig, apply, load, save
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
+from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.experience import make_experience
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import PPOConfig
-from ppo_jax.train.ppo import make_host_iteration, make_iteration
+from ppo_jax.train.options import Algorithm, PPOConfig
+from ppo_jax.train.ppo import iterate, make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Experience, Frozen, Hyper, Minibatch, Policy, Prompts, Rollout, Scores
 
 __all__ = [
     "AdapterConfig",
+    "Algorithm",
     "Experience",
     "Frozen",
     "Hyper",
     "Minibatch",
+    "Model",
     "ModelConfig",
     "PPOConfig",
     "Policy",
@@ -36,7 +39,9 @@ __all__ = [
     "generate",
     "init_adapter",
     "init_state",
+    "iterate",
     "load",
+    "load_model",
     "make_experience",
     "make_host_iteration",
     "make_iteration",

@@ -58,7 +58,22 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
+class _Given(NamedTuple):
+    """What stays the same while tokens are drawn."""
+
+    base: PyTree
+    policy: Policy
+    config: ModelConfig
+    sampling: Sampling
+    temperature: float | Array
+    keys: PRNGKeyArray  # one for each row
+    table: Float[Array, "V D"]  # the policy's unembedding
+    lengths: Int[Array, " B"]  # of the prompts
+
+
 class _Loop(NamedTuple):
+    """What changes with every token."""
+
     step: Int[Array, ""]
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
@@ -88,55 +103,19 @@ def generate(
     _check_ids(sampling, config)
     batch, prompt_length = prompts.tokens.shape
     length = sampling.response_length
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if sampling.gather_weights:
         base, policy = gathered(base), policy._replace(adapter=gathered(policy.adapter))
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    stop_ids = jnp.array(sampling.stop_ids, jnp.int32)
-
-    def draw(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
-        """Token `step` of every living row, from the hidden state before it."""
-        t = loop.step
-        logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)  # as hidden_logprobs
-        logits = constrain(logits, "logits")
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
-        tokens, logprobs = jax.vmap(
-            lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        )(keys, offered)
-        whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
-        values = value(policy.value_head, hidden)
-        alive = loop.alive
-
-        def put(array: Array, column: Array) -> Array:
-            return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
-
-        return loop._replace(
-            step=t + 1,
-            tokens=put(loop.tokens, tokens.astype(jnp.int32)),
-            mask=loop.mask.at[:, t].set(alive),
-            logprobs=put(loop.logprobs, logprobs),
-            policy_logprobs=put(loop.policy_logprobs, whole),
-            values=put(loop.values, values),
-            alive=alive & ~jnp.isin(tokens, stop_ids),
-            seen=None if loop.seen is None else loop.seen.at[jnp.arange(batch), tokens].set(True),
-        )
-
-    def advance(loop: _Loop) -> _Loop:
-        """Feeds the last drawn token and draws the next one."""
-        t = loop.step - 1
-        positions = jnp.where(loop.alive, lengths + t, -1)[:, None]
-        tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
-        hidden, cache = apply(base, policy.adapter, config, tokens, positions, cache=loop.cache)
-        return draw(loop._replace(cache=cache), hidden[:, 0])
-
+    given = _Given(base, policy, config, sampling, temperature, keys, table, lengths)
     cache = init_cache(config, batch, prompt_length + length)
     positions = positions_from_mask(prompts.mask)
     hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
-    loop = _nothing_drawn(prompts, config, sampling, cache)
-    loop = draw(loop, hidden[:, -1])
-    loop = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), advance, loop)
+    loop = _draw(given, _nothing_drawn(prompts, config, sampling, cache), hidden[:, -1])
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < length) & jnp.any(loop.alive), lambda loop: _advance(given, loop), loop
+    )
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),
         prompt_mask=prompts.mask,
@@ -149,7 +128,45 @@ def generate(
     )
 
 
+def _advance(given: _Given, loop: _Loop) -> _Loop:
+    """Feeds the last drawn token and draws the next one."""
+    t = loop.step - 1
+    positions = jnp.where(loop.alive, given.lengths + t, -1)[:, None]
+    tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
+    hidden, cache = apply(given.base, given.policy.adapter, given.config, tokens, positions, cache=loop.cache)
+    return _draw(given, loop._replace(cache=cache), hidden[:, 0])
+
+
+def _draw(given: _Given, loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
+    """Token `step` of every living row, from the hidden state before it."""
+    t, sampling, temperature = loop.step, given.sampling, given.temperature
+    logits = jnp.einsum("bd,vd->bv", hidden, given.table, preferred_element_type=jnp.float32)  # as hidden_logprobs
+    logits = constrain(logits, "logits")
+    keys = jax.vmap(jax.random.fold_in, (0, None))(given.keys, t)
+    offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
+    tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
+        keys, offered
+    )
+    whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
+    alive = loop.alive
+
+    def put(array: Array, column: Array) -> Array:
+        return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
+
+    return loop._replace(
+        step=t + 1,
+        tokens=put(loop.tokens, tokens.astype(jnp.int32)),
+        mask=loop.mask.at[:, t].set(alive),
+        logprobs=put(loop.logprobs, logprobs),
+        policy_logprobs=put(loop.policy_logprobs, whole),
+        values=put(loop.values, value(given.policy.value_head, hidden)),
+        alive=alive & ~jnp.isin(tokens, jnp.array(sampling.stop_ids, jnp.int32)),
+        seen=None if loop.seen is None else loop.seen.at[jnp.arange(len(tokens)), tokens].set(True),
+    )
+
+
 def _nothing_drawn(prompts: Prompts, config: ModelConfig, sampling: Sampling, cache: Cache) -> _Loop:
+    """The loop before its first token."""
     batch, length = prompts.tokens.shape[0], sampling.response_length
     nothing = jnp.zeros((batch, length), jnp.float32)
     seen = None

@@ -8,9 +8,11 @@
 Masks are made by the sampler and carried; nothing is ever inferred from `token != pad`.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -59,6 +61,23 @@ class Rollout(NamedTuple):
         return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What all roles share of some sequences, computed once: the residual stream below their adapters."""
+
+    hidden: PyTree  # Float[Array, "B S D"]; tree functions also put shapes here, so no array type is claimed
+    layers: int = dataclasses.field(metadata={"static": True})  # it has passed layers 0 .. layers - 1
+
+
+class Collected(NamedTuple):
+    """A rollout with what the updates after it share."""
+
+    rollout: Rollout
+    prefix: Prefix | None = None  # None: the roles share no layer
+    pretrain: Texts | None = None
+
+
 class Scores(NamedTuple):
     """What a reward said of each response. A failed reward is invalid, never 0."""
 
@@ -73,7 +92,7 @@ class Minibatch(NamedTuple):
 
     tokens: Int[Array, "B S"]
     mask: Bool[Array, "B S"]  # prompt and response tokens: what attention may see
-    prefix: Float[Array, "B S D"] | None  # residual stream below the adapter's first layer; None: start at the tokens
+    prefix: Prefix | None  # None: start at the tokens
     loss_mask: Bool[Array, "B T"]  # response tokens of rows whose score is valid
     logprobs: Float[Array, "B T"]  # old policy, the denominator of the ratio
     values: Float[Array, "B T"]  # old values

@@ -20,16 +20,16 @@ from ppo_jax.models.transformer import apply
 from ppo_jax.ops.rewards import RunningMoments
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints import store
-from ppo_jax.train.experience import adjusted, make_experience
+from ppo_jax.train.experience import Reference, make_experience, prepare_scores
 from ppo_jax.train.metrics import experience_metrics
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from ppo_jax.train.ppo import collect, update
-from ppo_jax.types import Experience, Rollout, Scores
+from ppo_jax.types import Collected, Experience, Rollout, Scores
 from tests.models.tiny import CONFIG as TINY
 from tests.models.tiny import LLAMA3, random_params
 from tests.train import test_ppo, test_ppo_experience, test_ppo_update, toy
 from tests.train.test_ppo_experience import SCORES, learner, rollout, scores, start
-from tests.train.toy import CONFIG, FROZEN, HYPER, PAD, STOP, T, numbers
+from tests.train.toy import FROZEN, HYPER, PAD, STOP, T, numbers
 
 ONE_STEP = PPOConfig(sampling=toy.SAMPLING, epochs=1, num_minibatches=1)
 
@@ -38,8 +38,8 @@ def experience(given: Rollout, reward: Scores | None = None, kl_coef: float = 0.
     """`make_experience` beside a reference whose log-probs are those of the rollout less 0.1."""
     ppo = PPOConfig(sampling=toy.SAMPLING, **options)
     reward = scores() if reward is None else reward
-    reference = given.policy_logprobs - 0.1
-    return make_experience(given, reward, reference, None, jnp.float32(kl_coef), HYPER, ppo)
+    algorithm, reference = toy.algorithm(ppo), Reference(given.policy_logprobs - 0.1)
+    return make_experience(algorithm, Collected(given), reward, reference, HYPER._replace(kl_coef=kl_coef))
 
 
 def padded(given: Rollout, garbage: float, extra: int = 3) -> Rollout:
@@ -55,13 +55,14 @@ def padded(given: Rollout, garbage: float, extra: int = 3) -> Rollout:
 @functools.cache
 def descended():
     """One step of plain gradient descent on a minibatch."""
-    return jax.jit(lambda state, rows, hyper: update(state, FROZEN, rows, hyper, CONFIG, ONE_STEP, optax.identity()))
+    algorithm = toy.algorithm(ONE_STEP, optax.identity())
+    return jax.jit(lambda state, rows, hyper: update(algorithm, state, FROZEN, rows, hyper))
 
 
 @functools.cache
 def sampler(sampling: Sampling):
-    ppo = PPOConfig(sampling=sampling)
-    return jax.jit(lambda state, prompts, hyper: collect(state, FROZEN, prompts, hyper, CONFIG, ppo))
+    algorithm = toy.algorithm(PPOConfig(sampling=sampling))
+    return jax.jit(lambda state, prompts, hyper: collect(algorithm, state, FROZEN, prompts, hyper))
 
 
 def draw(state=None, sampling: Sampling = toy.SAMPLING, hyper=HYPER) -> Rollout:
@@ -192,10 +193,10 @@ def test_defect_12_num_minibatches_that_adds_no_optimizer_steps():
 def test_defect_13_score_normalisation_with_one_sample_turning_it_into_0():
     """Score normalisation with one sample turning it into 0."""
     for how in ("scale", "shift"):
-        ppo = PPOConfig(score=ScoreConfig(normalise=how))
-        made, moments = adjusted(scores([0.7]), rollout(1), RunningMoments.init(), HYPER, ppo)
+        algorithm = toy.algorithm(PPOConfig(score=ScoreConfig(normalise=how)))
+        made, moments = prepare_scores(algorithm, scores([0.7]), rollout(1), RunningMoments.init(), HYPER)
         assert float(made.reward[0]) == pytest.approx(0.7)
-        made, _ = adjusted(scores([0.7]), rollout(1), moments, HYPER, ppo)  # a second one, equal to the first
+        made, _ = prepare_scores(algorithm, scores([0.7]), rollout(1), moments, HYPER)  # one more, equal to the first
         assert np.isfinite(made.reward).all()
 
 
@@ -289,11 +290,11 @@ def test_defect_20_log_probs_of_the_unfiltered_distribution_under_top_k():
     mask = np.asarray(found.response_mask)
     gap = np.asarray(found.logprobs - found.policy_logprobs)[mask]
     assert gap.min() >= -1e-5 and gap.mean() > 0.1  # at least as likely to be drawn as the policy says
-    ppo, coefficient, reference = PPOConfig(sampling=sampling), jnp.float32(0.1), found.policy_logprobs
-    made = make_experience(found, scores(np.ones(toy.B)), reference, None, coefficient, HYPER, ppo)
+    algorithm, reference = toy.algorithm(PPOConfig(sampling=sampling)), found.policy_logprobs
+    made = make_experience(algorithm, Collected(found), scores(np.ones(toy.B)), Reference(reference), HYPER)
     np.testing.assert_allclose(np.asarray(made.kl)[mask], 0, atol=1e-6)  # the reference is the policy itself
     np.testing.assert_array_equal(made.batch.logprobs, found.policy_logprobs)
-    metrics = experience_metrics(made, found, made.scores, reference, coefficient, HYPER, ppo)
+    metrics = experience_metrics(algorithm, made, found, made.scores, reference, HYPER)
     assert numbers(metrics)["behaviour_mismatch"] == pytest.approx(gap.mean(), rel=1e-3)
 
 

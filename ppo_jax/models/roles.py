@@ -5,12 +5,12 @@ from jaxtyping import Array, Bool, Float, Int
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.types import Policy, PyTree
+from ppo_jax.types import Policy, Prefix, PyTree
 
 
 def shared_prefix(
     base: PyTree, config: ModelConfig, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], layers: int
-) -> Float[Array, "B S D"] | None:
+) -> Prefix | None:
     """The residual stream below layer `layers`, equal for all roles whose adapters start there; None for 0 layers.
 
     The last layer is never part of it (an adapter may touch no layer at all): what follows it is the final norm,
@@ -19,7 +19,7 @@ def shared_prefix(
     layers = min(layers, config.num_layers - 1)
     if layers == 0:
         return None
-    return apply(base, {}, config, tokens, positions_from_mask(mask), layers=(0, layers))
+    return Prefix(apply(base, {}, config, tokens, positions_from_mask(mask), layers=(0, layers)), layers)
 
 
 def role_hidden(
@@ -28,15 +28,14 @@ def role_hidden(
     config: ModelConfig,
     tokens: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
-    prefix: Float[Array, "B S D"] | None = None,
-    prefix_layers: int = 0,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B S D"]:
     """Final hidden states of whole sequences under one role, from the shared prefix where there is one."""
     positions = positions_from_mask(mask)
     if prefix is None:
         return apply(base, adapter, config, tokens, positions)
-    start = min(prefix_layers, config.num_layers - 1)  # as in shared_prefix
-    return apply(base, adapter, config, None, positions, hidden=prefix, layers=(start, config.num_layers))
+    rest = (prefix.layers, config.num_layers)
+    return apply(base, adapter, config, None, positions, hidden=prefix.hidden, layers=rest)
 
 
 def before_response(hidden: Float[Array, "B S D"], response_length: int) -> Float[Array, "B T D"]:

@@ -11,7 +11,7 @@ from ppo_jax.models.heads import last_token, score
 from ppo_jax.models.roles import role_hidden
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rewards.scores import to_scores
-from ppo_jax.types import Frozen, PyTree, Rollout, Scores
+from ppo_jax.types import Frozen, Prefix, PyTree, Rollout, Scores
 
 
 class RewardRole(NamedTuple):
@@ -27,13 +27,12 @@ def score_tokens(
     config: ModelConfig,
     tokens: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
-    prefix: Float[Array, "B S D"] | None = None,
-    prefix_layers: int = 0,
+    prefix: Prefix | None = None,
 ) -> Float[Array, " B"]:
     """The head's value at each row's last real token, wherever the padding lies."""
-    if prefix is not None and shared_layers(role.adapter, config) < prefix_layers:
+    if prefix is not None and shared_layers(role.adapter, config) < prefix.layers:
         prefix = None  # this role already differs, or ends, below the shared layers
-    hidden = role_hidden(base, role.adapter, config, tokens, mask, prefix, prefix_layers)
+    hidden = role_hidden(base, role.adapter, config, tokens, mask, prefix)
     return score(role.head, last_token(hidden, mask))
 
 
@@ -55,6 +54,7 @@ def adapter_reward(config: ModelConfig, stop_ids: tuple[int, ...]) -> DeviceRewa
     def reward(frozen: Frozen, rollout: Rollout, prefix: Float[Array, "B S D"] | None, prefix_layers: int) -> Scores:
         mask = text_mask(rollout, stop_ids)
         # The prefix was computed with the stop token visible only to itself and later padding: it stays valid.
-        return to_scores(score_tokens(frozen.base, frozen.reward, config, rollout.tokens, mask, prefix, prefix_layers))
+        shared = None if prefix is None else Prefix(prefix, prefix_layers)
+        return to_scores(score_tokens(frozen.base, frozen.reward, config, rollout.tokens, mask, shared))
 
     return reward

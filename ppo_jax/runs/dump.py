@@ -14,7 +14,9 @@ from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Setup, decode_responses
-from ppo_jax.train.experience import reference_logprobs, rollout_prefix
+from ppo_jax.train.experience import reference_logprobs, score_rollout, share_prefix
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import Algorithm
 from ppo_jax.train.ppo import collect
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Frozen, Hyper, Prompts, Rollout, Scores
@@ -67,16 +69,16 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
 
 def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | None]]:
     """The first half of an iteration, with the reference's log-probs."""
-    config, ppo = setup.model.config, setup.ppo
+    ppo = setup.ppo
+    algorithm = Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device)
 
     def run(
         state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper
     ) -> tuple[Rollout, jax.Array, Scores | None]:
-        rollout = collect(state, frozen, prompts, hyper, config, ppo)
-        prefix, depth = rollout_prefix(state.policy, frozen, rollout, config)
-        reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, ppo.logprob_chunk)
-        device = setup.reward.device
-        scores = None if device is None else device(frozen, rollout, prefix, depth)
+        rollout = collect(algorithm, state, frozen, prompts, hyper)
+        collected = share_prefix(algorithm, state.policy, frozen, rollout)
+        reference = reference_logprobs(algorithm.model, frozen, collected, hyper, ppo.logprob_chunk)
+        scores = None if algorithm.reward is None else score_rollout(algorithm.reward, frozen, collected)
         return rollout, reference, scores
 
     return jax.jit(run)

@@ -15,6 +15,8 @@ from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Setup, decode_responses
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.options import Algorithm
 from ppo_jax.train.state import TrainState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
@@ -43,8 +45,8 @@ def make_evaluator(
     ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
     failure of the disk through.
     """
-    ppo, score = setup.ppo, setup.ppo.score
-    run = make_evaluate(setup.model.config, ppo.sampling, setup.reward.device, ppo.logprob_chunk, score.truncate_ids)
+    ppo = setup.ppo
+    run = make_evaluate(Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device))
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)

@@ -14,7 +14,7 @@ from ppo_jax.models.heads import last_token, score
 from ppo_jax.models.roles import own_trunk, role_hidden, shared_prefix
 from ppo_jax.parallel.processes import feed, fetch
 from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.types import PyTree
+from ppo_jax.types import Prefix, PyTree
 
 
 class Comparisons(NamedTuple):
@@ -72,7 +72,8 @@ def keep_prefix(
 
 @partial(jax.jit, static_argnames=("trunk", "layers"))
 def _prefix(base: PyTree, tokens: Array, mask: Array, trunk: ModelConfig, layers: int) -> Array | None:
-    return shared_prefix(base, tokens=tokens, mask=mask, config=trunk, layers=layers)
+    prefix = shared_prefix(base, trunk, tokens, mask, layers)
+    return None if prefix is None else prefix.hidden
 
 
 def text_features(
@@ -103,7 +104,8 @@ def _features(
     prefix_layers: int,
 ) -> Array:
     base, adapter = own_trunk(base, adapter)
-    return last_token(role_hidden(base, adapter, trunk, tokens, mask, prefix, prefix_layers), mask)
+    shared = None if prefix is None else Prefix(prefix, prefix_layers)
+    return last_token(role_hidden(base, adapter, trunk, tokens, mask, shared), mask)
 
 
 def head_scores(head: PyTree, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:

@@ -32,7 +32,7 @@ from ppo_jax.train.offline import (
     target_logprobs,
     totals,
 )
-from ppo_jax.types import Metrics, PyTree
+from ppo_jax.types import Metrics, Prefix, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,17 @@ def response_logprobs(
     adapter: PyTree,
     base: PyTree,
     batch: Preferences,
-    prefix: Float[Array, "N S D"] | None,
-    depth: int,
+    prefix: Prefix | None,
     config: ModelConfig,
     logprob_chunk: int = 256,
 ) -> Float[Array, "B 2"]:
     """log pi(response | prompt) of both sides of each pair: the sum over the loss mask, in nats.
 
     Args:
-      prefix: the residual stream of the 2B texts below layer `depth` (`rollout.shared_prefix`), or None.
+      prefix: of the 2B texts (`models.roles.shared_prefix`); None: start at the tokens.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    logprobs = target_logprobs(
-        adapter, base, config, flat.tokens, flat.mask, flat.loss_mask, logprob_chunk, prefix, depth
-    )
+    logprobs = target_logprobs(adapter, base, config, flat.tokens, flat.mask, flat.loss_mask, logprob_chunk, prefix)
     return jnp.sum(logprobs, axis=1).reshape(-1, 2)
 
 
@@ -115,11 +112,10 @@ def preference_loss(
     `accuracy` of h > 0, a tie counting a half; `margin` h; `chosen_reward`, `rejected_reward` r; `chosen_logprob`,
     `rejected_logprob` in nats, which say whether the policy still writes the chosen responses.
     """
-    depth = shared_layers(adapter, config)
     tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-    prefix = shared_prefix(base, config, tokens, mask, depth)
-    reference = response_logprobs({}, base, batch, prefix, depth, config, logprob_chunk)
-    logprobs = response_logprobs(adapter, base, batch, prefix, depth, config, logprob_chunk)
+    prefix = shared_prefix(base, config, tokens, mask, shared_layers(adapter, config))
+    reference = response_logprobs({}, base, batch, prefix, config, logprob_chunk)
+    logprobs = response_logprobs(adapter, base, batch, prefix, config, logprob_chunk)
     real = counted(batch)
     loss, metrics = dpo_loss(
         logprobs[:, 0],

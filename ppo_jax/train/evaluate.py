@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.kl import kl_penalty
-from ppo_jax.rewards.base import DeviceReward
-from ppo_jax.rollout import Sampling, generate
-from ppo_jax.train.experience import reference_logprobs, rollout_prefix, truncated
+from ppo_jax.rollout import generate
+from ppo_jax.train.experience import cut_responses, reference_logprobs, score_rollout, share_prefix
+from ppo_jax.train.options import Algorithm
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, Rollout, Scores
 
 
@@ -26,28 +25,20 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[[Policy, Frozen, Prompts, PRNGKeyArray, Hyper], Evaluation]
 
 
-def make_evaluate(
-    config: ModelConfig,
-    sampling: Sampling,
-    reward: DeviceReward | None,
-    logprob_chunk: int = 0,
-    truncate_ids: tuple[int, ...] = (),
-) -> Evaluate:
+def make_evaluate(algorithm: Algorithm) -> Evaluate:
     """evaluate(policy, frozen, prompts, key, hyper) -> Evaluation, jitted; samples at hyper.temperature.
 
     With the same key two policies draw with the same random numbers, so their difference is less noisy than either.
-
-    Args:
-      logprob_chunk: positions whose logits are held at once for the reference; 0: all.
-      truncate_ids: as in training, `ScoreConfig.truncate_ids`.
+    Of the algorithm the model, the reward (None: it is computed on the host) and the choices of sampling are read.
     """
+    config, ppo, reward = algorithm.model, algorithm.ppo, algorithm.reward
 
     def evaluate(policy: Policy, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray, hyper: Hyper) -> Evaluation:
-        rollout = generate(frozen.base, policy, config, prompts, key, sampling, hyper.temperature)
-        rollout = truncated(rollout, truncate_ids, config)
-        prefix, depth = rollout_prefix(policy, frozen, rollout, config)
-        scores = None if reward is None else reward(frozen, rollout, prefix, depth)
-        reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, config, logprob_chunk)
+        rollout = generate(frozen.base, policy, config, prompts, key, ppo.sampling, hyper.temperature)
+        rollout = cut_responses(rollout, ppo.score.truncate_ids, config)
+        collected = share_prefix(algorithm, policy, frozen, rollout)
+        scores = None if reward is None else score_rollout(reward, frozen, collected)
+        reference = reference_logprobs(config, frozen, collected, hyper, ppo.logprob_chunk)
         kl = kl_penalty(rollout.policy_logprobs, reference, "k1")
         return Evaluation(rollout, scores, jnp.sum(jnp.where(rollout.response_mask, kl, 0.0), axis=1))
 

@@ -11,12 +11,15 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, value
 from ppo_jax.models.roles import before_response, policy_depth, role_hidden, shared_prefix
 from ppo_jax.ops.advantages import gae, grpo, reinforce, rewards_to_go, rloo
-from ppo_jax.ops.kl import kl_penalty
+from ppo_jax.ops.kl import adaptive_kl, kl_penalty, linear_kl
 from ppo_jax.ops.logprobs import hidden_kl, hidden_logprobs
 from ppo_jax.ops.masked import EPSILON, masked_var, masked_whiten
 from ppo_jax.ops.rewards import RunningMoments, adjust_scores, shape_rewards, truncation_mask
-from ppo_jax.train.options import PPOConfig
-from ppo_jax.types import Experience, Frozen, Hyper, Minibatch, Policy, Rollout, Scores
+from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.train.metrics import observed_kl
+from ppo_jax.train.options import Algorithm
+from ppo_jax.train.state import TrainState
+from ppo_jax.types import Collected, Experience, Frozen, Hyper, Metrics, Minibatch, Policy, Rollout, Scores, Texts
 
 
 class Reference(NamedTuple):
@@ -27,15 +30,34 @@ class Reference(NamedTuple):
     hidden: Float[Array, "B T D"] | None = None  # where the loss needs the reference's whole distribution
 
 
-def rollout_prefix(
-    policy: Policy, frozen: Frozen, rollout: Rollout, config: ModelConfig
-) -> tuple[Float[Array, "B S D"] | None, int]:
-    """What all roles share of a rollout, constant over the epochs, and how many layers deep it is."""
-    depth = policy_depth(policy, config)
-    return shared_prefix(frozen.base, config, rollout.tokens, rollout.mask, depth), depth
+class Outcome(NamedTuple):
+    """What an estimator of advantages reads: the rewards of a rollout, and what they are compared with."""
+
+    rewards: Float[Array, "B T"]  # shaped (and whitened, where that is asked for)
+    values: Float[Array, "B T"]
+    mask: Bool[Array, "B T"]  # response tokens of rows whose score is valid
+    valid: Bool[Array, " B"]
+    baseline: float | Float[Array, ""] = 0.0  # running mean of the returns so far, for "reinforce"
+    bootstrap: Float[Array, " B"] | None = None  # value after the last token (`ops.advantages.gae`)
 
 
-def truncated(rollout: Rollout, stop_ids: tuple[int, ...], config: ModelConfig) -> Rollout:
+def share_prefix(
+    algorithm: Algorithm, policy: Policy, frozen: Frozen, rollout: Rollout, pretrain: Texts | None = None
+) -> Collected:
+    """The rollout with what all roles share of it, which is constant over the epochs."""
+    depth = policy_depth(policy, algorithm.model)
+    prefix = shared_prefix(frozen.base, algorithm.model, rollout.tokens, rollout.mask, depth)
+    return Collected(rollout, prefix, pretrain)
+
+
+def score_rollout(reward: DeviceReward, frozen: Frozen, collected: Collected) -> Scores:
+    """The device reward's scores."""
+    prefix = collected.prefix
+    shared = (None, 0) if prefix is None else (prefix.hidden, prefix.layers)
+    return reward(frozen, collected.rollout, *shared)
+
+
+def cut_responses(rollout: Rollout, stop_ids: tuple[int, ...], config: ModelConfig) -> Rollout:
     """Responses without what follows the first of `stop_ids` (ScoreConfig.truncate_ids); such rows have ended."""
     if not stop_ids:
         return rollout
@@ -46,41 +68,50 @@ def truncated(rollout: Rollout, stop_ids: tuple[int, ...], config: ModelConfig) 
     return rollout._replace(response_mask=mask, terminated=rollout.terminated | ended)
 
 
+def kl_coefficient(algorithm: Algorithm, state: TrainState, hyper: Hyper) -> Float[Array, ""]:
+    """beta of this iteration."""
+    match algorithm.ppo.kl.control:
+        case "adaptive":
+            return state.kl_coef
+        case "linear":
+            return linear_kl(hyper.kl_coef, hyper.kl_coef_end, state.step, hyper.kl_steps)
+        case _:
+            return jnp.asarray(hyper.kl_coef, jnp.float32)
+
+
+def next_kl_coefficient(algorithm: Algorithm, hyper: Hyper, metrics: Metrics) -> Float[Array, ""]:
+    """beta after an iteration: steered by its KL where control is adaptive (Ziegler et al. 2019, section 2.2)."""
+    beta = jnp.asarray(hyper.kl_coef, jnp.float32)
+    if algorithm.ppo.kl.control != "adaptive":
+        return beta
+    steered = adaptive_kl(beta, *observed_kl(metrics), hyper.kl_target, hyper.kl_horizon)
+    return jnp.where(jnp.isfinite(steered), steered, beta)  # one bad batch must not spoil it for good
+
+
 def reference_logprobs(
-    frozen: Frozen,
-    rollout: Rollout,
-    prefix: Float[Array, "B S D"] | None,
-    depth: int,
-    hyper: Hyper,
-    config: ModelConfig,
-    chunk: int = 256,
+    config: ModelConfig, frozen: Frozen, collected: Collected, hyper: Hyper, chunk: int = 256
 ) -> Float[Array, "B T"]:
     """log pi_ref(a_t | s_t) of the response tokens under the empty adapter, at the sampling temperature."""
+    rollout = collected.rollout
     length = rollout.response_mask.shape[1]
-    hidden = role_hidden(frozen.base, {}, config, rollout.tokens, rollout.mask, prefix, depth)
+    hidden = role_hidden(frozen.base, {}, config, rollout.tokens, rollout.mask, collected.prefix)
     actions, table = rollout.tokens[:, -length:], unembedding(frozen.base, {})
     return hidden_logprobs(before_response(hidden, length), table, actions, hyper.temperature, chunk)
 
 
-def consult_reference(
-    policy: Policy,
-    frozen: Frozen,
-    rollout: Rollout,
-    prefix: Float[Array, "B S D"] | None,
-    depth: int,
-    hyper: Hyper,
-    config: ModelConfig,
-    ppo: PPOConfig,
+def evaluate_reference(
+    algorithm: Algorithm, policy: Policy, frozen: Frozen, collected: Collected, hyper: Hyper
 ) -> Reference:
     """The reference's log-probs, and its whole distributions where the estimator asks for them."""
+    config, ppo, rollout = algorithm.model, algorithm.ppo, collected.rollout
     chunk = ppo.logprob_chunk or 256
     if ppo.kl.estimator != "full":
-        return Reference(reference_logprobs(frozen, rollout, prefix, depth, hyper, config, chunk))
+        return Reference(reference_logprobs(config, frozen, collected, hyper, chunk))
     length = rollout.response_mask.shape[1]
     actions, temperature = rollout.tokens[:, -length:], hyper.temperature
 
     def states(adapter: object) -> Float[Array, "B T D"]:
-        hidden = role_hidden(frozen.base, adapter, config, rollout.tokens, rollout.mask, prefix, depth)
+        hidden = role_hidden(frozen.base, adapter, config, rollout.tokens, rollout.mask, collected.prefix)
         return before_response(hidden, length)
 
     hidden, table = states({}), unembedding(frozen.base, {})
@@ -92,23 +123,18 @@ def consult_reference(
     return Reference(logprobs, kl_full=kl)
 
 
-def critic_values(
-    policy: Policy,
-    frozen: Frozen,
-    rollout: Rollout,
-    prefix: Float[Array, "B S D"] | None,
-    depth: int,
-    config: ModelConfig,
-    bootstrap: bool,
+def evaluate_critic(
+    algorithm: Algorithm, policy: Policy, frozen: Frozen, collected: Collected
 ) -> tuple[Float[Array, "B T"], Float[Array, " B"] | None]:
     """Values that the sampler did not give: of a critic with its own adapter, and after the last token of cut rows.
 
     Returns (values [B,T], bootstrap [B] or None): the second is 0 for rows that ended themselves.
     """
-    if policy.critic is None and not bootstrap:
+    rollout, bootstrap = collected.rollout, algorithm.ppo.critic.bootstrap_truncated
+    if not algorithm.ppo.has_critic or (policy.critic is None and not bootstrap):
         return rollout.values, None
     adapter = policy.adapter if policy.critic is None else policy.critic
-    hidden = role_hidden(frozen.base, adapter, config, rollout.tokens, rollout.mask, prefix, depth)
+    hidden = role_hidden(frozen.base, adapter, algorithm.model, rollout.tokens, rollout.mask, collected.prefix)
     length = rollout.response_mask.shape[1]
     values = rollout.values if policy.critic is None else value(policy.value_head, before_response(hidden, length))
     if not bootstrap:
@@ -117,17 +143,18 @@ def critic_values(
     return values, jnp.where(rollout.terminated, 0.0, after)
 
 
-def adjusted(
-    scores: Scores, rollout: Rollout, moments: RunningMoments, hyper: Hyper, ppo: PPOConfig
+def prepare_scores(
+    algorithm: Algorithm, scores: Scores, rollout: Rollout, moments: RunningMoments, hyper: Hyper
 ) -> tuple[Scores, RunningMoments]:
     """Scores as they enter the rewards, and the moments that have seen this batch.
 
     Normalised by the running moments (this batch included), then `ops.rewards.adjust_scores`.
     """
+    how = algorithm.ppo.score
     moments = moments.update(scores.reward, scores.valid)
     reward = scores.reward.astype(jnp.float32)
-    if ppo.score.normalise != "off":
-        reward = moments.normalise(reward, shift_mean=ppo.score.normalise == "shift")
+    if how.normalise != "off":
+        reward = moments.normalise(reward, shift_mean=how.normalise == "shift")
     reward = adjust_scores(
         reward,
         jnp.sum(rollout.response_mask, axis=1),
@@ -135,75 +162,65 @@ def adjusted(
         hyper.score_clip,
         hyper.length_penalty,
         hyper.missing_eos,
-        ppo.score.missing_eos,
+        how.missing_eos,
     )
     return scores._replace(reward=reward), moments
 
 
 def make_experience(
-    rollout: Rollout,
+    algorithm: Algorithm,
+    collected: Collected,
     scores: Scores,
-    ref_logprobs: Float[Array, "B T"],
-    prefix: Float[Array, "B S D"] | None,
-    kl_coef: Float[Array, ""],
+    reference: Reference,
     hyper: Hyper,
-    ppo: PPOConfig,
-    *,
-    reference: Reference | None = None,
     baseline: float | Float[Array, ""] = 0.0,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> Experience:
     """r_t = score at the last token + token reward - kl_coef * KL_t; advantages; rows with an invalid score masked out.
 
     Args:
-      reference: more of the reference than its log-probs, where the KL estimator needs it.
-      baseline: of advantage "reinforce".
-      bootstrap: value after the last token of each row (`ops.advantages.gae`).
+      hyper: kl_coef is that of this iteration (`kl_coefficient`).
+      baseline, bootstrap: see `Outcome`.
     """
+    ppo, rollout = algorithm.ppo, collected.rollout
     mask = rollout.response_mask & scores.valid[:, None]
-    filtered = ppo.behaviour == "filtered"
-    logprobs = rollout.logprobs if filtered else rollout.policy_logprobs
-    if reference is not None and reference.kl_full is not None:
-        kl = reference.kl_full
-    else:
+    logprobs = rollout.logprobs if ppo.behaviour == "filtered" else rollout.policy_logprobs
+    kl = reference.kl_full
+    if kl is None:
         # With the KL in the loss, "full" needs no estimate here; the log shows k1.
-        kl = kl_penalty(logprobs, ref_logprobs, "k1" if ppo.kl.estimator == "full" else ppo.kl.estimator)
-    penalty = kl_coef if ppo.kl.place == "reward" else jnp.zeros(())
+        kl = kl_penalty(logprobs, reference.logprobs, "k1" if ppo.kl.estimator == "full" else ppo.kl.estimator)
+    penalty = jnp.asarray(hyper.kl_coef) if ppo.kl.place == "reward" else jnp.zeros(())
     rewards = shape_rewards(scores.reward, kl, mask, penalty)
     if scores.tokens is not None:
         rewards = jnp.where(mask, rewards + scores.tokens, rewards)
     how = ppo.score.whiten_rewards
     shaped = rewards if how == "off" else masked_whiten(rewards, mask, shift_mean=how == "shift")
-    advantages, returns = _advantages(shaped, rollout.values, mask, scores, baseline, bootstrap, hyper, ppo)
+    outcome = Outcome(shaped, rollout.values, mask, scores.valid, baseline, bootstrap)
+    advantages, returns = (algorithm.advantage or estimate_advantages)(algorithm, outcome, hyper)
     batch = Minibatch(
         tokens=rollout.tokens,
         mask=rollout.mask,
-        prefix=prefix,
+        prefix=collected.prefix,
         loss_mask=mask,
         logprobs=logprobs,
         values=rollout.values,
         advantages=advantages,
         returns=returns,
+        pretrain=collected.pretrain,
     )
     if ppo.behaviour == "importance" and ppo.sampling.filtered:
         ratio = jnp.exp(rollout.policy_logprobs - rollout.logprobs)
         batch = batch._replace(weights=jnp.where(mask, jnp.minimum(ratio, hyper.importance_cap), 0.0))
     if ppo.kl.place == "loss":
-        batch = batch._replace(ref_logprobs=ref_logprobs, ref_hidden=reference.hidden if reference else None)
+        batch = batch._replace(ref_logprobs=reference.logprobs, ref_hidden=reference.hidden)
     return Experience(batch=batch, rewards=rewards, kl=kl, scores=scores)
 
 
-def _advantages(
-    rewards: Float[Array, "B T"],
-    values: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    scores: Scores,
-    baseline: float | Float[Array, ""],
-    bootstrap: Float[Array, " B"] | None,
-    hyper: Hyper,
-    ppo: PPOConfig,
+def estimate_advantages(
+    algorithm: Algorithm, outcome: Outcome, hyper: Hyper
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(advantages, returns). Those without a critic compare whole responses, the KL penalty in the reward included."""
+    ppo, (rewards, values, mask, valid, baseline, bootstrap) = algorithm.ppo, outcome
     whiten = ppo.whiten_advantages
     if ppo.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, hyper.gamma, hyper.lam, bootstrap)
@@ -214,9 +231,9 @@ def _advantages(
     totals = response_totals(rewards, mask)
     match ppo.advantage:
         case "rloo":
-            relative = rloo(totals, ppo.group_size, scores.valid)
+            relative = rloo(totals, ppo.group_size, valid)
         case "grpo" | "dr_grpo":
-            relative = grpo(totals, ppo.group_size, ppo.advantage == "grpo", scores.valid)
+            relative = grpo(totals, ppo.group_size, ppo.advantage == "grpo", valid)
         case _:
             relative = reinforce(totals, baseline)
     advantages = jnp.where(mask, relative[:, None], 0.0)

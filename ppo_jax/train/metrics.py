@@ -5,25 +5,24 @@ from jaxtyping import Array, Float
 
 from ppo_jax.ops.kl import Kind, kl_penalty
 from ppo_jax.ops.masked import masked_var
-from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.options import Algorithm
 from ppo_jax.types import Experience, Hyper, Metrics, Rollout, Scores
 
 
 def experience_metrics(
+    algorithm: Algorithm,
     experience: Experience,
     rollout: Rollout,
     raw: Scores,
     ref_logprobs: Float[Array, "B T"],
-    kl_coef: Float[Array, ""],
     hyper: Hyper,
-    ppo: PPOConfig,
 ) -> Metrics:
     """Sums and counts over rows with a valid score.
 
     Args:
       raw: the scores as the reward gave them (those of `experience` are adjusted).
     """
-    batch, valid = experience.batch, experience.scores.valid
+    ppo, batch, valid = algorithm.ppo, experience.batch, experience.scores.valid
     mask = batch.loss_mask
     one = jnp.ones(())
     rows, tokens = jnp.sum(valid, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
@@ -57,7 +56,7 @@ def experience_metrics(
         "advantage_std": std(batch.advantages, mask),
         "return": per_token(batch.returns),
         "return_std": std(batch.returns, mask),
-        "kl_coef": (kl_coef, one),
+        "kl_coef": (jnp.asarray(hyper.kl_coef, jnp.float32), one),
         "learning_rate": (jnp.asarray(hyper.learning_rate, jnp.float32), one),
     }
     metrics |= extremes("reward", raw.reward) | extremes("response_length", lengths)

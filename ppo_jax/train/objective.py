@@ -1,5 +1,7 @@
 """The loss of PPO on a minibatch: clipped policy loss, value loss, entropy bonus, KL term, pretraining term."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -7,41 +9,40 @@ from jaxtyping import Array, Bool, Float
 from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
-from ppo_jax.models.roles import before_response, policy_depth, role_hidden
+from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.ops.logprobs import LOWEST, hidden_kl, hidden_logprobs, hidden_logprobs_and_entropy
 from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss, token_weights
 from ppo_jax.ops.sampling import filter_logits
-from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.options import Algorithm
 from ppo_jax.types import Frozen, Hyper, Metrics, Minibatch, Policy, Texts
 
 
-def ppo_loss(
-    policy: Policy,
-    frozen: Frozen,
-    batch: Minibatch,
-    count: Float[Array, ""],
-    hyper: Hyper,
-    config: ModelConfig,
-    ppo: PPOConfig,
-    kl_coef: Float[Array, ""] | float = 0.0,
-    text_count: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
-    """L = L_clip + vf_coef L_value - entropy_coef H + kl_coef KL (when placed in the loss) + ptx_coef L_pretraining.
+class Counts(NamedTuple):
+    """What the sums of a minibatch are divided by, whatever its micro-batches."""
 
-    Each is a weighted sum over this batch's tokens (`ops.losses.token_weights`) divided by `count`, the units of the
-    whole minibatch; so the losses and gradients of micro-batches sum to those of the minibatch.
+    units: Float[Array, ""]  # of its tokens (`ops.losses.token_weights`)
+    predicted: Float[Array, ""] | None = None  # tokens of its pretraining texts; None: those of the rows at hand
 
-    Args:
-      text_count: predicted tokens of the whole minibatch's pretraining texts; None: those of `batch`.
-    """
-    length = batch.loss_mask.shape[1]
-    depth = policy_depth(policy, config)
-    trunk = role_hidden(frozen.base, policy.adapter, config, batch.tokens, batch.mask, batch.prefix, depth)
+
+class Outputs(NamedTuple):
+    """What the policy says of the responses of a minibatch."""
+
+    hidden: Float[Array, "B T D"]  # the states in which the tokens were chosen
+    table: Float[Array, "V D"]  # its unembedding
+    logprobs: Float[Array, "B T"]  # of the tokens, at the sampling temperature (LOWEST: a filter excludes it)
+    entropy: Float[Array, "B T"]
+    mask: Bool[Array, "B T"]  # tokens that count, of those that the policy can still sample
+
+
+def evaluate_policy(policy: Policy, algorithm: Algorithm, frozen: Frozen, batch: Minibatch, hyper: Hyper) -> Outputs:
+    """One pass of the policy over a minibatch; differentiable in `policy`."""
+    ppo, sampling, length = algorithm.ppo, algorithm.ppo.sampling, batch.loss_mask.shape[1]
+    trunk = role_hidden(frozen.base, policy.adapter, algorithm.model, batch.tokens, batch.mask, batch.prefix)
     hidden = before_response(trunk, length)
     actions, table = batch.tokens[:, -length:], unembedding(frozen.base, policy.adapter)
-    sampling, keep = ppo.sampling, None
+    keep = None
     if ppo.behaviour == "filtered" and sampling.filtered:
 
         def keep(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
@@ -49,63 +50,83 @@ def ppo_loss(
 
     logprobs, entropy = hidden_logprobs_and_entropy(hidden, table, actions, hyper.temperature, ppo.logprob_chunk, keep)
     mask = batch.loss_mask
-    weights, units = token_weights(mask, ppo.aggregation)
-    units_here, tokens = jnp.sum(units), jnp.sum(mask, dtype=jnp.float32)
-    extra: Metrics = {}
     if keep is not None:
         # The filter of the new policy may exclude an old token: its ratio is 0, without a gradient.
-        inside = logprobs > LOWEST / 2
-        extra["outside_filter"] = (jnp.sum(mask & ~inside, dtype=jnp.float32), tokens)
-        mask = mask & inside
-    policy_loss, policy_metrics = clipped_policy_loss(
-        logprobs,
+        mask = mask & (logprobs > LOWEST / 2)
+    return Outputs(hidden, table, logprobs, jnp.where(mask, entropy, 0.0), mask)
+
+
+def count_units(algorithm: Algorithm, minibatch: Minibatch) -> Counts:
+    """The counts of a whole minibatch."""
+    texts = minibatch.pretrain
+    units = jnp.sum(token_weights(minibatch.loss_mask, algorithm.ppo.aggregation)[1])
+    return Counts(units, None if texts is None else jnp.sum(predicted(texts), dtype=jnp.float32))
+
+
+def ppo_loss(
+    policy: Policy, algorithm: Algorithm, frozen: Frozen, batch: Minibatch, counts: Counts, hyper: Hyper
+) -> tuple[Float[Array, ""], Metrics]:
+    """L = L_clip + vf_coef L_value - entropy_coef H + kl_coef KL (when placed in the loss) + ptx_coef L_pretraining.
+
+    Each is a weighted sum over this batch's tokens (`ops.losses.token_weights`) divided by `counts`, those of the
+    whole minibatch; so the losses and gradients of micro-batches sum to those of the minibatch.
+    """
+    ppo, count = algorithm.ppo, counts.units
+    outputs = evaluate_policy(policy, algorithm, frozen, batch, hyper)
+    weights, units = token_weights(batch.loss_mask, ppo.aggregation)
+    weighted = weights if batch.weights is None else weights * batch.weights
+    units_here, tokens = jnp.sum(units), jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
+    def mean(loss: Float[Array, ""]) -> tuple[Array, Array]:
+        """`total / count` must be the mean over the units whatever the micro-batches, so undo the division by count."""
+        return loss * count, units_here
+
+    policy_loss, metrics = clipped_policy_loss(
+        outputs.logprobs,
         batch.logprobs,
         batch.advantages,
-        mask,
+        outputs.mask,
         hyper.clip_low,
         hyper.clip_high,
         dual_clip=hyper.dual_clip,
-        weights=weights if batch.weights is None else weights * batch.weights,
+        weights=weighted,
         count=count,
     )
-    entropy = jnp.where(mask, entropy, 0.0)
-    loss = policy_loss - hyper.entropy_coef * jnp.sum(weights * entropy) / jnp.maximum(count, 1)
-    # `total / count` must be the mean over the units whatever the micro-batches, so undo the division by count.
-    metrics = policy_metrics | extra | _extremes(logprobs - batch.logprobs, mask)
-    metrics |= {"policy_loss": (policy_loss * count, units_here), "entropy": (jnp.sum(entropy), tokens)}
-
+    loss = policy_loss - hyper.entropy_coef * jnp.sum(weights * outputs.entropy) / jnp.maximum(count, 1)
+    metrics |= _extremes(outputs.logprobs - batch.logprobs, outputs.mask)
+    metrics |= {"policy_loss": mean(policy_loss), "entropy": (jnp.sum(outputs.entropy), tokens)}
+    if ppo.behaviour == "filtered" and ppo.sampling.filtered:
+        outside = batch.loss_mask & ~outputs.mask
+        metrics["outside_filter"] = (jnp.sum(outside, dtype=jnp.float32), tokens)
     if ppo.has_critic:
-        value_loss, value_metrics = _value_loss(policy, frozen, batch, hidden, weights, count, hyper, config)
+        value_loss, value_metrics = _value_loss(policy, algorithm, frozen, batch, outputs, count, hyper)
         loss += hyper.vf_coef * value_loss
-        metrics |= value_metrics | {"value_loss": (value_loss * count, units_here)}
+        metrics |= value_metrics | {"value_loss": mean(value_loss)}
     if ppo.kl.place == "loss":
-        terms = _kl_terms(hidden, table, mask, logprobs, batch, frozen, hyper, ppo)
-        weights = weights if batch.weights is None else weights * batch.weights
-        kl_loss = jnp.sum(jnp.where(mask, weights * terms, 0.0)) / jnp.maximum(count, 1)
-        loss += kl_coef * kl_loss
-        metrics["kl_loss"] = (kl_loss * count, units_here)
+        terms = _kl_terms(outputs, algorithm, frozen, batch, hyper)
+        kl_loss = jnp.sum(jnp.where(outputs.mask, weighted * terms, 0.0)) / jnp.maximum(count, 1)
+        loss += hyper.kl_coef * kl_loss
+        metrics["kl_loss"] = mean(kl_loss)
     if batch.pretrain is not None:
-        total, number = pretraining_loss(policy, frozen, batch.pretrain, config, ppo.logprob_chunk)
-        loss += hyper.ptx_coef * total / jnp.maximum(number if text_count is None else text_count, 1)
+        total, number = pretraining_loss(policy, frozen, batch.pretrain, algorithm.model, ppo.logprob_chunk)
+        loss += hyper.ptx_coef * total / jnp.maximum(number if counts.predicted is None else counts.predicted, 1)
         metrics["ptx_loss"] = (total, number)
-    metrics["loss"] = (loss * count, units_here)
-    return loss, jax.lax.stop_gradient(metrics)
+    return loss, jax.lax.stop_gradient(metrics | {"loss": mean(loss)})
 
 
 def _value_loss(
     policy: Policy,
+    algorithm: Algorithm,
     frozen: Frozen,
     batch: Minibatch,
-    hidden: Float[Array, "B T D"],
-    weights: Float[Array, "B T"],
+    outputs: Outputs,
     count: Float[Array, ""],
     hyper: Hyper,
-    config: ModelConfig,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Of the values read from the policy's hidden states, or from those of the critic's own adapter."""
+    hidden = outputs.hidden
     if policy.critic is not None:
-        depth = policy_depth(policy, config)
-        trunk = role_hidden(frozen.base, policy.critic, config, batch.tokens, batch.mask, batch.prefix, depth)
+        trunk = role_hidden(frozen.base, policy.critic, algorithm.model, batch.tokens, batch.mask, batch.prefix)
         hidden = before_response(trunk, batch.loss_mask.shape[1])
     return clipped_value_loss(
         value(policy.value_head, hidden),
@@ -114,7 +135,7 @@ def _value_loss(
         batch.loss_mask,
         hyper.value_clip,
         huber_delta=hyper.huber_delta,
-        weights=weights,
+        weights=token_weights(batch.loss_mask, algorithm.ppo.aggregation)[0],
         count=count,
     )
 
@@ -127,23 +148,19 @@ def _extremes(log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Metri
 
 
 def _kl_terms(
-    hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
-    mask: Bool[Array, "B T"],
-    logprobs: Float[Array, "B T"],
-    batch: Minibatch,
-    frozen: Frozen,
-    hyper: Hyper,
-    ppo: PPOConfig,
+    outputs: Outputs, algorithm: Algorithm, frozen: Frozen, batch: Minibatch, hyper: Hyper
 ) -> Float[Array, "B T"]:
     """What is differentiated when the KL is a term of the loss (`ops.kl.kl_penalty` says which gradients are right)."""
+    ppo = algorithm.ppo
     if ppo.kl.estimator == "full":
         assert batch.ref_hidden is not None
         ref_table = unembedding(frozen.base, {})
+        hidden, table = outputs.hidden, outputs.table
         return hidden_kl(hidden, table, batch.ref_hidden, ref_table, hyper.temperature, ppo.logprob_chunk)
     assert batch.ref_logprobs is not None
     # Outside the mask a log-prob may be -1e30 (a filter), whose exponential has no gradient to be masked afterwards.
-    return kl_penalty(jnp.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, ppo.kl.estimator)
+    logprobs = jnp.where(outputs.mask, outputs.logprobs, batch.ref_logprobs)
+    return kl_penalty(logprobs, batch.ref_logprobs, ppo.kl.estimator)
 
 
 def predicted(texts: Texts) -> Bool[Array, "B M"]:

@@ -25,7 +25,7 @@ from ppo_jax.ops.means import means
 from ppo_jax.parallel.processes import feed
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.train.optimizer import accumulate, descend, make_optimizer
-from ppo_jax.types import Metrics, PyTree
+from ppo_jax.types import Metrics, Prefix, PyTree
 
 Params = TypeVar("Params")
 
@@ -103,15 +103,14 @@ def target_logprobs(
     mask: Bool[Array, "N S"],
     loss_mask: Bool[Array, "N S"],
     logprob_chunk: int,
-    prefix: Float[Array, "N S D"] | None = None,
-    depth: int = 0,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "N S-1"]:
     """log pi(token | what stands before it) in nats of slots 1 .. S-1, and 0 outside `loss_mask`.
 
     Args:
-      prefix: the residual stream below layer `depth` (`rollout.shared_prefix`), or None.
+      prefix: of these texts (`models.roles.shared_prefix`); None: start at the tokens.
     """
-    hidden = role_hidden(base, adapter, config, tokens, mask, prefix, depth)
+    hidden = role_hidden(base, adapter, config, tokens, mask, prefix)
     table = constrain(unembedding(base, adapter), "table")  # gathered once, not once a chunk
     logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk)
     return jnp.where(loss_mask[:, 1:], logprobs, 0.0)  # nothing stands before the first token

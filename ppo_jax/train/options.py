@@ -3,17 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import optax
+from jaxtyping import Array, Float
 
 from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.kl import Kind
 from ppo_jax.ops.losses import Aggregation
 from ppo_jax.parallel import mesh
 from ppo_jax.parallel.mesh import MeshConfig
+from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import OptimizerConfig
-from ppo_jax.types import Hyper
+from ppo_jax.types import Hyper, Metrics
 
+# (policy, algorithm, frozen, minibatch, counts, hyper) -> loss, metrics: as `objective.ppo_loss`
+Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
+# (algorithm, outcome, hyper) -> advantages, returns: as `experience.estimate_advantages`
+Estimator = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce", "reinforce++"]
 GROUPED = ("rloo", "grpo", "dr_grpo")  # baselines from other responses to the same prompt
 
@@ -166,6 +175,17 @@ class PPOConfig:
                 f"{what or f'{count} responses do'} not divide into num_minibatches={self.num_minibatches} x "
                 f"accumulate={self.accumulate}; use a multiple of {pieces}"
             )
+
+
+class Algorithm(NamedTuple):
+    """What never changes in a run: compiled in, and the first argument of every step of the algorithm."""
+
+    model: ModelConfig
+    ppo: PPOConfig
+    optimizer: optax.GradientTransformation
+    reward: DeviceReward | None = None  # None: scores come from the host
+    loss: Loss | None = None  # None: `objective.ppo_loss`
+    advantage: Estimator | None = None  # None: `experience.estimate_advantages`
 
 
 def check_scalars_of(ppo: PPOConfig, hyper: Hyper) -> None:

@@ -28,7 +28,7 @@ from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.train.comparisons import Comparisons
 from ppo_jax.train.offline import check_least, check_positive, descended, learn
-from ppo_jax.types import Metrics, PyTree
+from ppo_jax.types import Metrics, Prefix, PyTree
 
 Loss = Literal["pairwise", "best"]
 
@@ -133,9 +133,9 @@ def comparison_loss(
     Metrics: `loss` (with the centring), `accuracy` of the pairs, `margin`; for `best` also `best_accuracy`, how often
     the best has the highest score; with centring `centre`, the mean of (s_i + s_j)^2.
     """
-    depth = shared_layers(role.adapter, trunk)
+    prefix = None if batch.prefix is None else Prefix(batch.prefix, shared_layers(role.adapter, trunk))
     base, adapter = own_trunk(base, role.adapter)
-    scores = score_tokens(base, role._replace(adapter=adapter), trunk, batch.tokens, batch.mask, batch.prefix, depth)
+    scores = score_tokens(base, role._replace(adapter=adapter), trunk, batch.tokens, batch.mask, prefix)
     rows, columns = jnp.broadcast_arrays(scores[:, None], scores[None, :])
     value, metrics = bradley_terry_loss(rows, columns, batch.margin, mask=batch.better)
     count = pairs = jnp.sum(batch.better, dtype=jnp.float32)

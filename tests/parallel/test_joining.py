@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, jax
 from jax.experimental import multihost_utils
-from ppo_jax.distributed import start
+from ppo_jax.parallel.launch import start
 start()
 seen = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 10))
 here = jax.process_index(), jax.process_count(), jax.local_device_count()

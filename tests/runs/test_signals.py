@@ -47,7 +47,7 @@ def test_another_thread_changes_nothing():
 BUSY = """
 import sys, time
 import numpy as np
-from ppo_jax.interrupt import stop_requests
+from ppo_jax.runs.signals import stop_requests
 with stop_requests(lambda text: print(text, flush=True)) as asked:
     print("ready", flush=True)
     x = np.ones((1500, 1500))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ppo_jax.models.adapters import init_lora
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.experience import consult_reference, make_experience, rollout_prefix
+from ppo_jax.train.experience import evaluate_reference, make_experience, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import collect, learn
@@ -36,19 +36,20 @@ def begin(ppo: PPOConfig = FOUR, **options):
 @functools.cache
 def half(ppo: PPOConfig, pretrain: bool = False):
     """learn() on a fixed rollout with the toy's scores, jitted once per choice."""
-    optimizer = make_optimizer(ppo.optimizer)
+    algorithm = toy.algorithm(ppo)
 
     def run(state, rollout, scores, hyper):
-        prefix, _ = rollout_prefix(state.policy, FROZEN, rollout, CONFIG)
         more = texts(rollout.tokens.shape[0]) if pretrain else None
-        return learn(state, FROZEN, rollout, scores, prefix, hyper, CONFIG, ppo, optimizer, more)
+        collected = share_prefix(algorithm, state.policy, FROZEN, rollout, more)
+        return learn(algorithm, state, FROZEN, collected, scores, hyper)
 
     return jax.jit(run)
 
 
 @functools.cache
 def drawn(ppo: PPOConfig = FOUR, temperature: float = 0.7):
-    run = jax.jit(lambda state, prompts, hyper: collect(state, FROZEN, prompts, hyper, CONFIG, ppo))
+    algorithm = toy.algorithm(ppo)
+    run = jax.jit(lambda state, prompts, hyper: collect(algorithm, state, FROZEN, prompts, hyper))
     return run(begin(), toy.prompts(), HYPER._replace(temperature=temperature))
 
 
@@ -67,13 +68,11 @@ def texts(rows: int) -> Texts:
 
 def experience(ppo: PPOConfig, rollout=None, scores=None, hyper=OFF, kl_coef=0.1, **more) -> Experience:
     rollout = drawn() if rollout is None else rollout
-    state = begin()
-    prefix, depth = rollout_prefix(state.policy, FROZEN, rollout, CONFIG)
-    reference = consult_reference(state.policy, FROZEN, rollout, prefix, depth, hyper, CONFIG, ppo)
+    algorithm, policy, hyper = toy.algorithm(ppo), begin().policy, hyper._replace(kl_coef=kl_coef)
+    collected = share_prefix(algorithm, policy, FROZEN, rollout)
+    reference = evaluate_reference(algorithm, policy, FROZEN, collected, hyper)
     scores = scored(rollout) if scores is None else scores
-    return make_experience(
-        rollout, scores, reference.logprobs, prefix, jnp.float32(kl_coef), hyper, ppo, reference=reference, **more
-    )
+    return make_experience(algorithm, collected, scores, reference, hyper, **more)
 
 
 TOP_3 = Sampling(response_length=toy.T, stop_ids=(toy.STOP,), top_k=3, min_p=0.05)

@@ -14,7 +14,7 @@ BASE = random_params(CONFIG)
 REWARD = RewardConfig(depth=2, lora_layers=1, rank=2, alpha=4.0, batch_size=4)
 TRUNK = REWARD.trunk(CONFIG)
 PAD = 0
-scores_of = jax.jit(score_tokens, static_argnums=(2, 6))
+scores_of = jax.jit(score_tokens, static_argnums=2)
 
 
 def role() -> RewardRole:

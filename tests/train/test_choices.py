@@ -12,7 +12,7 @@ from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.kl import kl_full
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.objective import Counts, ppo_loss
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, drawn, experience, half, scored
@@ -43,17 +43,10 @@ def test_a_kl_in_the_loss_leaves_the_reward_alone_and_adds_its_gradient(estimato
     mask, count = rollout.response_mask, jnp.sum(rollout.response_mask, dtype=jnp.float32)
 
     def ours(adapter, kl_coef):
-        loss, _ = ppo_loss(
-            policy._replace(adapter=adapter),
-            FROZEN,
-            result.batch,
-            count,
-            OFF._replace(vf_coef=0.0),
-            CONFIG,
-            ppo,
-            kl_coef,
-        )
-        return loss
+        hyper = OFF._replace(vf_coef=0.0, kl_coef=kl_coef)
+        return ppo_loss(
+            policy._replace(adapter=adapter), toy.algorithm(ppo), FROZEN, result.batch, Counts(count), hyper
+        )[0]
 
     def by_hand(adapter):
         new, ref = logits_of(adapter, rollout), logits_of({}, rollout)
@@ -135,7 +128,9 @@ def test_importance_weights_are_truncated_and_weigh_the_loss():
     # At the first step the ratio is 1, so the loss is minus the weighted mean of the advantages.
     result = experience(ppo, rollout)
     count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
-    loss, _ = ppo_loss(begin().policy, FROZEN, result.batch, count, OFF._replace(vf_coef=0.0), CONFIG, ppo)
+    loss, _ = ppo_loss(
+        begin().policy, toy.algorithm(ppo), FROZEN, result.batch, Counts(count), OFF._replace(vf_coef=0.0)
+    )
     by_hand = -jnp.sum(result.batch.weights * result.batch.advantages) / count
     assert float(loss) == pytest.approx(float(by_hand), rel=1e-3, abs=1e-5)
 

@@ -14,8 +14,8 @@ import pytest
 from ppo_jax.models.heads import score, value
 from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.train.experience import critic_values, rollout_prefix
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.experience import evaluate_critic, share_prefix
+from ppo_jax.train.objective import Counts, ppo_loss
 from ppo_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig
 from ppo_jax.train.state import value_head_of_reward
@@ -31,9 +31,9 @@ def test_a_critic_of_its_own_has_the_values_and_its_gradient_stays_there():
     head = toy.noisy(begin().policy.value_head)
     state = begin(ppo, critic=critic_adapter(), value_head=head)
     rollout = drawn()
-    prefix, depth = rollout_prefix(state.policy, FROZEN, rollout, CONFIG)
-    assert depth == 0, "the critic's adapter starts at layer 0"
-    values, bootstrap = critic_values(state.policy, FROZEN, rollout, prefix, depth, CONFIG, False)
+    collected = share_prefix(toy.algorithm(ppo), state.policy, FROZEN, rollout)
+    assert collected.prefix is None, "the critic's adapter starts at layer 0"
+    values, bootstrap = evaluate_critic(toy.algorithm(ppo), state.policy, FROZEN, collected)
     hidden = role_hidden(FROZEN.base, state.policy.critic, CONFIG, rollout.tokens, rollout.mask)
     np.testing.assert_allclose(values, value(head, before_response(hidden, toy.T)), rtol=1e-4, atol=1e-5)
     assert bootstrap is None
@@ -43,7 +43,7 @@ def test_a_critic_of_its_own_has_the_values_and_its_gradient_stays_there():
     count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
 
     def loss(policy, vf_coef):
-        return ppo_loss(policy, FROZEN, batch, count, OFF._replace(vf_coef=vf_coef), CONFIG, ppo)[0]
+        return ppo_loss(policy, toy.algorithm(ppo), FROZEN, batch, Counts(count), OFF._replace(vf_coef=vf_coef))[0]
 
     without, with_it = (jax.grad(loss)(state.policy, c) for c in (0.0, 1.0))
     assert_close(with_it.adapter, without.adapter, rtol=1e-4, atol=1e-6)
@@ -59,8 +59,8 @@ def test_cut_responses_are_continued_by_the_critic():
     """The value after the last token, by a pass over one token more; 0 for those that ended themselves."""
     rollout, policy = drawn(), begin().policy
     policy = policy._replace(value_head=toy.noisy(policy.value_head))
-    prefix, depth = rollout_prefix(policy, FROZEN, rollout, CONFIG)
-    values, after = critic_values(policy, FROZEN, rollout, prefix, depth, CONFIG, True)
+    algorithm = toy.algorithm(dataclasses.replace(FOUR, critic=CriticConfig(bootstrap_truncated=True)))
+    values, after = evaluate_critic(algorithm, policy, FROZEN, share_prefix(algorithm, policy, FROZEN, rollout))
     np.testing.assert_array_equal(values, rollout.values)
     longer = jnp.pad(rollout.tokens, ((0, 0), (0, 1)))
     mask = jnp.pad(rollout.mask, ((0, 0), (0, 1)), constant_values=False)
@@ -160,7 +160,8 @@ def test_pretraining_texts_add_their_mean_loss_whatever_the_micro_batches():
 
     def ours(adapter, coefficient):
         hyper = OFF._replace(ptx_coef=coefficient)
-        return ppo_loss(policy._replace(adapter=adapter), FROZEN, batch, count, hyper, CONFIG, toy.ONCE)[0]
+        tuned = policy._replace(adapter=adapter)
+        return ppo_loss(tuned, toy.algorithm(toy.ONCE), FROZEN, batch, Counts(count), hyper)[0]
 
     def by_hand(adapter):
         tokens, mask = texts(toy.B)

@@ -14,7 +14,7 @@ from tests.train.toy import CONFIG, FROZEN, HYPER, P
 
 @functools.cache
 def evaluate():
-    return make_evaluate(CONFIG, toy.SAMPLING, toy.worth)
+    return make_evaluate(toy.algorithm(toy.ONCE)._replace(reward=toy.worth))
 
 
 def run(policy, seed: int = 0, hyper=HYPER):
@@ -74,7 +74,7 @@ def test_nothing_recompiles():
 
 
 def test_without_a_device_reward_there_are_no_scores():
-    evaluate = make_evaluate(CONFIG, toy.SAMPLING, None)
+    evaluate = make_evaluate(toy.algorithm(toy.ONCE))
     result = jax.eval_shape(evaluate, toy.start().policy, FROZEN, toy.prompts(), jax.random.key(0), HYPER)
     assert result.scores is None
     assert result.kl.shape == (toy.B,)
@@ -89,5 +89,6 @@ def test_a_prefix_reaches_the_reward_only_where_one_is_shared(kind: str):
         return toy.worth(frozen, rollout, prefix, prefix_layers)
 
     policy = toy.start(toy.ADAPTERS[kind]()).policy
-    jax.eval_shape(make_evaluate(CONFIG, toy.SAMPLING, spy), policy, FROZEN, toy.prompts(), jax.random.key(0), HYPER)
+    evaluate = make_evaluate(toy.algorithm(toy.ONCE)._replace(reward=spy))
+    jax.eval_shape(evaluate, policy, FROZEN, toy.prompts(), jax.random.key(0), HYPER)
     assert seen == [(False, 1) if "shared" in kind else (True, 0)]

@@ -1,6 +1,8 @@
 """The PPO iteration as a whole: fresh ratios, keys, steps, compilation, the host path, devices, and that it learns."""
 
 import functools
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.experience import make_experience, reference_logprobs, rollout_prefix
+from ppo_jax.train.experience import evaluate_reference, make_experience, score_rollout, share_prefix
 from ppo_jax.train.host import host_iteration
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.objective import count_units, ppo_loss
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import PPOConfig
-from ppo_jax.train.ppo import collect, make_host_iteration, make_iteration
+from ppo_jax.train.ppo import collect, iterate, make_host_iteration, make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Hyper, Scores
 from tests.train import toy
@@ -25,15 +27,15 @@ from tests.train.toy import FROZEN, HYPER, TWICE, B, T, assert_close, iteration,
 @jax.jit
 def fresh(state, frozen, prompts, hyper):
     """Metrics of the loss that the first minibatch sees, and of the KL, without the update."""
-    rollout = collect(state, frozen, prompts, hyper, toy.CONFIG, toy.ONCE)
-    prefix, depth = rollout_prefix(state.policy, frozen, rollout, toy.CONFIG)
-    reference = reference_logprobs(frozen, rollout, prefix, depth, hyper, toy.CONFIG)
-    scores = toy.worth(frozen, rollout, prefix, depth)
-    experience = make_experience(rollout, scores, reference, prefix, jnp.float32(0.05), hyper, toy.ONCE)
-    count = jnp.sum(experience.batch.loss_mask, dtype=jnp.float32)
-    _, metrics = ppo_loss(state.policy, frozen, experience.batch, count, hyper, toy.CONFIG, toy.ONCE)
+    algorithm = toy.algorithm(toy.ONCE)
+    collected = share_prefix(algorithm, state.policy, frozen, collect(algorithm, state, frozen, prompts, hyper))
+    reference = evaluate_reference(algorithm, state.policy, frozen, collected, hyper)
+    scores = score_rollout(toy.worth, frozen, collected)
+    experience = make_experience(algorithm, collected, scores, reference, hyper)
+    counts = count_units(algorithm, experience.batch)
+    _, metrics = ppo_loss(state.policy, algorithm, frozen, experience.batch, counts, hyper)
     worst = jnp.max(jnp.where(experience.batch.loss_mask, jnp.abs(experience.kl), 0.0))
-    return metrics, worst, prefix is not None
+    return metrics, worst, collected.prefix is not None
 
 
 @functools.cache
@@ -206,3 +208,47 @@ def test_a_batch_that_does_not_divide_is_refused_while_tracing():
     run = make_iteration(toy.CONFIG, ppo, optax.identity(), toy.worth)
     with pytest.raises(ValueError, match=r"16 responses do not divide .*=3 x accumulate=2; use a multiple of 6"):
         run(toy.start(optimizer=optax.identity()), FROZEN, toy.prompts(), HYPER)
+
+
+def test_another_loss_is_put_in_place_without_patching() -> None:
+    """The loss of docs/algorithm.md: in the first minibatch its gradient is PPO's (nothing is clipped at ratio 1)."""
+    page = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    names: dict = {"jnp": jnp}
+    exec(page.split("```python\n")[1].split("\niteration =")[0], names)
+    optimizer = optax.sgd(1.0)  # the parameters' change is the gradient
+    hyper = HYPER._replace(vf_coef=0.0, entropy_coef=0.0)
+    one_step = lambda **more: make_iteration(toy.CONFIG, toy.ONCE, optimizer, toy.worth, **more)
+    after = {}
+    for name, loss in (("ppo", None), ("page", names["my_loss"])):
+        state, metrics = one_step(loss=loss)(toy.start(optimizer=optimizer), FROZEN, toy.prompts(), hyper)
+        after[name] = state.policy.adapter
+        assert numbers(metrics)["grad_norm"] > 1e-3
+    assert_close(after["page"], after["ppo"], rtol=1e-4, atol=1e-7)
+    assert "clip_fraction" not in metrics and "kl" in metrics  # what is not the loss's stays
+
+
+def test_another_estimator_of_advantages_is_put_in_place() -> None:
+    """Advantages of 0 leave the policy where it was; the shaped rewards are there to read."""
+    seen = []
+
+    def nothing(algorithm, outcome, hyper):
+        seen.append((algorithm.ppo, outcome.rewards.shape))
+        return jnp.zeros_like(outcome.rewards), outcome.values
+
+    hyper = HYPER._replace(vf_coef=0.0, entropy_coef=0.0)
+    run = make_iteration(toy.CONFIG, toy.ONCE, optax.sgd(1.0), toy.worth, advantage=nothing)
+    start = toy.start(optimizer=optax.sgd(1.0))
+    adapter = jax.tree.map(np.asarray, start.policy.adapter)
+    state, _ = run(start, FROZEN, toy.prompts(), hyper)
+    assert_close(state.policy.adapter, adapter, rtol=0, atol=1e-9)
+    assert seen == [(toy.ONCE, (B, T))]
+
+
+def test_iterate_is_pure_and_what_make_iteration_compiles() -> None:
+    algorithm = toy.algorithm(TWICE)._replace(reward=toy.worth)
+    state, prompts = toy.start(), toy.prompts()
+    plain = jax.jit(partial(iterate, algorithm))
+    expected, metrics = plain(state, FROZEN, prompts, HYPER)
+    found, same = iteration()(state, FROZEN, prompts, HYPER)  # donates the state, which `iterate` has left alone
+    assert_close(found, expected, rtol=0, atol=0)
+    assert_close(same, metrics, rtol=0, atol=0)

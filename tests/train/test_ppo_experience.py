@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.train.experience import make_experience, rollout_prefix
+from ppo_jax.train.experience import Reference, make_experience, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from ppo_jax.train.ppo import learn
 from ppo_jax.train.state import Groups, init_state
-from ppo_jax.types import Frozen, Policy, Rollout, Scores
+from ppo_jax.types import Collected, Frozen, Policy, Rollout, Scores
 from tests.train import toy
 from tests.train.toy import CONFIG, FROZEN, PAD, STOP, assert_close, numbers
 
@@ -59,11 +59,11 @@ def scores(values=SCORES, valid=None) -> Scores:
 @functools.cache
 def learner(ppo: PPOConfig):
     """`learn` with the unembedding and the value head trained: the hidden states stay, and torch can do the rest."""
-    optimizer = make_optimizer()
+    algorithm = toy.algorithm(ppo)
 
     def run(state, frozen, rollout, scores, hyper):
-        prefix, _ = rollout_prefix(state.policy, frozen, rollout, CONFIG)
-        return learn(state, frozen, rollout, scores, prefix, hyper, CONFIG, ppo, optimizer)
+        collected = share_prefix(algorithm, state.policy, frozen, rollout)
+        return learn(algorithm, state, frozen, collected, scores, hyper)
 
     return jax.jit(run)
 
@@ -262,7 +262,7 @@ def test_each_iteration_shuffles_with_a_key_of_its_own():
     @jax.jit
     def norms(state):
         hyper = HYPER._replace(learning_rate=0.0, max_grad_norm=1e9)
-        after, _ = learn(state, FROZEN, rollout(), scores(), None, hyper, CONFIG, ppo, keep)
+        after, _ = learn(toy.algorithm(ppo, keep), state, FROZEN, Collected(rollout()), scores(), hyper)
         return after.opt_state.policy[1]
 
     state = start().replace(opt_state=Groups(keep.init(None), keep.init(None)))
@@ -287,8 +287,8 @@ def test_experience_by_hand(whiten: bool):
     )
     reference = jnp.asarray([[-1.5, -1.75, 0.0, np.nan, 0.0]])
     ppo = PPOConfig(sampling=toy.SAMPLING, whiten_advantages=whiten)
-    hyper = HYPER._replace(gamma=1.0, lam=1.0)
-    experience = make_experience(one, scores([1.0]), reference, None, jnp.float32(0.2), hyper, ppo)
+    hyper = HYPER._replace(gamma=1.0, lam=1.0, kl_coef=0.2)
+    experience = make_experience(toy.algorithm(ppo), Collected(one), scores([1.0]), Reference(reference), hyper)
     advantages = [0.707107, -0.707107] if whiten else [0.65, 0.45]
     np.testing.assert_allclose(experience.rewards[0], [-0.1, 1.05, 0, 0, 0], atol=1e-6)
     np.testing.assert_allclose(experience.batch.advantages[0], [*advantages, 0, 0, 0], rtol=2e-5, atol=1e-6)
@@ -298,9 +298,8 @@ def test_experience_by_hand(whiten: bool):
 
 def test_scores_of_integers_are_taken_as_numbers():
     ints = Scores(jnp.asarray([3, -2, 1, 0, 5, 4]), jnp.ones(B, bool), {})
-    experience = make_experience(
-        rollout(), ints, jnp.zeros((B, T)), None, jnp.float32(0.0), HYPER, PPOConfig(sampling=toy.SAMPLING)
-    )
+    algorithm, hyper = toy.algorithm(PPOConfig(sampling=toy.SAMPLING)), HYPER._replace(kl_coef=0.0)
+    experience = make_experience(algorithm, Collected(rollout()), ints, Reference(jnp.zeros((B, T))), hyper)
     np.testing.assert_array_equal(experience.rewards.sum(axis=1), [3, -2, 1, 0, 5, 4])
 
 

@@ -36,7 +36,7 @@ def norms(length: int) -> optax.GradientTransformation:
 @functools.cache
 def step(accumulate: int = 1):
     ppo = PPOConfig(sampling=toy.SAMPLING, accumulate=accumulate)
-    return jax.jit(lambda state, rows, hyper: update(state, FROZEN, rows, hyper, CONFIG, ppo, LAST))
+    return jax.jit(lambda state, rows, hyper: update(toy.algorithm(ppo, LAST), state, FROZEN, rows, hyper))
 
 
 def gradient(rows: Minibatch, hyper=UNCLIPPED, accumulate: int = 1, kind: str = "lora above a shared prefix"):
@@ -112,7 +112,7 @@ def test_a_shared_prefix_changes_no_gradient():
     shared, _ = gradient(rows._replace(prefix=prefix))
     assert_close(shared, whole, rtol=1e-4, atol=1e-6)
     # A prefix is read, not recomputed: another one gives another gradient.
-    other, _ = gradient(rows._replace(prefix=prefix + 1))
+    other, _ = gradient(rows._replace(prefix=jax.tree.map(lambda x: x + 1, prefix)))
     assert abs(float(optax.tree.norm(other)) / float(optax.tree.norm(whole)) - 1) > 0.01
 
 
@@ -185,7 +185,7 @@ def test_every_epoch_and_update_visits_all_rows_once_in_an_order_of_its_own():
 
     @jax.jit
     def run(key):
-        after, _ = update_epochs(state, FROZEN, minibatch(), key, frozen_rate, CONFIG, ppo, optimizer)
+        after, _ = update_epochs(toy.algorithm(ppo, optimizer), state, FROZEN, minibatch(), key, frozen_rate)
         return after.opt_state.policy
 
     def orders(seed: int) -> list[tuple[int, ...]]:
@@ -204,4 +204,4 @@ def test_every_epoch_and_update_visits_all_rows_once_in_an_order_of_its_own():
 def test_micro_batches_that_do_not_divide_are_refused():
     ppo = dataclasses.replace(toy.ONCE, num_minibatches=2, accumulate=3)
     with pytest.raises(ValueError, match="8 responses do not divide .*use a multiple of 6"):
-        update_epochs(policy(), FROZEN, minibatch(), jax.random.key(0), HYPER, CONFIG, ppo, LAST)
+        update_epochs(toy.algorithm(ppo, LAST), policy(), FROZEN, minibatch(), jax.random.key(0), HYPER)

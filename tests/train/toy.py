@@ -12,7 +12,7 @@ from ppo_jax.models.adapters import init_full, init_lora, init_top_k
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.ppo import make_iteration
 from ppo_jax.train.state import Iteration, TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout, Scores
@@ -77,6 +77,11 @@ ADAPTERS = {
     "full": lambda: init_full(BASE),
     "value head alone": dict,
 }
+
+
+def algorithm(ppo: PPOConfig, optimizer: optax.GradientTransformation | None = None) -> Algorithm:
+    """The toy's model under these choices; by default with the optimizer that they ask for."""
+    return Algorithm(CONFIG, ppo, optimizer or make_optimizer(ppo.optimizer))
 
 
 def noisy(tree: PyTree, seed: int = 1, scale: float = 0.1) -> PyTree:

@@ -29,9 +29,9 @@ from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.runs.output import config as configuration
-from ppo_jax.train.experience import rollout_prefix
+from ppo_jax.train.experience import score_rollout, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import PPOConfig
+from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.ppo import collect, make_host_iteration, make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Rollout, Scores
@@ -170,7 +170,8 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
     prompts = jax.eval_shape(
         lambda: Prompts(jnp.zeros((rows, slots), jnp.int32), jnp.ones((rows, slots), bool), jnp.arange(rows))
     )
-    rollout = jax.eval_shape(lambda s, f, p: collect(s, f, p, Hyper(), config, ppo), state, frozen, prompts)
+    algorithm = Algorithm(config, ppo, optimizer)
+    rollout = jax.eval_shape(lambda s, f, p: collect(algorithm, s, f, p, Hyper()), state, frozen, prompts)
     responses = rollout.terminated.shape
     scores = jax.eval_shape(lambda: Scores(jnp.zeros(responses), jnp.ones(responses, bool), {}))
     found = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
@@ -196,7 +197,8 @@ def program(
         return make_iteration(config, ppo, optimizer, reward), (state, frozen, given["prompts"], hyper)
 
     def scoring(state: Any, frozen: Frozen, rollout: Rollout) -> Scores:
-        return reward(frozen, rollout, *rollout_prefix(state.policy, frozen, rollout, config))
+        collected = share_prefix(Algorithm(config, ppo, optimizer), state.policy, frozen, rollout)
+        return score_rollout(reward, frozen, collected)
 
     return jax.jit(scoring), (state, frozen, given["rollout"])
 

@@ -339,7 +339,7 @@ def test_help_tells_presets_fields_and_comments(capsys: pytest.CaptureFixture[st
 
 def test_a_command_of_its_own_process(tmp_path: Path) -> None:
     """No traceback reaches a person who mistypes."""
-    code = "from ppo_jax.config import parse; from ppo_jax.types import Hyper; print(parse(Hyper))"
+    code = "from ppo_jax.cli.parse import parse; from ppo_jax.types import Hyper; print(parse(Hyper))"
     run: Any = subprocess.run([sys.executable, "-c", code, "--lam", "0.5"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "lam=0.5" in run.stdout
     run = subprocess.run([sys.executable, "-c", code, "--lamb", "0.5"], capture_output=True, text=True, timeout=60)

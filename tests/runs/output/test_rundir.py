@@ -92,7 +92,7 @@ def test_directory_without_write_permission():
     # root may write anywhere, so the question is asked in a process that has become another user
     code = """if True:
         import os, sys
-        from ppo_jax import rundir
+        from ppo_jax.runs.output import rundir
         if os.geteuid() == 0:
             os.seteuid(65534)
         try:
