@@ -11,7 +11,7 @@ a second reward model, neither of which PPO ever sees, say whether the sentences
 What it stands on (docs/algorithm.md has every formula):
 
     the reward of this demo      rewards/adapter.py  adapter_reward
-    what a failed score becomes  rewards/scores.py   only_finite
+    what a failed score becomes  rewards/scores.py   to_scores
     the sampler                  ops/sampling.py     sample
     the KL penalty               ops/kl.py           kl_penalty
     GAE                          ops/advantages.py   gae
