@@ -257,10 +257,8 @@ def repeatable_yaml(settings: SentimentConfig) -> str:
 
 def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
     """The reward model that PPO sees, and the one that only judges, trained on other sentences."""
-    reward, judge = (
-        splits.reward_train[: settings.reward_texts or None],
-        splits.judge_train[: settings.judge_texts or None],
-    )
+    reward = splits.reward_train[: settings.reward_texts or None]
+    judge = splits.judge_train[: settings.judge_texts or None]
     return [Wanted("reward", reward, settings.reward), Wanted("judge", judge, settings.judge)]
 
 
