@@ -27,7 +27,6 @@ from ppo_jax.runs.prompts import split_held_out
 from tests.data.tokenizer import EOS
 from tests.small import SAMPLED, save_sampled
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMMAND = Path(sys.executable).with_name("ppo-jax")
 SMALL_PPO = (
     "--loop.updates 2 --loop.batch-size 8 --ppo.sampling.response-length 5 --ppo.epochs 1 --ppo.num-minibatches 2 "

@@ -12,9 +12,9 @@ from pathlib import Path
 from ppo_jax.cli.main import FAILED, PREEMPTED
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
-from tests.running import folder, last_good, programs, resume_to, running, updates
+from tests.processes.running import folder, last_good, resume_to, running, updates
 
-__all__ = ["folder", "programs"]  # fixtures
+__all__ = ["folder"]  # a fixture
 
 ENDLESS = ("--resume", "auto", "--loop.updates", "1000000")
 

@@ -15,9 +15,9 @@ import pytest
 from ppo_jax.cli.main import FAILED, MISTAKE
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.runs.output import rundir
-from tests.running import Run, folder, last_good, programs, resume_to, running, saved, updates
+from tests.processes.running import Run, folder, last_good, resume_to, running, saved, updates
 
-__all__ = ["folder", "programs"]  # fixtures
+__all__ = ["folder"]  # a fixture
 
 
 def fill(run: Run, folder: Path) -> None:
