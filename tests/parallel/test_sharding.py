@@ -107,7 +107,7 @@ def placed(problem: tuple[TrainState, Frozen, Prompts], mesh: Mesh) -> tuple[Tra
 
 @functools.cache
 def iterate(kind: str, config: MeshConfig) -> dict[str, Any]:
-    """The state after one iteration, metrics, shardings before and after, the compiled program; of "full" the rollout."""
+    """The state after one iteration, metrics, shardings before and after, the program; the rollout of "full"."""
     mesh, (_, model, ppo) = mesh_of(config), KINDS[kind]
     state, frozen, prompts = placed(problem(kind), mesh)
     before = jax.tree.map(lambda x: x.sharding, state)

@@ -26,7 +26,16 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parents[2]
 LIMIT = 240.0  # seconds: a process that hangs has failed
 MOST = 2**18  # bytes of a request
-IMPORTED = ("jax", "ppo_jax.cli.main", "experiments.smoke", "tensorboardX")
+IMPORTED = (
+    "ppo_jax.cli.main",
+    # What the commands import when they come to it.
+    "grain",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "tensorboardX",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+)
 
 
 class Fork:
