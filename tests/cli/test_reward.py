@@ -17,7 +17,6 @@ from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.small import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ANSWERS = ["good day", "bad day", "bad"]
 
 

@@ -19,8 +19,6 @@ from ppo_jax.train.dpo import DPOConfig, counted
 from tests.data.tokenizer import EOS, make_tokenizer
 from tests.small import SMALL, small_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model() -> Model:

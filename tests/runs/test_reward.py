@@ -29,7 +29,6 @@ from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.small import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEAD_ONLY = RewardConfig(lora_layers=0, batch_size=8)
 
 

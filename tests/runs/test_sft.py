@@ -19,8 +19,6 @@ from tests.data.tokenizer import EOS
 from tests.models.tiny import random_params
 from tests.small import SMALL, small_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model() -> Model:

@@ -35,7 +35,6 @@ from tests.data.tokenizer import EOS
 from tests.parallel.test_sharding import gathered
 from tests.small import SMALL, small_model, write_stage_files
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = dataclasses.replace(SMALL, num_kv_heads=2)
 ONE = MeshConfig()
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
