@@ -79,6 +79,12 @@ def repeatable_yaml(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
+def say(screen: Screen, notice: str) -> None:
+    """Says a notice, if there is one."""
+    if notice:
+        screen.message(notice)
+
+
 def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     """Says how many texts were too long and what was done with them."""
     if count:

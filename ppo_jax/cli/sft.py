@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say_long
+from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say, say_long
 from ppo_jax.data import encode_sft, read_sft
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.pretrained import load_model
@@ -41,16 +41,20 @@ def sft(settings: SFTSettings) -> None:
 
 def _sft(settings: SFTSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    records = split_held_out(read_sft(settings.data), settings.held_out, settings.seed)
-    train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
+    train, held_out = (
+        encode_sft(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first()) as screen:
         say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        say(screen, split.notice)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
-            f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
+            f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}"
         )

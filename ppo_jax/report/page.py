@@ -32,6 +32,7 @@ class Summary(TypedDict, total=False):
     after: Mapping[str, float]  # ... of the final one: reward and judges (each with _std), kl, kl_per_token,
     #   response_length, eos_rate. Without them: first and last "eval" line, else ends of the "ppo" curve
     prompts: int  # number of held-out prompts behind `before` and `after`
+    measured_on: str  # "training prompts" where there were too few to hold any out; by default "held-out prompts"
     kl_budget: float  # nats per response that were allowed
     reward_accuracy: float  # held-out pairwise accuracy of the reward model that was optimised
     judges: Mapping[str, str]  # name of a judge -> what readers are shown
@@ -84,13 +85,14 @@ def page(run_dir: Path, summary: Summary) -> str:
     count = summary.get("prompts") if held_out else None
     labels = summary.get("judges", {})
     accuracy = summary.get("reward_accuracy")
-    found = verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels)
+    what = summary.get("measured_on", "held-out prompts")
+    found = verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels, what)
     title = summary.get("title") or f"Run {run_dir.resolve().name}"
     sections = [
         _verdict(found, source),
-        _numbers(before, after, count, labels),
+        _numbers(before, after, count, labels, what),
         _accuracies(summary),
-        _curves(run_dir, labels),
+        _curves(run_dir, labels, what),
         _samples(read_jsonl(run_dir / rundir.SAMPLES)),
         _environment(summary, records),
         _config(run_dir),
@@ -148,7 +150,13 @@ def _verdict(found: verdict.Verdict | None, source: str | None) -> str:
     )
 
 
-def _numbers(before: Mapping[str, Any], after: Mapping[str, Any], count: int | None, labels: plots.Labels) -> str:
+def _numbers(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    count: int | None,
+    labels: plots.Labels,
+    what: str = "held-out prompts",
+) -> str:
     """Table of the scores before and after, with units."""
     rows = []
     judges = {name: (_text(labels.get(name, name)), "score", "{:.3f}", 1) for name in _judges(before, after, labels)}
@@ -166,7 +174,7 @@ def _numbers(before: Mapping[str, Any], after: Mapping[str, Any], count: int | N
         )
     if not rows:
         return ""
-    prompts = f"Mean over {count} held-out prompts" if count else "Mean"
+    prompts = f"Mean over {count} {what}" if count else "Mean"
     return (
         "<section><h2>Before and after</h2><div class='scroll'><table class='numbers'><thead>"
         "<tr><th></th><th>before</th><th>after</th><th>change</th><th>in std</th></tr></thead><tbody>"
@@ -204,9 +212,9 @@ def _judges(before: Mapping[str, Any], after: Mapping[str, Any], labels: plots.L
     return plots.judge_names({*before, *after}, labels)
 
 
-def _curves(run_dir: Path, labels: plots.Labels) -> str:
+def _curves(run_dir: Path, labels: plots.Labels, what: str) -> str:
     try:
-        drawn = plots.draw(run_dir, labels)
+        drawn = plots.draw(run_dir, labels, what)
     except ImportError:
         return "<section><h2>Curves</h2><p class='note'>Left out: matplotlib is not installed.</p></section>"
     figures = "".join(

@@ -53,6 +53,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+HELD_OUT = "held-out prompts"  # what evaluations are of, unless there were too few to hold any out
+
+
 class Plot(NamedTuple):
     """One picture of the report."""
 
@@ -61,10 +64,10 @@ class Plot(NamedTuple):
     caption: str  # how to read it
 
 
-def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
+def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS, measured_on: str = HELD_OUT) -> list[Plot]:
     """Draws every curve that metrics.jsonl has the numbers for; returns them in the order of the report.
 
-    `labels` names judges that their short names do not explain.
+    `labels` names judges that their short names do not explain; `measured_on` the prompts of the evaluations.
 
     Raises ImportError when matplotlib is missing.
     """
@@ -77,6 +80,7 @@ def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
         for name, title, caption, make in CURVES:
             figure = make(records, labels) if make in (reward_against_kl, judges) else make(records)
             if figure is not None:
+                _relabel(figure, HELD_OUT, measured_on)
                 folder.mkdir(exist_ok=True)
                 figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
                 drawn.append(Plot(folder / f"{name}.png", title, caption))
@@ -137,7 +141,7 @@ def reward_against_kl(records: Records, labels: Labels = NO_LABELS) -> "Figure |
     if train:
         axes.plot(*zip(*train, strict=True), ".", color=BLUE, alpha=0.35, ms=5, mew=0, label="training prompts")
     own = _spread(records, "reward")
-    lines = [("reward", BLUE, "held-out prompts")]
+    lines = [("reward", BLUE, HELD_OUT)]
     for name, color in zip(_judges(records, labels), itertools.cycle(COLORS), strict=False):
         if own and 1 / 3 <= _spread(records, name) / own <= 3:
             lines.append((name, color, labels.get(name, name)))
@@ -314,7 +318,16 @@ def _curve(axes: "Axes", records: Records, phase: str, name: str, color: str, la
 def _dots(axes: "Axes", records: Records, name: str, color: str) -> None:
     steps, values = series(records, "eval", name)
     if steps:
-        axes.plot(steps, values, "o", color="white", mec=color, mew=1.4, ms=5, label="held-out prompts", zorder=3)
+        axes.plot(steps, values, "o", color="white", mec=color, mew=1.4, ms=5, label=HELD_OUT, zorder=3)
+
+
+def _relabel(figure: "Figure", old: str, new: str) -> None:
+    """Another name in every legend."""
+    for axes in figure.axes if new != old else ():
+        for line in axes.lines:
+            line.set_label(f"{new}, evaluated" if line.get_label() == old else line.get_label())
+        if axes.get_legend() is not None:
+            axes.legend(loc="best")
 
 
 def _against_kl(records: Records, phase: str, name: str) -> list[tuple[float, float]]:

@@ -29,7 +29,7 @@ from ppo_jax.train.reward_model import Loss, RewardConfig, fit_head, init_role, 
 from ppo_jax.train.state import key_stream
 
 Data = EncodedPairs | EncodedRatings | EncodedChoices
-TRAINING, HELD_OUT = "training texts", "held-out texts"
+TRAINING = "training texts"
 RATED_PAIRS = 50_000  # of ratings, as many random pairs fit the head and are measured
 
 
@@ -89,7 +89,8 @@ def run_reward(
         write(step, {f"heldout_{name}": value for name, value in kept.items()})
         return values, table
 
-    unseen = compared(held_out, seed, HELD_OUT)
+    measured_on = "training" if held_out == train else "held-out"  # too few to hold any out
+    unseen = compared(held_out, seed, f"{measured_on} texts")
     screen.message(f"reward model: reading {len(given.rows)} texts")
     found = features(given.rows)
     if reward.head_steps:
@@ -109,6 +110,7 @@ def run_reward(
     values |= spread
     meta = {
         "accuracy": values["accuracy"],
+        "measured_on": measured_on,
         "heldout_pairs": len(unseen.better),
         "pairs": len(given.better),
         "heldout": values,

@@ -45,7 +45,8 @@ def length(prompts, responses, metadata):
 def make_world(folder: Path) -> None:
     hf.save(folder / "model", MODEL, random_params(MODEL), make_tokenizer())
     (folder / "reward.py").write_text(REWARD)
-    lines = [json.dumps({"prompt": "abcd"[: 1 + i % 4], "metadata": {"n": i}}) + "\n" for i in range(30)]
+    words = ["abcd"[: 1 + i % 4] + "efghijkl"[i // 4] for i in range(30)]
+    lines = [json.dumps({"prompt": word, "metadata": {"n": i}}) + "\n" for i, word in enumerate(words)]
     (folder / "prompts.jsonl").write_text("".join(lines))
 
 
