@@ -2,15 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say, say_long
 from ppo_jax.data import encode_sft, read_sft
+from ppo_jax.data.encode import expand_turns
+from ppo_jax.data.records import identities
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.sft import SFTConfig
 
@@ -27,6 +30,8 @@ class SFTSettings(RunSettings):
     """Longest demonstration, in tokens."""
     held_out: int = 64
     """Demonstrations kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    turns: Literal["last", "all"] = "last"
+    """Which answers of a conversation are learnt: the last one; or all, each as a demonstration of its own."""
     adapter: AdapterConfig = AdapterConfig()
     """Which parameters are trained."""
     sft: SFTConfig = SFTConfig()
@@ -39,9 +44,21 @@ def sft(settings: SFTSettings) -> None:
         _sft(settings)
 
 
+def split_demonstrations(settings: SFTSettings) -> Split:
+    """What the file holds, for training and apart; with `turns` "all" every answer of it."""
+    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
+    if settings.turns == "last":
+        return split
+    training, measured = expand_turns(split.training), expand_turns(split.measured)
+    if split.kind == "held-out":  # two conversations may begin alike
+        known = set().union(*map(identities, training))
+        measured = [record for record in measured if not identities(record) & known]
+    return split._replace(training=training, measured=measured)
+
+
 def _sft(settings: SFTSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
+    split = split_demonstrations(settings)
     train, held_out = (
         encode_sft(part, model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)

@@ -1,11 +1,13 @@
 """A model with its tokenizer, ready to use."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.data.chat import turn_end
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.files import hf
 from ppo_jax.models.files.fingerprint import fingerprint_of
@@ -32,7 +34,7 @@ class Model(NamedTuple):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends a response: the model's EOS ids and the tokenizer's."""
+        """What ends a response: the model's EOS ids, among them the chat template's, and the tokenizer's."""
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
@@ -62,4 +64,7 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     config, params = hf.load(where, options.dtype, current_mesh())
     tokenizer = load_tokenizer(where)
     check_vocabulary(config, tokenizer)
+    end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files
+    if end is not None and end not in config.eos_token_ids:
+        config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
     return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where))

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
+from ppo_jax.data.chat import end_ids
+from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
@@ -85,7 +86,8 @@ class Scorer(NamedTuple):
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token rows of prompt + response, as in training (`data.tokens`); [] for a text without tokens."""
-        return [self._row(row) for row, _ in token_rows(prompts, responses, self.tokenizer)]
+        sides = list(zip(prompts, responses, strict=True))
+        return [self._row(row) for row, _ in token_rows(sides, self.tokenizer)]
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""

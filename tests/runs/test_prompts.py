@@ -1,10 +1,14 @@
 """Which records are held out: none that shares a prompt or a text with a training one, and what is said of too few."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppo_jax.cli.sft import SFTSettings, split_demonstrations
 from ppo_jax.data import PairRecord, PromptRecord, SFTRecord
 from ppo_jax.data.records import ChoiceRecord, RatingRecord, identities
 from ppo_jax.runs.prompts import group_alike, split_held_out
@@ -84,3 +88,22 @@ def test_what_makes_two_records_one(one: SFTRecord, other: SFTRecord, alike: boo
 def test_groups_join_through_others() -> None:
     assert group_alike(["a", "b", "c", "ab", "d", "c"]) == [[0, 1, 3], [2, 5], [4]]
     assert group_alike([]) == []
+
+
+def test_all_turns_of_conversations_that_begin_alike_are_on_one_side(tmp_path: Path) -> None:
+    """Of a conversation that is held out, an answer whose prompt is trained on is not measured."""
+
+    def say(role: str, text: str) -> dict:
+        return {"role": role, "content": text}
+
+    lines = [
+        {"messages": [say("user", "hi"), say("assistant", "ho"), say("user", str(i)), say("assistant", "ok")]}
+        for i in range(20)
+    ]
+    file = tmp_path / "sft.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = split_demonstrations(SFTSettings("m", file, held_out=4))
+    every = split_demonstrations(SFTSettings("m", file, held_out=4, turns="all"))
+    assert len(last.training) == 16 and len(every.training) == 32
+    assert every.measured == last.measured and len(every.measured) == 4  # each without its "hi"
+    assert not set().union(*map(identities, every.training)) & set().union(*map(identities, every.measured))
