@@ -38,14 +38,14 @@ class Model(NamedTuple):
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
-    def decode(self, ids: np.ndarray) -> str:
-        """Token ids of a response -> its text without special tokens, as it stands behind the prompt's.
+    def decode(self, ids: np.ndarray, special: bool = False) -> str:
+        """Token ids of a response -> its text, by default without special tokens, as it stands behind the prompt's.
 
         Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
         beginning: prompt + response would be another text than the tokens say. So a token of known text goes first and
         is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
         """
-        read = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        read = partial(self.tokenizer.decode, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         row = [int(token) for token in ids]
         if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
             return str(read(row))

@@ -23,7 +23,7 @@ import numpy as np
 
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
-from ppo_jax.rewards.base import HostReward, Reward
+from ppo_jax.rewards.base import HostReward, Reward, SpecialTokens
 from ppo_jax.rewards.combine import scaled, sum_rewards
 from ppo_jax.rewards.failures import FailureLog, Report
 from ppo_jax.rewards.function import FunctionConfig, function_reward
@@ -49,6 +49,8 @@ class RewardOptions:
     """Calls of HTTP services."""
     function: FunctionConfig = FunctionConfig()
     """Calls of Python functions."""
+    special_tokens: SpecialTokens = "drop"
+    """Whether functions, services and models of another tokenizer read special tokens such as <think> in responses."""
 
 
 def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]) -> Reward:
@@ -78,9 +80,13 @@ def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, 
         chosen = dataclasses.replace(chosen, device=chosen.device if weight == 1 else scaled(chosen.device, weight))
     elif len(found) > 1 or weight != 1:
         chosen = sum_rewards(dict(zip(names, zip(found, weights, strict=True), strict=True)))
+    special = options.special_tokens
+    if special == "keep" and chosen.host is None:
+        raise ValueError("--scoring.special-tokens keep has no effect: all of --reward reads tokens, none reads text")
     notices += tuple(notice for one in found for notice in one.notices)
     metadata = found[0].metadata if len(found) == 1 else {}
-    return dataclasses.replace(chosen, name=name, failures=failures, notices=notices, metadata=metadata)
+    chosen = dataclasses.replace(chosen, name=name, failures=failures, special_tokens=special)
+    return dataclasses.replace(chosen, notices=notices, metadata=metadata)
 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:

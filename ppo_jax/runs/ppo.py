@@ -172,4 +172,5 @@ def _iteration(setup: Setup, optimizer: Any, stopping: Any) -> Any:
     collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
-    return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, stopping)
+    decode = functools.partial(setup.model.decode, special=setup.reward.special_tokens == "keep")
+    return host_iteration(collect, learn, reward, decode, sampling, texts, table, stopping)
