@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from ppo_jax.rewards.reading import At
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
@@ -12,6 +14,8 @@ class ServeSettings:
     """Run directory of `ppo-jax reward`, the model in it, or a Hugging Face sequence classifier with one label."""
     model: str | None = None
     """The base of a LoRA reward model, where the one that it names has moved."""
+    at: At = "auto"
+    """Where the score is read; auto: ours at the last token of the text, others where their template closes it."""
     host: str = "127.0.0.1"
     """Address to listen at; only this machine reaches the default."""
     port: int = 8000
