@@ -34,7 +34,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import movie_reviews, rating_model, smoke
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
-from ppo_jax.cli.parse import parse
+from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import assets
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
@@ -42,8 +42,7 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
-from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
-from ppo_jax.rewards.base import Reward
+from ppo_jax.rewards.adapter import score_tokens, text_mask
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -65,7 +64,7 @@ TASK = (
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
     "VADER and a second reward model, which PPO never saw, judge the result."
 )
-# Pairwise accuracy on held-out sentences of the same data, measured apart from this run.
+# Pairwise accuracy on held-out sentences, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 LABELS = {"vader": "VADER", "judge": "the second reward model"}
 _VADER = SentimentIntensityAnalyzer()
@@ -73,50 +72,52 @@ _VADER = SentimentIntensityAnalyzer()
 
 @dataclasses.dataclass(frozen=True)
 class SentimentConfig:
-    """Everything needed to repeat a run."""
+    """Teach SmolLM2-135M by PPO to continue film reviews positively; the fields repeat a run."""
 
     run_dir: Path = Path("runs/sentiment")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     seed: int = 0
-    """Of data, sampling and initialisation."""
+    """This number seeds data, sampling and initialisation."""
     smoke: bool = False
-    """A toy grammar and a random model in place of SmolLM2 and the ratings."""
+    """Take a toy grammar and a random model in place of SmolLM2 and the ratings."""
     reward_texts: int = 2000
-    """Sentences the reward model is trained on; 0: all 5,000."""
+    """The reward model is trained on this many sentences; 0 means all 5,000."""
     judge_texts: int = 1200
-    """Other sentences, for the second reward model; 0: all 2,500."""
+    """The second reward model is trained on this many other sentences; 0 means all 2,500."""
     test_texts: int = 1500
-    """Held-out sentences that the reward models are measured on."""
+    """The reward models are measured on this many held-out sentences."""
     eval_prompts: int = 64
-    """Held-out prompts, from the test sentences."""
+    """The policy is evaluated on this many held-out prompts, from the test sentences."""
     max_prompt: int = 8
-    """Longest prompt, in tokens; longer openings are left out."""
+    """A prompt may have at most this many tokens; longer openings are left out."""
     reward: RewardConfig = RewardConfig(depth=18, lora_layers=4)
-    """The reward model."""
+    """These options describe the reward model and its training."""
     scorer: tuple[str, ...] = ()
-    """Another reward in its place, as `--reward` of `ppo-jax ppo`: directory, URL or function; several are summed."""
+    """The reward comes from here instead, as by `--reward` of `ppo-jax ppo`: directory, URL or function; several are
+    summed."""
     scoring: RewardOptions = RewardOptions()
-    """How that is called, and the weights of a sum."""
+    """These options say how the scorer is called, and what a sum weighs."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
-    """The second reward model."""
+    """These options describe the second reward model and its training."""
     compute: ModelOptions = ModelOptions()
-    """How the model is run: memory against speed."""
+    """These options trade memory against speed when the model is run."""
     policy: AdapterConfig = AdapterConfig(layers=8)
-    """What of the policy is trained."""
+    """These options say what of the policy is trained."""
     mesh: MeshConfig = MeshConfig()
-    """How many devices work on what; by default one."""
+    """These options say how many devices share the work; by default it is one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """The algorithm's static choices. Empty sampling.stop_ids: special tokens and line breaks end a response."""
+    """These choices of the algorithm are compiled in. Empty sampling.stop_ids: special tokens and line breaks end a
+    response."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
         updates=16, batch_size=64, schedule="constant", warmup=2, eval_every=8, checkpoint_every=8
     )
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     resume: Resume = "no"
-    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
+    """Go on with the run in run_dir; auto also starts one where there is none. `--resume` alone means yes."""
     overwrite: bool = False
-    """Delete the run in run_dir and start anew."""
+    """Delete the run that is in run_dir and start anew."""
 
     def __post_init__(self) -> None:
         least = {"reward_texts": 0, "judge_texts": 0, "test_texts": 2, "eval_prompts": 2, "max_prompt": 1}
@@ -157,11 +158,26 @@ SMOKE = dataclasses.replace(
     loop=LoopConfig(updates=4, batch_size=16, eval_every=2, checkpoint_every=2),
 )
 PRESETS = {"demo": DEMO, "full": FULL, "smoke": SMOKE}
+BRIEF = Brief(
+    tuple(f"python -m experiments.sentiment {words}" for words in ("--preset demo", "--hyper.kl-coef 0.1 --seed 1")),
+    {
+        SentimentConfig: (
+            *("run_dir", "seed", "reward_texts", "judge_texts", "eval_prompts", "max_prompt", "scorer", "resume"),
+            *("overwrite", "compute", "policy", "ppo", "hyper", "loop"),
+        ),
+        ModelOptions: ("dtype",),
+        AdapterConfig: ("kind", "layers", "rank"),
+        PPOConfig: ("sampling", "epochs", "num_minibatches", "advantage", "group_size"),
+        Sampling: ("response_length",),
+        Hyper: ("learning_rate", "temperature", "kl_coef"),
+        LoopConfig: ("updates", "batch_size", "eval_every"),
+    },
+)
 
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
-    settings = parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
+    settings = parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment", brief=BRIEF)
     with use_mesh(settings.mesh):
         return run(settings)
 
@@ -178,31 +194,21 @@ def run(settings: SentimentConfig) -> Path:
         raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
     stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
-    directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
-    # Passed back with --config it must neither delete nor continue anything by itself.
-    repeatable = config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
-    config_file = directory / rundir.CONFIG
-    if not config_file.exists():  # a resumed run's is replaced when its checkpoint has been read
-        config_file.write_text(repeatable, encoding="utf-8")
+    directory = open_directory(settings)
     clock["load"] = time.perf_counter()
 
     with progress("ppo_jax · sentiment") as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
-        screen.message(
-            f"{len(prompts.rows)} prompts; {left_out} openings are over {settings.max_prompt} tokens or empty"
-        )
+        over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
+        screen.message(f"{len(prompts.rows)} prompts; {over}")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
         cache = assets.cache_dir() / "reward-models"
-        wanted = [
-            Wanted("reward", splits.reward_train[: settings.reward_texts or None], settings.reward),
-            Wanted("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
-        ]
-        wanted = wanted if chosen is None else wanted[1:]
+        wanted = wanted_models(settings, splits)[0 if chosen is None else 1 :]
         models = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
-        reward, judge = models[0], models[-1]
+        reward, judge = models[0], models[-1]  # the same one where another reward was chosen
         for one, found in zip(wanted, models, strict=True):
             shutil.copytree(found.path, directory / EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
@@ -218,10 +224,10 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=chosen or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role),
+            reward=chosen or rating_model.lora_reward(reward, stop_ids),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
-            config=repeatable,
+            config=repeatable_yaml(settings),
         )
         for notice in setup.reward.notices:
             screen.message(notice)
@@ -234,6 +240,26 @@ def run(settings: SentimentConfig) -> Path:
         path = page.write(directory, summary)
         screen.message(f"report: {path}")
     return path
+
+
+def open_directory(settings: SentimentConfig) -> Path:
+    """Opens the run directory and writes the settings that repeat the run into it."""
+    directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
+    if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
+        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+    return directory
+
+
+def repeatable_yaml(settings: SentimentConfig) -> str:
+    """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+
+
+def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
+    """The reward model that PPO sees, and the one that only judges, trained on other sentences."""
+    reward = splits.reward_train[: settings.reward_texts or None]
+    judge = splits.judge_train[: settings.judge_texts or None]
+    return [Wanted("reward", reward, settings.reward), Wanted("judge", judge, settings.judge)]
 
 
 def summarise(

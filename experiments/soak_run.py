@@ -39,14 +39,14 @@ PATIENT = APIConfig(retries=40, backoff=0.02, connect_timeout=5.0, read_timeout=
 
 @dataclasses.dataclass(frozen=True)
 class SoakRun:
-    """Everything needed to repeat it."""
+    """Train the tiny run that experiments.soak torments."""
 
     server: str
-    """Of the reward, see `experiments.soak`."""
+    """The reward comes from this address, see `experiments.soak`."""
     run_dir: Path = Path("runs/tiny")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     seed: int = 0
-    """Of data, sampling and initialisation."""
+    """This number seeds data, sampling and initialisation."""
     ppo: PPOConfig = PPOConfig(
         sampling=Sampling(response_length=6),
         epochs=4,
@@ -55,15 +55,15 @@ class SoakRun:
         score=ScoreConfig(normalise="shift"),
         ema_decay=0.9,
     )
-    """The algorithm's static choices."""
+    """These choices of the algorithm are compiled in."""
     hyper: Hyper = Hyper(learning_rate=1e-3, temperature=1.0, kl_coef=0.1, kl_target=2.0, kl_horizon=500.0)
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
         updates=40, batch_size=8, schedule="constant", eval_every=10, checkpoint_every=2, keep_every=100
     )
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     resume: Literal["no", "yes", "auto"] = "no"
-    """Go on with the run in run_dir; auto: or start one."""
+    """Go on with the run in run_dir; auto also starts one where there is none. `--resume` alone means yes."""
 
 
 def tiny_model() -> Model:

@@ -1,6 +1,6 @@
 """PPO-based RLHF for language models as pure functions in JAX. The names below are the public ones."""
 
-from ppo_jax.models import ModelConfig, apply, load, save
+from ppo_jax.models import ModelConfig, apply, load, logits, save
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.pretrained import Model, load_model
@@ -42,6 +42,7 @@ __all__ = [
     "iterate",
     "load",
     "load_model",
+    "logits",
     "make_experience",
     "make_host_iteration",
     "make_iteration",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import penalise_repetition, sample
 from ppo_jax.parallel.sharding import constrain
-from ppo_jax.types import Policy, Prompts, PyTree, Rollout
+from ppo_jax.types import Off, Policy, Prompts, PyTree, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Sampling:
     """Static choices of generation."""
 
     response_length: int = 24
-    """T: tokens sampled at most per response."""
-    top_k: int = 0
-    """Sample from the k most probable tokens only; 0: off."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches p; 1: off."""
-    min_p: float = 0.0
-    """Sample from tokens at least this fraction as probable as the most probable one; 0: off."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that prompt or response hold already; 1: off."""
+    """A response has at most this many tokens (T)."""
+    top_k: Annotated[int, Off(0)] = 0
+    """Tokens are sampled from the k most probable ones only; 0 is off."""
+    top_p: Annotated[float, Off(1.0)] = 1.0
+    """Tokens are sampled from the smallest set whose probability reaches p; 1 is off."""
+    min_p: Annotated[float, Off(0.0)] = 0.0
+    """Tokens are sampled from those at least this fraction as probable as the most probable one; 0 is off."""
+    repetition_penalty: Annotated[float, Off(1.0)] = 1.0
+    """Positive logits of tokens in prompt or response are divided by this, negative ones multiplied; 1 is off."""
     gather_weights: bool = False
-    """On a mesh, bring what fsdp has cut together once per rollout, not once per token: faster, for more memory."""
+    """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end a response; the stop token belongs to it."""
+    """A response ends with the first of these token ids, which belongs to it."""
     pad_id: int = 0
-    """Fills the slots after the end; never read back, so it may equal a stop id. Commands take the tokenizer's."""
+    """This id fills the slots after the end; never read back, it may equal a stop id. Commands take the tokenizer's."""
 
     def __post_init__(self) -> None:
         if self.response_length < 1:

@@ -8,7 +8,7 @@ _PROBE = "answer"  # what a probe of a template says
 
 
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
-    """Chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
+    """Render chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
 
     Raises:
       ValueError: the tokenizer has no chat template, or its template refuses these messages.
@@ -29,7 +29,7 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
 
 
 def turn_closing(tokenizer: Any) -> str:
-    """What the tokenizer's chat template writes behind an answer, such as <|im_end|> and a line break; "" if none."""
+    """Find what the chat template writes behind an answer, such as <|im_end|> and a line break; "" if nothing."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     asked = [{"role": "user", "content": "question"}]
@@ -41,7 +41,7 @@ def turn_closing(tokenizer: Any) -> str:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The token with which the chat template ends an answer, the first special one that it writes behind it.
+    """Find the token with which the chat template ends an answer, the first special one that it writes behind it.
 
     It need not be the tokenizer's EOS, which ends a text. None: there is no template, or it writes no such token.
     """
@@ -52,7 +52,7 @@ def turn_end(tokenizer: Any) -> int | None:
 
 
 def end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the chat template's, and EOS, as far as there are these."""
+    """List the tokens that end an answer: the chat template's, and EOS, as far as there are these."""
     found = (turn_end(tokenizer), tokenizer.eos_token_id)
     return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
@@ -60,7 +60,7 @@ def end_ids(tokenizer: Any) -> tuple[int, ...]:
 def write_answer(
     messages: list[dict[str, str]], answer: str, tokenizer: Any, end: int | None, where: str = ""
 ) -> tuple[str, str]:
-    """(the messages as a prompt, the answer behind them as the template writes it, without the token that ends it).
+    """Write (the messages as a prompt, the answer behind them as the template has it, without the token that ends it).
 
     A template may trim an answer, or put a blank before it. Where it writes answers in another way than its own prompts
     lead to, or leaves some of the answer out, the answer stays as it is.

@@ -56,7 +56,7 @@ def encode_prompts(
     too_long: TooLong = "error",
     where: Sequence[str] | None = None,
 ) -> EncodedPrompts:
-    """Token rows of prompts, each of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
+    """Encode prompts as token rows of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
 
     Args:
       too_long: what to do with longer ones. "error"; "truncate_left" keeps BOS and the last tokens; "drop".
@@ -79,7 +79,7 @@ def encode_prompts(
 def encode_pairs(
     records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error", eos: bool = True
 ) -> EncodedPairs:
-    """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
+    """Encode prompt + answer (+ EOS) as token rows, as a finished response looks in PPO. Arguments as `encode_prompts`.
 
     A pair is too long if one of its rows is; both then lose the same tokens of the prompt. Without `eos` an answer that
     spells EOS loses it, since a reward reads the text of a response (`rewards.adapter`).
@@ -97,7 +97,7 @@ def encode_pairs(
 
 
 def expand_turns(records: Sequence[SFTRecord]) -> list[SFTRecord]:
-    """Each answer of a conversation as a demonstration of its own, behind what was said before it.
+    """Make each answer of a conversation a demonstration of its own, behind what was said before it.
 
     So its row is what the policy is given when it writes that answer, also where a template writes earlier answers in
     another way than the last one (it may leave their thoughts out).
@@ -115,7 +115,7 @@ def expand_turns(records: Sequence[SFTRecord]) -> list[SFTRecord]:
 def encode_sft(
     records: Sequence[SFTRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedSFT:
-    """Token rows of prompt + response + EOS, and where the responses start. Arguments as `encode_prompts`.
+    """Encode prompt + response + EOS as token rows, and where the responses start. Arguments as `encode_prompts`.
 
     Raises:
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
@@ -137,7 +137,7 @@ def encode_sft(
 
 
 def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str]:
-    """(prompt, response) of an answer; one in messages is its last message, and earlier ones follow the prompt."""
+    """Split an answer into (prompt, response); one in messages is its last message, earlier ones follow the prompt."""
     if isinstance(answer, str):
         return prompt, answer
     return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
@@ -151,7 +151,7 @@ def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]
 def _answered(
     texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, close: bool
 ) -> list[tuple[list[int], int]]:
-    """(tokens of prompt + response, where the response begins) of each (prompt, response, name for messages).
+    """Encode each (prompt, response, name for messages) as (tokens, where the response begins).
 
     With `close` the end token follows: in a chat the template's own, else EOS.
     """
@@ -173,7 +173,7 @@ def _answered(
 
 
 def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
-    """Which rows to keep, and how many were too long."""
+    """Choose which rows to keep, and count those that were too long."""
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
     if max_length < 2:
@@ -198,7 +198,7 @@ def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
 
 
 def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list[int]) -> list[tuple[list[int], int]]:
-    """Answers (row, start) to one prompt, cut on the left to `max_length` so that the prompt stays one and the same.
+    """Cut answers (row, start) to one prompt on the left to `max_length`, so that the prompt stays one and the same.
 
     The longest says how much of the prompt goes, from all of them. An answer that is too long by itself is cut further,
     and its start is -1.
@@ -218,7 +218,7 @@ def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list
 def encode_ratings(
     records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedRatings:
-    """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
+    """Encode prompt + response as token rows, without EOS. Arguments and errors as `encode.encode_prompts`."""
     bos = leading_bos(tokenizer)
     rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, False)]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
@@ -228,7 +228,7 @@ def encode_ratings(
 def encode_choices(
     records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedChoices:
-    """Token rows of prompt + each response, without EOS. As above.
+    """Encode prompt + each response, without EOS; a choice is too long if one of its rows is. As above.
 
     A choice is too long if one of its rows is; all of them then lose the same tokens of the prompt.
     """

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.report.plots import NO_LABELS, Labels, Records, judge_names, series
+from ppo_jax.report.series import EVALUATED, NO_LABELS, Labels, Records, judge_names, series
 
 
 class Gain(NamedTuple):
@@ -59,7 +59,7 @@ def judge(
     kl_budget: float | None = None,
     reward_accuracy: float | None = None,
     labels: Labels = NO_LABELS,
-    what: str = "held-out prompts",
+    what: str = EVALUATED,
 ) -> Verdict | None:
     """The verdict on a run from its scores `before` and `after` (keys as in phase "eval" of metrics.jsonl).
 

@@ -48,23 +48,23 @@ class APIConfig:
     """How an HTTP reward service is called."""
 
     protocol: Literal["auto", "ppo_jax", "llamafactory"] = "auto"
-    """auto: LLaMA-Factory's where the path ends in /score/evaluation, else ours."""
+    """The service speaks this protocol; auto is LLaMA-Factory's where the path ends in /score/evaluation, else ours."""
     model: str = "reward"
-    """Sent as "model"."""
+    """Requests carry this name as their field "model"."""
     rows_per_request: int = 16
-    """Texts per request."""
+    """A request carries at most this many texts."""
     connections: int = 4
-    """Requests at once."""
+    """At most this many requests run at once."""
     connect_timeout: float = 5.0
-    """Seconds until a connection stands."""
+    """A connection must stand within this many seconds."""
     read_timeout: float = 30.0
-    """Seconds of silence while an answer is awaited."""
+    """A request fails after this many seconds of silence while an answer is awaited."""
     deadline: float = 120.0
-    """Seconds for a whole batch with all retries; rows not scored by then have failed."""
+    """A whole batch with all retries may take this many seconds; rows not scored by then have failed."""
     retries: int = 5
-    """Further tries of one request after a connection error, a 429 or a 5xx."""
+    """A request is tried again at most this many times after a connection error, a 429 or a 5xx."""
     backoff: float = 0.5
-    """Seconds before the first further try, twice as many before each next one, less up to a half by chance."""
+    """The second try comes after this many seconds, each next one after twice as many, less up to a half by chance."""
 
     def __post_init__(self) -> None:
         for name, least in {"rows_per_request": 1, "connections": 1, "retries": 0}.items():

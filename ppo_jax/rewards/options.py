@@ -41,19 +41,19 @@ class RewardOptions:
     """How the sources of the reward are called and summed."""
 
     weights: tuple[float, ...] = ()
-    """One per source, for their sum; by default 1 each. Each is logged before its weight, as reward/NAME."""
+    """A sum weighs each source by one of these, by default by 1. Each is logged before its weight, as reward/NAME."""
     token_env: str = ""
-    """Environment variable with the bearer token of the service; the token itself is never saved or logged."""
+    """This environment variable holds the bearer token of the service; the token itself is never saved or logged."""
     token_file: Path | None = None
-    """File with that token, instead."""
+    """This file holds the bearer token instead."""
     api: APIConfig = APIConfig()
-    """Calls of HTTP services."""
+    """These options say how HTTP services are called."""
     function: FunctionConfig = FunctionConfig()
-    """Calls of Python functions."""
+    """These options say how Python functions are called."""
     at: At = "auto"
-    """Where a reward model is read; auto: ours at the last token of the text, others where their template closes it."""
+    """A reward model is read there; auto: ours at the last token of the text, others where their template closes it."""
     special_tokens: SpecialTokens = "drop"
-    """Whether functions, services and models of another tokenizer read special tokens such as <think> in responses."""
+    """A response has its special tokens (<think>) where a reward reads its text: keep; or is read without: drop."""
 
 
 def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]) -> Reward:

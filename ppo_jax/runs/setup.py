@@ -1,4 +1,4 @@
-"""What a PPO run is about: the records that the command line, the experiments and `runs.run_ppo` share."""
+"""The records that describe a PPO run, which the command line, the experiments and `runs.run_ppo` share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -47,18 +47,18 @@ class Result(NamedTuple):
 
 
 def decode_responses(model: Model, sampling: Sampling, rollout: Rollout, special: bool = False) -> list[str]:
-    """The text of every response, without the token that ended it; `special`: with other special tokens."""
+    """Decode every response, without the token that ended it; with `special` other special tokens stay."""
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
     return response_texts(tokens, mask, partial(model.decode, special=special), sampling.stop_ids)
 
 
 def host_responses(setup: Setup, rollout: Rollout) -> list[str]:
-    """The responses as the host's reward reads them."""
+    """Decode the responses as the host's reward reads them."""
     return decode_responses(setup.model, setup.ppo.sampling, rollout, setup.reward.special_tokens == "keep")
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
-    """Sampling with the model's stop tokens, unless it names some, and pad id; ValueError where it names another."""
+    """Add the model's stop tokens, unless some are named, and its pad id; raise ValueError where another is named."""
     if sampling.pad_id not in (Sampling.pad_id, model.pad_id):
         raise ValueError(
             f"sampling.pad_id={sampling.pad_id} has no effect: {model.name} pads with {model.pad_id}; leave it out"

@@ -41,7 +41,6 @@ from ppo_jax.train.experience import (
     make_experience,
     next_kl_coefficient,
     prepare_scores,
-    response_totals,
     score_rollout,
     share_prefix,
 )
@@ -90,13 +89,12 @@ def learn(
     _, key = jax.random.split(jax.random.fold_in(state.key, state.step))
     state, losses = update_epochs(algorithm, state, frozen, experience.batch, key, hyper)
     metrics = experience_metrics(algorithm, experience, rollout, raw, reference.logprobs, hyper) | losses
-    totals = response_totals(experience.rewards, experience.batch.loss_mask)
     state = dataclasses.replace(
         state,
         step=state.step + 1,
         kl_coef=next_kl_coefficient(algorithm, hyper, metrics),
         moments=moments,
-        baseline=state.baseline.update(totals, scores.valid & jnp.isfinite(totals)),
+        baseline=state.baseline.update(experience.totals, scores.valid & jnp.isfinite(experience.totals)),
     )
     return state, metrics
 
@@ -147,8 +145,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam.
 
-    The step is left out, and counted, when the loss or a gradient is not finite, when the mean ratio exceeds
-    hyper.ratio_threshold, or when the approximate KL to the old policy exceeds hyper.target_kl.
+    The step is left out, and counted, when no row of the minibatch has a valid score (whatever its pretraining texts
+    say), when the loss or a gradient is not finite, when the mean ratio exceeds hyper.ratio_threshold, or when the
+    approximate KL to the old policy exceeds hyper.target_kl.
     """
     counts = count_units(algorithm, minibatch)
 
@@ -158,9 +157,9 @@ def update(
 
     grads, metrics = accumulate(gradient, state.policy, minibatch, algorithm.ppo.accumulate)
     norms = measure_norms(grads)
-    verdict = judge_step(metrics, norms, hyper)
+    verdict = judge_step(minibatch, metrics, norms, hyper)
     taken = jax.lax.cond(
-        verdict.finite & verdict.close & verdict.sane,
+        verdict.scored & verdict.finite & verdict.close & verdict.sane,
         lambda state: apply_gradients(algorithm, state, grads, norms, hyper),
         lambda state: state,
         state,
@@ -206,9 +205,9 @@ def make_host_iteration(
     """The iteration in two jitted halves, for rewards that are computed on the host in between.
 
     Returns collect(state, frozen, prompts, hyper) -> rollout, and
-    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state. It adds
-    what `reward` says on the device, where there is one, to the host's scores.
-    `loss` and `advantage` as for `make_iteration`.
+    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state. It
+    adds what `reward` says on the device, where there is one, to the host's scores. `loss` and `advantage` as for
+    `make_iteration`.
     """
     algorithm = Algorithm(config, ppo, optimizer, reward, loss, advantage)
 

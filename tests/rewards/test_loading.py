@@ -61,10 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reward",
         adapter,
         head,
+        artifacts.Base(path / "base", fingerprint_of(path / "base"), CONFIG),
         {"accuracy": 0.9},
-        config=CONFIG,
-        base=path / "base",
-        base_fingerprint=fingerprint_of(path / "base"),
         layers=2,
     )
     export_reward(path / "run", path / "merged")

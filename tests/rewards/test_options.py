@@ -86,8 +86,7 @@ def reward_model(folder: Path) -> Path:
     head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG_40.hidden_size)))["params"]
     head = jax.tree.map(lambda x: x + 0.3, head)
     artifacts.save(
-        folder / "rm" / "export" / "reward", "reward", adapter, head, {"accuracy": 0.75},
-        config=CONFIG_40, base="tiny", base_fingerprint=MODEL.fingerprint,
+        folder / "rm" / "export" / "reward", "reward", adapter, head, MODEL.base, {"accuracy": 0.75}
     )  # fmt: skip
     return folder / "rm"
 
@@ -190,8 +189,7 @@ def test_a_model_of_a_sum_is_known_by_its_weights(reward_model: Path, folder: Pa
     assert choose("moved", "scores.py:length").name == name
     found = artifacts.load(folder / "moved" / "export" / "reward", "reward")
     artifacts.save(
-        folder / "other" / "moved", "reward", found.adapter, jax.tree.map(lambda x: x + 1, found.head), {},
-        config=CONFIG_40, base="tiny", base_fingerprint=MODEL.fingerprint,
+        folder / "other" / "moved", "reward", found.adapter, jax.tree.map(lambda x: x + 1, found.head), MODEL.base
     )  # fmt: skip
     assert choose("other/moved", "scores.py:length").name != name
 

@@ -23,6 +23,7 @@ from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Stopped
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import Frozen
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.disk import small_disk
 from tests.runs.test_ppo import SETUP, WordReward
@@ -72,7 +73,7 @@ def test_a_weight_that_turns_nan_stops_with_the_last_good_state(tmp_path: Path, 
     assert store.latest_step(tmp_path / rundir.CHECKPOINTS) == 5
     names = list(store.read_manifest(tmp_path / rundir.CHECKPOINTS))
     policy = [name for name in names if name.startswith(("policy.", "opt_state."))]
-    held = store.read_arrays(tmp_path / rundir.CHECKPOINTS, policy)
+    held = read_arrays(tmp_path / rundir.CHECKPOINTS, policy)
     assert len(held) > 4 and all(np.isfinite(array).all() for array in held.values())
     path = Path(re.search(r"The batch is in (\S+)\.npz and \.jsonl", str(error.value))[1])  # type: ignore[index]
     assert path == tmp_path / rundir.FAULTS / "update-5"

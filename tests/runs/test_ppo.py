@@ -33,6 +33,7 @@ from ppo_jax.runs.setup import Result, Setup, decode_responses
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Hyper, Rollout, Scores
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.data.tokenizer import EOS, ids, make_tokenizer
 from tests.models.tiny import CONFIG, random_params
@@ -233,7 +234,7 @@ def test_the_best_evaluation_chooses_a_checkpoint_and_an_export(runs: Runs, tmp_
         best, last = (artifacts.load(tmp_path / EXPORT / name, "policy") for name in ("best", "policy"))
         assert best.meta["updates"] == 1 and best.meta["evaluation"]["marks"] == 7.5
         assert best.meta["chosen_by"] == "marks" and last.meta["updates"] == 2
-        whole = store.read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
+        whole = read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
         np.testing.assert_array_equal(best.adapter["lora"]["q"].b, whole["policy.adapter.lora.q.b"])
         marks = iter([2.0])
         run(tmp_path, resume="yes", loop=dataclasses.replace(loop, updates=3), judges={"marks": judge})

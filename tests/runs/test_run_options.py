@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,16 @@ def test_special_tokens_reach_the_hosts_reward_where_they_are_kept(tmp_path: Pat
         run_ppo(rundir.open_run(tmp_path), setup, screen)
     assert read.keys() == {8, 6} and not any(smoke.END in text for text in read.values())
     assert all(("great" in text) == (special_tokens == "keep") for text in read.values())
+
+
+def test_a_critic_does_not_start_from_a_reward_model_on_a_cut_trunk(tmp_path: Path, screen: Any) -> None:
+    """Its adapter touches the last of the layers that it reads, which are others than the last of the base."""
+    trunk = dataclasses.replace(MODEL.config, num_layers=1)
+    reward = Reward(adapter_reward(trunk, MODEL.stop_ids), params=reward_role(), layers=1)
+    ppo = dataclasses.replace(SETUP.ppo, critic=CriticConfig(own=True, init="reward"))
+    with pytest.raises(ValueError, match="needs a reward model that reads all 4 layers of the base; this one reads 1"):
+        run_ppo(tmp_path, SETUP._replace(reward=reward, ppo=ppo), screen)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Exploded, Interrupted
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.runs.test_ppo import MODEL, SETUP, WordReward, length_judge
 
@@ -127,7 +128,7 @@ def test_another_best_metric_starts_anew_and_a_damaged_best_checkpoint_ends_noth
     assert any("chosen by marks, from here on by few" in text for text in said)
     best = store.read_meta(checkpoints)["best"]
     assert best == {"step": 2, "metric": "few", "value": -7.0}  # worse than the 5 marks, which no longer count
-    assert float(store.read_arrays(checkpoints, ["best"])["best"]) == -7.0
+    assert float(read_arrays(checkpoints, ["best"])["best"]) == -7.0
 
 
 def test_another_scale_of_the_same_lora_is_another_run(tmp_path: Path):
