@@ -13,7 +13,7 @@ from ppo_jax.models.files import hf
 from ppo_jax.models.files.artifacts import Base
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.files.hub import resolve
-from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer, rows_without_token
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.types import PyTree
 
@@ -70,6 +70,7 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     config, params = hf.load(where, options.dtype, current_mesh())
     tokenizer = load_tokenizer(where)
     check_vocabulary(config, tokenizer)
+    config = dataclasses.replace(config, tokenless=rows_without_token(config.vocab_size, tokenizer))
     end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files
     if end is not None and end not in config.eos_token_ids:
         config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))

@@ -103,6 +103,11 @@ def check_setup(setup: Setup) -> Setup:
 
 def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
     """Says what the user should know from the start; where failed rewards are told of."""
+    if rows := sum(stop - start for start, stop in setup.model.config.tokenless):
+        screen.message(
+            f"{rows} of the {setup.model.config.vocab_size} rows of the vocabulary have no token: their probability is "
+            "0, for the sampler as in every log-prob, entropy and KL"
+        )
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "

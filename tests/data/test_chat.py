@@ -10,6 +10,7 @@ from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, en
 from ppo_jax.data.chat import end_ids, render, turn_closing, turn_end, write_answer
 from ppo_jax.data.encode import expand_turns
 from ppo_jax.models.files import hf
+from ppo_jax.models.files.tokenizer import rows_without_token
 from ppo_jax.models.pretrained import load_model
 from tests.data.subwords import make_subwords, pieces
 from tests.data.tokenizer import EOS, make_tokenizer
@@ -124,3 +125,22 @@ def test_a_model_stops_where_its_template_ends_a_turn(tmp_path: Path) -> None:
     assert model.stop_ids == tuple(sorted((EOS, end)))
     hf.save(tmp_path / "out", model.config, model.params, model.tokenizer)
     assert set(hf.load(tmp_path / "out")[0].eos_token_ids) == {EOS, end}
+
+
+def test_rows_without_a_token_are_known_when_a_model_is_loaded(tmp_path: Path) -> None:
+    """Those behind the last token, and a gap; of an id that the vocabulary by text leaves out the tokenizer knows."""
+    tokenizer = make_tokenizer()
+    hf.save(tmp_path, SMALL, random_params(SMALL), tokenizer)
+    assert load_model(tmp_path).config == dataclasses.replace(SMALL, tokenless=((len(tokenizer), 40),))
+    assert rows_without_token(len(tokenizer), tokenizer) == ()
+
+    class Gap:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 3, "c": 5}
+
+        def convert_ids_to_tokens(self, token_id: int) -> str | None:
+            if token_id > 6:
+                raise IndexError
+            return "a" if token_id == 1 else None
+
+    assert rows_without_token(9, Gap()) == ((2, 3), (4, 5), (6, 9))
