@@ -79,6 +79,12 @@ def repeatable_yaml(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
+def tell(screen: Screen, notice: str) -> None:
+    """Say a notice, if there is one."""
+    if notice:
+        screen.message(notice)
+
+
 def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     """Say how many texts were too long and what was done with them."""
     if count:

@@ -64,8 +64,11 @@ def dpo(settings: DPOSettings) -> None:
 
 def _dpo(settings: DPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    records = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed)
-    train, held_out = (encode(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    split = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed, "pairs")
+    train, held_out = (
+        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
     sides = (train.encoded.chosen, train.encoded.rejected, held_out.encoded.chosen, held_out.encoded.rejected)
     check_room(model, [row for side in sides for row in side])
     if settings.dpo.batch_size > len(train.starts):
@@ -74,8 +77,9 @@ def _dpo(settings: DPOSettings) -> None:
     with progress("ppo-jax dpo", is_first()) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
+        common.tell(screen, split.notice)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
         screen.message(
-            f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
+            f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
             f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}"
         )

@@ -4,7 +4,7 @@ import dataclasses
 from datetime import date
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts
+from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts, tell
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_prompts, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -100,9 +100,10 @@ def _ppo(settings: PPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
-    records = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
+    split = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
-        encode_prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
+        encode_prompt_set(part, model, settings.max_prompt, settings.too_long)
+        for part in (split.training, split.measured)
     )
     check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length, "--ppo.sampling.response-length")
     if settings.loop.batch_size > len(prompts.rows):
@@ -126,8 +127,8 @@ def _ppo(settings: PPOSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
         report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
-        for notice in chosen.notices:
-            screen.message(notice)
+        for notice in (split.notice, *chosen.notices):
+            tell(screen, notice)
         result = run_ppo(directory, setup, screen, settings.resume)
         exported = directory / EXPORT / MODEL
         write_model(exported, model, result.policy.adapter)
@@ -138,13 +139,15 @@ def _ppo(settings: PPOSettings) -> None:
             "before": result.before,
             "after": result.after,
             "prompts": len(held_out.rows),
+            "measured_on": f"{split.kind} prompts",
             "seed": settings.seed,
             "date": date.today().isoformat(),
             "versions": facts["versions"],
             "machine": facts["machine"],
         }
         if "accuracy" in chosen.metadata:
-            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
+            note = f"{chosen.metadata.get('measured_on', 'held-out')} pairs"
+            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": note}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported}; report: {page}")
 

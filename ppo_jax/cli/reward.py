@@ -1,15 +1,16 @@
 """`ppo-jax reward` and `ppo-jax export-reward`: the files of preferences -> a reward model -> its report."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
-from ppo_jax.data.encode import EncodedChoices, EncodedRatings, encode_choices, encode_ratings
+from ppo_jax.data import encode_pairs, read_pairs, read_sft
+from ppo_jax.data.encode import encode_choices, encode_ratings
 from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
@@ -17,8 +18,8 @@ from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
 from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out
-from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.prompts import Split, check_room, split_held_out
+from ppo_jax.runs.reward import TRAINING, Data, check_batch, collect_comparisons, run_reward
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.reward_model import RewardConfig
 
@@ -101,9 +102,9 @@ def reward(settings: RewardSettings) -> None:
 def _reward(settings: RewardSettings) -> None:
     model = load_model(settings.model, settings.compute)
     settings.reward.trunk(model.config)  # raises before the directory is touched
-    train, held_out, where = _data(settings, model)
+    train, held_out, split, where = _data(settings, model)
     reference = _reference(settings, model)
-    for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
+    for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
         check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
     try:
         check_batch(settings.reward, train)
@@ -112,6 +113,7 @@ def _reward(settings: RewardSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax reward", is_first()) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        common.tell(screen, split.notice)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
         )
@@ -119,39 +121,47 @@ def _reward(settings: RewardSettings) -> None:
         for line in format_table(result.calibration):
             screen.message(line)
         screen.message(
-            f"held-out scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
+            f"{split.kind} scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
             f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
             f"calibration error {100 * values['calibration_error']:.1f} %"
         )
         screen.message(
-            f"{100 * result.accuracy:.1f} % of {pairs} held-out pairs in the right order; "
+            f"{100 * result.accuracy:.1f} % of {pairs} {split.kind} pairs in the right order; "
             f"the reward model is at {result.path}"
         )
 
 
-def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
-    """Read (training, held-out) token rows, and the file. No EOS: the reward reads a response's text, whether it ended
-    by itself or was cut (rewards.adapter)."""
-    tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
+class _Data(NamedTuple):
+    """Token rows, and where they come from."""
 
-    def apart(records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        return split_held_out(records, settings.held_out, settings.seed)
+    training: Data
+    measured: Data
+    split: Split
+    path: Path
 
+
+def _data(settings: RewardSettings, model: Model) -> _Data:
+    """Read the file and encode both parts. No row has an EOS: a reward reads a response's text, however that ended."""
+    encode: Callable[..., Any]
     if settings.pairs is not None:
-        pairs: list[EncodedPairs] = [
-            encode_pairs(part, tokenizer, *limits, eos=False) for part in apart(read_pairs(settings.pairs))
-        ]
-        return pairs[0], pairs[1], settings.pairs
-    if settings.ratings is not None:
-        rated: list[EncodedRatings] = [
-            encode_ratings(part, tokenizer, *limits) for part in apart(read_ratings(settings.ratings))
-        ]
-        return rated[0], rated[1], settings.ratings
-    assert settings.choices is not None
-    chosen: list[EncodedChoices] = [
-        encode_choices(part, tokenizer, *limits) for part in apart(read_choices(settings.choices))
-    ]
-    return chosen[0], chosen[1], settings.choices
+        path, encode = settings.pairs, partial(encode_pairs, eos=False)
+        split: Split = _split(read_pairs(path), "pairs", settings)
+    elif settings.ratings is not None:
+        path, encode = settings.ratings, encode_ratings
+        split = _split(read_ratings(path), "ratings", settings)
+    else:
+        assert settings.choices is not None
+        path, encode = settings.choices, encode_choices
+        split = _split(read_choices(path), "choices", settings)
+    training, measured = (
+        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
+    return _Data(training, measured, split, path)
+
+
+def _split(records: Sequence[Any], what: str, settings: RewardSettings) -> Split:
+    return split_held_out(records, settings.held_out, settings.seed, what)
 
 
 def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:

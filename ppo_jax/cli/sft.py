@@ -2,17 +2,27 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
-from ppo_jax.cli.common import RunSettings, describe_micro_batch, open_directory, report_long_texts, use_run_mesh
+from ppo_jax.cli.common import (
+    RunSettings,
+    describe_micro_batch,
+    open_directory,
+    report_long_texts,
+    tell,
+    use_run_mesh,
+)
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_sft
+from ppo_jax.data.encode import expand_turns
+from ppo_jax.data.records import identities
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.sft import SFTConfig
 
@@ -30,6 +40,8 @@ class SFTSettings(RunSettings):
     """A demonstration may have at most this many tokens."""
     held_out: int = 64
     """This many demonstrations are kept apart to measure on, at most a fifth; if none, the training ones are used."""
+    turns: Literal["last", "all"] = "last"
+    """This answer of a conversation is learnt: the last one; or all are, each as a demonstration of its own."""
     adapter: AdapterConfig = AdapterConfig()
     """These options say which parameters are trained."""
     sft: SFTConfig = SFTConfig()
@@ -59,18 +71,34 @@ def sft(settings: SFTSettings) -> None:
         _sft(settings)
 
 
+def split_demonstrations(settings: SFTSettings) -> Split:
+    """What the file holds, for training and apart; with `turns` "all" every answer of it."""
+    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
+    if settings.turns == "last":
+        return split
+    training, measured = expand_turns(split.training), expand_turns(split.measured)
+    if split.kind == "held-out":  # two conversations may begin alike
+        known = set().union(*map(identities, training))
+        measured = [record for record in measured if not identities(record) & known]
+    return split._replace(training=training, measured=measured)
+
+
 def _sft(settings: SFTSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    records = split_held_out(read_sft(settings.data), settings.held_out, settings.seed)
-    train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    split = split_demonstrations(settings)
+    train, held_out = (
+        encode_sft(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first()) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        tell(screen, split.notice)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
-            f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
+            f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}"
         )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ppo_jax.report.series import Records, moving_average, series
+from ppo_jax.report.series import EVALUATED, Records, moving_average, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,10 +60,19 @@ def draw_curve(axes: "Axes", records: Records, phase: str, name: str, color: str
 def draw_dots(axes: "Axes", records: Records, name: str, color: str) -> None:
     steps, values = series(records, "eval", name)
     if steps:
-        axes.plot(steps, values, "o", color="white", mec=color, mew=1.4, ms=5, label="held-out prompts", zorder=3)
+        axes.plot(steps, values, "o", color="white", mec=color, mew=1.4, ms=5, label=EVALUATED, zorder=3)
 
 
 def number_steps(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
+def rename_evaluated(figure: "Figure", what: str) -> None:
+    """Name the prompts of the evaluations in every legend."""
+    for axes in figure.axes if what != EVALUATED else ():
+        for line in axes.lines:
+            line.set_label(f"{what}, evaluated" if line.get_label() == EVALUATED else line.get_label())
+        if axes.get_legend() is not None:
+            axes.legend(loc="best")

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from ppo_jax.data.disk import replace_file
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.report import plots, verdict
-from ppo_jax.report.series import Labels, Records, judge_names, series
+from ppo_jax.report.series import EVALUATED, Labels, Records, judge_names, series
 from ppo_jax.report.templates import real_minus, render
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import clock_time
@@ -31,6 +31,7 @@ class Summary(TypedDict, total=False):
     after: Mapping[str, float]  # ... of the final one: reward and judges (each with _std), kl, kl_per_token,
     #   response_length, eos_rate. Without them: first and last "eval" line, else ends of the "ppo" curve
     prompts: int  # number of held-out prompts behind `before` and `after`
+    measured_on: str  # "training prompts" where there were too few to hold any out; by default "held-out prompts"
     kl_budget: float  # nats per response that were allowed
     reward_accuracy: float  # held-out pairwise accuracy of the reward model that was optimised
     judges: Mapping[str, str]  # name of a judge -> what readers are shown
@@ -82,19 +83,19 @@ def gather(run_dir: Path, summary: Summary) -> dict[str, Any]:
     before, after, source = scores_before_after(summary, records)
     count = summary.get("prompts") if source in (None, HELD_OUT) else None
     labels = summary.get("judges", {})
-    accuracy = summary.get("reward_accuracy")
+    accuracy, what = summary.get("reward_accuracy"), summary.get("measured_on", EVALUATED)
     samples = read_jsonl(run_dir / rundir.SAMPLES)
     config = run_dir / rundir.CONFIG
     return {
         "title": summary.get("title") or f"Run {run_dir.resolve().name}",
         "task": summary.get("task"),
-        "verdict": verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels),
+        "verdict": verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels, what),
         "source": source,
         "rows": number_rows(before, after, count, labels),
-        "prompts": count,
+        "prompts": f"{count} {what}" if count else "",
         "accuracies": accuracy_bars(summary),
         "pairs": summary.get("reward_accuracy_note", "held-out pairs"),
-        "plots": curve_pictures(run_dir, labels),
+        "plots": curve_pictures(run_dir, labels, what),
         "samples": sample_cards(samples),
         "all_samples": len({sample["index"] for sample in samples}),
         "facts": environment_facts(summary, records),
@@ -166,10 +167,10 @@ def accuracy_bars(summary: Summary) -> list[tuple[str, float, bool]]:
     return sorted(rows, key=lambda row: -row[1])
 
 
-def curve_pictures(run_dir: Path, labels: Labels) -> list[dict[str, Any]] | None:
+def curve_pictures(run_dir: Path, labels: Labels, what: str) -> list[dict[str, Any]] | None:
     """The curves as bytes in base64; None without matplotlib."""
     try:
-        drawn = plots.draw(run_dir, labels)
+        drawn = plots.draw(run_dir, labels, what)
     except ImportError:
         return None
     return [

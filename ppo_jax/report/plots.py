@@ -24,8 +24,10 @@ from ppo_jax.report.drawing import (
     draw_dots,
     make_panels,
     number_steps,
+    rename_evaluated,
 )
 from ppo_jax.report.series import (
+    EVALUATED,
     NO_LABELS,
     Labels,
     Records,
@@ -48,10 +50,10 @@ class Plot(NamedTuple):
     caption: str  # how to read it
 
 
-def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
+def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS, measured_on: str = EVALUATED) -> list[Plot]:
     """Draws every curve that metrics.jsonl has the numbers for; returns them in the order of the report.
 
-    `labels` names judges that their short names do not explain.
+    `labels` names judges that their short names do not explain, `measured_on` the prompts of the evaluations.
 
     Raises ImportError when matplotlib is missing.
     """
@@ -64,6 +66,7 @@ def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
         for name, title, caption, make in CURVES:
             figure = make(records, labels) if make in (reward_against_kl, judges) else make(records)
             if figure is not None:
+                rename_evaluated(figure, measured_on)
                 folder.mkdir(exist_ok=True)
                 figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
                 drawn.append(Plot(folder / f"{name}.png", title, caption))
@@ -99,7 +102,7 @@ def reward_against_kl(records: Records, labels: Labels = NO_LABELS) -> "Figure |
     if train:
         axes.plot(*zip(*train, strict=True), ".", color=BLUE, alpha=0.35, ms=5, mew=0, label="training prompts")
     own = initial_spread(records, "reward")
-    lines = [("reward", BLUE, "held-out prompts")]
+    lines = [("reward", BLUE, EVALUATED)]
     for name, color in zip(evaluated_judges(records, labels), itertools.cycle(COLORS), strict=False):
         if own and 1 / 3 <= initial_spread(records, name) / own <= 3:
             lines.append((name, color, labels.get(name, name)))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.report.series import NO_LABELS, Labels, Records, judge_names, series
+from ppo_jax.report.series import EVALUATED, NO_LABELS, Labels, Records, judge_names, series
 
 
 class Gain(NamedTuple):
@@ -59,11 +59,12 @@ def judge(
     kl_budget: float | None = None,
     reward_accuracy: float | None = None,
     labels: Labels = NO_LABELS,
+    what: str = EVALUATED,
 ) -> Verdict | None:
     """The verdict on a run from its scores `before` and `after` (keys as in phase "eval" of metrics.jsonl).
 
-    records: metrics.jsonl, to find a judge that has fallen from its peak. count: held-out prompts. labels: of judges.
-    None when there is no reward before and after.
+    records: metrics.jsonl, to find a judge that has fallen from its peak. count: prompts, and `what` they are. labels:
+    of judges. None when there is no reward before and after.
     """
     reward = gain(before, after, "reward", count)
     if reward is None:
@@ -71,7 +72,7 @@ def judge(
     gains = {name: gain(before, after, name, count) for name in judge_names({*before, *after}, labels)}
     judges = {name: found for name, found in gains.items() if found is not None}
     known = {labels.get(name, name): found for name, found in judges.items()}
-    sentences = [_reward_sentence(reward, count)]
+    sentences = [_reward_sentence(reward, count, what)]
     sentences += _judge_sentences(reward, known)
     sentences += _peak_sentences(records, judges, labels)
     sentences += _distance_sentences(before, after, kl_budget)
@@ -104,8 +105,8 @@ def _headline(reward: Gain, judges: Mapping[str, Gain]) -> str:
     )
 
 
-def _reward_sentence(reward: Gain, count: int | None) -> str:
-    of = f"of {count} held-out prompts " if count else ""
+def _reward_sentence(reward: Gain, count: int | None, what: str) -> str:
+    of = f"of {count} {what} " if count else ""
     text = f"The mean reward {of}went from {reward.before:.2f} to {reward.after:.2f}"
     if reward.direction == 0:
         return f"{text}, a change within two standard errors: the training did not move it."

@@ -13,7 +13,7 @@ from ppo_jax.parallel import processes
 from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.setup import Setup, decode_responses
+from ppo_jax.runs.setup import Setup, decode_responses, host_responses
 from ppo_jax.train.experience import reference_logprobs, score_rollout, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
@@ -38,7 +38,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
-        scores = add_scores(scores, _host_scores(setup, asked, texts, rows))
+        scores = add_scores(scores, _host_scores(setup, asked, host_responses(setup, rollout), rows))
         path = directory / rundir.FAULTS / f"update-{step + 1}"
         arrays = {name: value for name, value in rollout._asdict().items() if value is not None}
         arrays |= {"ref_logprobs": reference, "reward": scores.reward, "valid": scores.valid}

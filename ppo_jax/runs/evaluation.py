@@ -13,7 +13,7 @@ from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Setup, decode_responses
+from ppo_jax.runs.setup import Setup, decode_responses, host_responses
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
@@ -96,7 +96,8 @@ def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, response
     """Collect one number per response and score, for the held-out prompts `rows`."""
     prompts, from_host = [setup.held_out.texts[i] for i in rows], None
     if setup.reward.host is not None:
-        given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        read = host_responses(setup, result.rollout)
+        given = SplitReward(setup.reward.host)(prompts, read, [setup.held_out.metadata[i] for i in rows])
         from_host = as_scores(given, len(responses))
     scores = only_finite(add_scores(result.scores, from_host))
     valid = np.asarray(scores.valid)

@@ -36,10 +36,12 @@ def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
     """
     sides = {"on the device": setup.reward.device, "on the host": setup.reward.host}
     where = " and ".join(side for side, function in sides.items() if function is not None)
+    # What was not there before counts as its default, so that older runs go on.
+    kept = {} if setup.reward.special_tokens == "drop" else {"special_tokens": setup.reward.special_tokens}
     around = environment()
     found = {
         "base": {"name": setup.model.name, "fingerprint": setup.model.fingerprint},
-        "reward": {"where": where, "name": setup.reward.name, "arrays": _digest(setup.reward.params)},
+        "reward": {"where": where, "name": setup.reward.name, "arrays": _digest(setup.reward.params)} | kept,
         "lora_scales": _scales({"policy": policy, "reward": setup.reward.params}),
         "compute": {name: getattr(setup.model.config, name) for name in ("dtype", "remat", "attention")},
         "prompts": _rows_digest(setup.prompts.rows),

@@ -4,6 +4,7 @@ The algorithm knows no files and no screens; here it gets them: run directory, c
 samples, the live display, and the policy saved at the end.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def check_setup(setup: Setup) -> Setup:
 
 def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
     """Says what the user should know from the start; where failed rewards are told of."""
+    if rows := sum(stop - start for start, stop in setup.model.config.tokenless):
+        screen.message(
+            f"{rows} of the {setup.model.config.vocab_size} rows of the vocabulary have no token: their probability is "
+            "0, for the sampler as in every log-prob, entropy and KL"
+        )
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
@@ -120,4 +126,5 @@ def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
-    return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, hooks.stopping)
+    decode = partial(setup.model.decode, special=setup.reward.special_tokens == "keep")
+    return host_iteration(collect, learn, reward, decode, sampling, texts, table, hooks.stopping)

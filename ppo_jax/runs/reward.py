@@ -29,7 +29,7 @@ from ppo_jax.train.reward_model import Loss, RewardConfig, fit_head, init_role, 
 from ppo_jax.train.state import key_stream
 
 Data = EncodedPairs | EncodedRatings | EncodedChoices
-TRAINING, HELD_OUT = "training texts", "held-out texts"
+TRAINING = "training texts"
 RATED_PAIRS = 50_000  # of ratings, as many random pairs fit the head and are measured
 
 
@@ -87,7 +87,8 @@ def run_reward(
         write(step, {f"heldout_{name}": values[name] for name in kept})
         return values, table
 
-    unseen = collect_comparisons(held_out, seed, HELD_OUT)
+    measured_on = "training" if held_out == train else "held-out"  # too few to hold any out
+    unseen = collect_comparisons(held_out, seed, f"{measured_on} texts")
     screen.message(f"reward model: reading {len(given.rows)} texts")
     found = features(given.rows)
     if reward.head_steps:
@@ -106,7 +107,8 @@ def run_reward(
     write(steps, {f"heldout_{name}": value for name, value in spread.items()})
     values |= spread
     normalised_on = ("reference texts" if reference else "training texts") if reward.normalise else None
-    meta = describe_training(reward, given, unseen, values, table) | {"normalised_on": normalised_on}
+    meta = describe_training(reward, given, unseen, values, table)
+    meta |= {"normalised_on": normalised_on, "measured_on": measured_on}
     path = save_reward(directory, model, reward, role, meta)
     return RewardResult(role, trunk, values["accuracy"], values, table, path)
 

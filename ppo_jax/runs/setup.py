@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,11 +46,15 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
-    """Decode the text of every response."""
-    return response_texts(
-        np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
-    )
+def decode_responses(model: Model, sampling: Sampling, rollout: Rollout, special: bool = False) -> list[str]:
+    """Decode every response, without the token that ended it; with `special` other special tokens stay."""
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+    return response_texts(tokens, mask, partial(model.decode, special=special), sampling.stop_ids)
+
+
+def host_responses(setup: Setup, rollout: Rollout) -> list[str]:
+    """Decode the responses as the host's reward reads them."""
+    return decode_responses(setup.model, setup.ppo.sampling, rollout, setup.reward.special_tokens == "keep")
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:

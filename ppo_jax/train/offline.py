@@ -8,6 +8,7 @@ Losses are sums divided by the count of the whole batch, so neither micro-batche
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.placement import constrain_params, create_on_mesh
 from ppo_jax.models.roles import role_hidden
+from ppo_jax.models.transformer import finish_logits
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.ops.means import means
 from ppo_jax.parallel.processes import feed
@@ -112,7 +114,8 @@ def target_logprobs(
     """
     hidden = role_hidden(base, adapter, config, tokens, mask, prefix)
     table = constrain(unembedding(base, adapter), "table")  # gathered once, not once a chunk
-    logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk)
+    finish = partial(finish_logits, config)
+    logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk, finish=finish)
     return jnp.where(loss_mask[:, 1:], logprobs, 0.0)  # nothing stands before the first token
 
 

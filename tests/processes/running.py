@@ -56,7 +56,8 @@ OVERRIDE = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 def make_world(folder: Path, reward: str = REWARD) -> None:
     hf.save(folder / "model", MODEL, random_params(MODEL), make_tokenizer())
     (folder / "reward.py").write_text(reward)
-    lines = [json.dumps({"prompt": "abcd"[: 1 + i % 4], "metadata": {"n": i}}) + "\n" for i in range(30)]
+    texts = ["abcd"[: 1 + i % 4] + "efghijkl"[i // 4] for i in range(30)]
+    lines = [json.dumps({"prompt": text, "metadata": {"n": i}}) + "\n" for i, text in enumerate(texts)]
     (folder / "prompts.jsonl").write_text("".join(lines))
 
 

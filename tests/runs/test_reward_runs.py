@@ -45,7 +45,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     save_sampled(tmp_path / "model")
-    lines = [json.dumps({"prompt": "abcdefgh"[: 2 + i % 6], "metadata": {"n": i}}) for i in range(40)]
+    words = ["abcdefgh"[: 2 + i % 6] + "abcdefg"[i // 6] for i in range(40)]
+    lines = [json.dumps({"prompt": word, "metadata": {"n": i}}) for i, word in enumerate(words)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     return tmp_path
 

@@ -210,7 +210,7 @@ def test_meshes_that_do_not_fit_leave_nothing_behind(
 
 def test_a_chain_of_commands_on_meshes_is_the_chain_on_one_device(files: Path) -> None:
     """Fine-tuning, a reward model and PPO with it, each command reading what the one before left."""
-    lines = [{"prompt": "cdefg"[: 1 + i % 4]} for i in range(24)]
+    lines = [{"prompt": "cdefg"[: 1 + i % 4] + "abcdef"[i // 4]} for i in range(24)]
     (files / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def chain(name: str, mesh: str) -> list[dict[str, Any]]:
