@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.data import TooLong
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
@@ -67,7 +68,7 @@ def open_directory(settings: Any) -> Path:
     """The run directory, with the settings that repeat the run in it."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
-        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+        replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
     return directory
 
 

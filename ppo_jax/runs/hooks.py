@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ppo_jax.data.disk import replace_file
+from ppo_jax.data.disk import replace_file, sync
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
@@ -84,8 +84,9 @@ class Hooks:
 
     def save(self, done: int, state: Any, due: bool) -> None:
         self.given = (done, state)
-        if due:  # what the checkpoint takes for written is tried once more
+        if due:  # what the checkpoint takes for written is tried once more, and is on the disk before it
             self.write_again()
+            self.sync_records()
         self.keep(done, state, due)
 
     def stop(self, done: int) -> str | None:
@@ -102,6 +103,16 @@ class Hooks:
             with contextlib.suppress(OSError):
                 write_config(self.stage)
         return sum(again() for again in (self.put_samples, *self.files))
+
+    def sync_records(self) -> None:
+        """Has the records so far outlive a power cut."""
+        for name in (rundir.METRICS, rundir.SAMPLES):
+            try:
+                sync(self.stage.directory / name)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self.stage.screen.message(f"{name}: its last lines may not outlive a power cut: {error}")
 
     def finish(self, state: Any) -> None:
         """Has the last state on disk, and says what could not be written. Raises `CheckpointSaveError`."""

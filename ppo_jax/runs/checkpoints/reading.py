@@ -78,6 +78,19 @@ def read_leaves(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, 
     return arrays
 
 
+def check_written(folder: Path) -> None:
+    """Raises ValueError unless every array that a checkpoint describes is stored in it; reads headers only.
+
+    Args:
+      folder: of one checkpoint, which need not have its name yet.
+    """
+    manifest: Manifest = parse_json((folder / "meta" / "metadata").read_bytes())["manifest"]
+    names = [name for name, entry in manifest.items() if 0 not in entry["shape"]]
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / "arrays").tree
+    if wrong := manifests.other_than_stored(manifest, stored, names):
+        raise ValueError(f"what was written cannot be read back: {'; '.join(wrong[:3])}")
+
+
 @contextlib.contextmanager
 def read_errors(path: Path, step: int) -> Iterator[None]:
     try:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from ppo_jax.data.disk import make_directory, sync
 from ppo_jax.data.jsonl import read_jsonl, truncate_jsonl
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
@@ -98,10 +99,13 @@ def _first_sets_aside(directory: Path, step: int) -> Path | None:
 def set_aside(directory: Path, step: int) -> Path:
     """Moves a checkpoint out of the way, under a name that is free."""
     folder = directory / rundir.DAMAGED
-    folder.mkdir(exist_ok=True)
+    make_directory(folder)
     names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
     target = next(folder / name for name in names if not (folder / name).exists())
-    (directory / rundir.CHECKPOINTS / str(step)).rename(target)
+    checkpoints = directory / rundir.CHECKPOINTS
+    (checkpoints / str(step)).rename(target)
+    for place in (folder, checkpoints):
+        sync(place)
     return target
 
 

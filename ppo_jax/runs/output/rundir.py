@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import replace_file, strict
+from ppo_jax.data.disk import make_directory, replace_file, strict
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.parallel.launch import PRIVATE
@@ -60,7 +60,7 @@ def open_run(
     if resume in (True, "yes") and not any((path / name).exists() for name in LAYOUT):
         raise ValueError(f"{path} holds no run to go on with: --resume auto starts one, or name another directory")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         with tempfile.TemporaryFile(dir=path):  # a mode bit does not tell: a disk may be read-only or full
             pass
     except OSError as error:
