@@ -16,6 +16,7 @@ from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
 from ppo_jax.cli.serve import settings as serving
 from ppo_jax.cli.serve.command import serve_reward
+from ppo_jax.data.locks import release_all
 from ppo_jax.parallel import launch
 from ppo_jax.train.loop import Interrupted
 
@@ -84,6 +85,8 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
             traceback.print_exc()
             launch.leave(FAILED)
         raise
+    finally:
+        release_all()
     if code not in (0, PREEMPTED):
         launch.leave(code)
     return code

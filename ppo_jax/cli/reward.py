@@ -9,7 +9,9 @@ from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
+from ppo_jax.data.disk import make_directory
 from ppo_jax.data.encode import EncodedChoices, EncodedRatings, encode_choices, encode_ratings
+from ppo_jax.data.locks import hold_target
 from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
@@ -84,7 +86,9 @@ BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output class
 
 def export_reward(settings: ExportRewardSettings) -> None:
     """`ppo-jax export-reward`."""
-    path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
+    make_directory(settings.output.parent)
+    with hold_target(settings.output):
+        path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 

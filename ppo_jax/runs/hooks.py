@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ppo_jax.data.disk import replace_file, sync
+from ppo_jax.data.locks import Held, hold_directory
+from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
@@ -15,6 +17,10 @@ from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
 
 Values = Mapping[str, float]
+
+
+class TakenOver(RuntimeError):
+    """The directory of this run is now that of another: nothing more is written."""
 
 
 class Best:
@@ -85,6 +91,7 @@ class Hooks:
     def save(self, done: int, state: Any, due: bool) -> None:
         self.given = (done, state)
         if due:  # what the checkpoint takes for written is tried once more, and is on the disk before it
+            self.hold_again()
             self.write_again()
             self.sync_records()
         self.keep(done, state, due)
@@ -103,6 +110,17 @@ class Hooks:
             with contextlib.suppress(OSError):
                 write_config(self.stage)
         return sum(again() for again in (self.put_samples, *self.files))
+
+    def hold_again(self) -> None:
+        """Takes the directory again, where it was removed meanwhile. Raises `TakenOver` where another run is in it."""
+        if not is_first() or not self.stage.directory.is_dir():
+            return
+        try:
+            hold_directory(self.stage.directory)
+        except Held as error:
+            raise TakenOver(f"the run directory was removed, and another run is in its place: {error}") from None
+        except OSError:
+            pass  # the disk is full, say; that the directory cannot be written is said of what is written
 
     def sync_records(self) -> None:
         """Has the records so far outlive a power cut."""

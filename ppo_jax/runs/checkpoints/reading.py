@@ -19,6 +19,16 @@ FORMAT = 2
 LARGEST_META = 1 << 26  # bytes of a checkpoint's description that are read
 
 
+def check_path(directory: Path) -> None:
+    """Raises ValueError where a checkpoint below `directory` could not be read back, for a name on the way to it."""
+    where = str(directory.resolve())
+    if found := sorted(set(where) & set("[*?\\")):
+        raise ValueError(
+            f"{directory}: checkpoints cannot be kept below a directory with {' or '.join(found)} in its name "
+            f"({where}), which the library that writes them takes for a pattern; name it without"
+        )
+
+
 def all_steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`, oldest first (empty where there are none)."""
     return sorted(ocp.utils.checkpoint_steps(Path(directory).resolve()))

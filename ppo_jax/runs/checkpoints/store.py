@@ -44,6 +44,7 @@ from ppo_jax.runs.checkpoints.reading import (
     FORMAT,
     LARGEST_META,
     all_steps,
+    check_path,
     check_written,
     find_step,
     first_line,
@@ -110,6 +111,7 @@ def open_manager(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     path = Path(directory).resolve()
+    check_path(path)
     quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_Keep(keep, every, best),
