@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from ppo_jax.data.disk import make_directory, replace_file, strict
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
-from ppo_jax.data.locks import hold_directory, release_directory
+from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.parallel.launch import PRIVATE
 from ppo_jax.parallel.processes import is_first
@@ -62,7 +62,8 @@ def open_run(
         raise ValueError("--resume and --overwrite exclude each other: choose one")
     path = Path(path).expanduser()
     check_path(path)
-    _look(path, resume, overwrite)
+    if not (path / LOCK).exists():  # no process of ours is or was there
+        _look(path, resume, overwrite)
     try:
         make_directory(path)
         with tempfile.TemporaryFile(dir=path):  # a mode bit does not tell: a disk may be read-only or full
@@ -71,7 +72,7 @@ def open_run(
         raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
     hold_directory(path)
     try:
-        found = _look(path, resume, overwrite)  # again: another process may have been here
+        found = _look(path, resume, overwrite)
     except ValueError:
         release_directory(path)
         raise
