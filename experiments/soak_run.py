@@ -21,6 +21,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layout import init_params
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import APIConfig, api_reward
+from ppo_jax.rewards.base import HostReward, Reward
 from ppo_jax.rewards.failures import FailureLog
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.output import config, rundir
@@ -88,8 +89,8 @@ def prompt_set(model: Model, count: int, seed: int) -> PromptSet:
     return PromptSet(rows, texts, [{} for _ in texts])
 
 
-def make_setup(settings: SoakRun) -> Setup:
-    """The run, but for its reward. 20 prompts and batches of 8: an epoch ends inside every third batch."""
+def make_setup(settings: SoakRun, reward: HostReward) -> Setup:
+    """The run. 20 prompts and batches of 8: an epoch ends inside every third batch."""
     model = tiny_model()
     sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=model.stop_ids, pad_id=model.pad_id)
     adapter = AdapterConfig(layers=1, rank=2)
@@ -102,9 +103,9 @@ def make_setup(settings: SoakRun) -> Setup:
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
+        reward=Reward(host=reward, name="good words less bad ones"),
         # The port changes with every start of the server, and is no part of what the run is.
         config=config.to_yaml(dataclasses.replace(settings, resume="no", server="")),
-        reward_name="good words less bad ones",
     )
 
 
@@ -114,7 +115,7 @@ def main(args: list[str] | None = None) -> Result:
     directory = rundir.open_run(settings.run_dir, settings.resume)
     with progress("soak") as screen:
         reward = api_reward(settings.server, PATIENT, FailureLog(screen.message))
-        return run_ppo(directory, make_setup(settings)._replace(host_reward=reward), screen, settings.resume)
+        return run_ppo(directory, make_setup(settings, reward), screen, settings.resume)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.experience import make_experience
 from ppo_jax.train.optimizer import make_optimizer
@@ -25,6 +26,7 @@ __all__ = [
     "PPOConfig",
     "Policy",
     "Prompts",
+    "Reward",
     "RewardHead",
     "RewardRole",
     "Rollout",

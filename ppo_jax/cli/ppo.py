@@ -4,7 +4,7 @@ import dataclasses
 from datetime import date
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, say_long
+from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_prompts, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -88,7 +88,7 @@ BRIEF = Brief(
 
 
 def ppo(settings: PPOSettings) -> None:
-    """`ppo-jax ppo`."""
+    """Run `ppo-jax ppo`."""
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
@@ -120,16 +120,12 @@ def _ppo(settings: PPOSettings) -> None:
         loop=settings.loop,
         seed=settings.seed,
         pretrain=_pretraining(settings, model),
-        device_reward=chosen.device,
-        reward_params=chosen.params,
-        host_reward=chosen.host,
-        failures=chosen.failures,
+        reward=chosen,
         config=repeatable_yaml(settings),
-        reward_name=chosen.name,
     )
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
-        say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
@@ -147,14 +143,14 @@ def _ppo(settings: PPOSettings) -> None:
             "versions": facts["versions"],
             "machine": facts["machine"],
         }
-        if "accuracy" in chosen.meta:
-            summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
+        if "accuracy" in chosen.metadata:
+            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported}; report: {page}")
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
-    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    """Read the token rows of PPO-ptx, no longer than prompt and response together."""
     if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
         raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
     if settings.pretrain is None:

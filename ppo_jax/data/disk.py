@@ -23,7 +23,7 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTAL
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file; of a folder: of the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
+    """Hash a file by sha256; a folder: the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -33,7 +33,7 @@ def sha256_of(path: Path) -> str:
 
 
 def strict(value: Any) -> Any:
-    """The value with what JSON cannot hold replaced, recursively; arrays of one number become that number."""
+    """Replace what JSON cannot hold in a value, recursively; arrays of one number become that number."""
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +52,7 @@ def strict(value: Any) -> Any:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file: whoever looks finds the old one or this one, also after a power cut."""
+    """Write a whole file: whoever looks finds the old one or this one, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     publish(temporary, path)
@@ -60,7 +60,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`, which takes its place at the end of the block.
+    """Give an empty directory beside `target`, which takes its place at the end of the block.
 
     Where the block fails the new directory goes, and `target` is as it was. Parents are made. A link stays one, and
     what it leads to is replaced. What a killed process of this machine began is removed.
@@ -82,7 +82,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Puts a finished file or directory in the place of `target`; what was there goes. Both lie in one directory.
+    """Put a finished file or directory in the place of `target`; what was there goes. Both lie in one directory.
 
     `partial` is on the disk itself before it gets the name, and the name is when this returns: a machine that goes
     down at any moment leaves the old or the new one, whole. Where it fails, `target` is as it was.
@@ -96,7 +96,7 @@ def publish(partial: Path, target: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and its parents, on the disk itself."""
+    """Make a directory and its parents, on the disk itself."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -104,7 +104,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """`sync` of a file; of a directory with all that is below it."""
+    """Call `sync` on a file, or on a directory and all that is below it."""
     if path.is_dir() and not path.is_symlink():
         for item in path.iterdir():
             sync_tree(item)
@@ -113,7 +113,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the bytes of a file, or the names in a directory, are on the disk itself (fsync).
+    """Return when the bytes of a file, or the names in a directory, are on the disk itself (fsync).
 
     A disk that cannot do this for directories, as some of networks, is left to its own ways.
     """
@@ -130,7 +130,7 @@ def sync(path: Path) -> None:
 
 
 def keep_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
-    """Gives the directory `target` what `source` has and it has not, apart from the names `without`.
+    """Give the directory `target` what `source` has and it has not, apart from the names `without`.
 
     Files are linked where the disk can do that, and copied where not; `source` keeps them.
     """
@@ -152,7 +152,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def swap(partial: Path, target: Path) -> None:
-    """Puts the directory `partial` in the place of `target`; what was there is removed.
+    """Put the directory `partial` in the place of `target`; what was there is removed.
 
     In one step where the disk can exchange two names (Linux, most local disks), else in two. Where that fails,
     `target` is as it was, and OSError is raised.
@@ -174,7 +174,7 @@ def swap(partial: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Gives each of two paths the other's name, in one step; False where system or disk cannot do that."""
+    """Give each of two paths the other's name, in one step; return False where system or disk cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
     if rename is None:
         return False
@@ -188,7 +188,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _lives(process: str) -> bool:
-    """Whether a process of this machine runs, by its number; what is no number does."""
+    """Tell whether a process of this machine runs, by its number; what is no number does."""
     if not process.isdecimal():
         return True
     try:
@@ -204,7 +204,7 @@ def _lives(process: str) -> bool:
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
-    """The value of a JSON text (bytes: UTF-8, or as `json` detects). ValueError where it is none, or nested deeper."""
+    """Parse a JSON text (bytes: UTF-8, or as `json` detects). Raise ValueError where it is none, or nested deeper."""
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
     level = 0
     for found in _TOKEN.finditer(text):

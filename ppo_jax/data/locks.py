@@ -36,7 +36,7 @@ _held: dict[Path, _Hold] = {}
 
 
 def hold_directory(directory: Path) -> None:
-    """Takes a directory for this process, until it ends or `release_directory`; again is the same as once.
+    """Take a directory for this process, until it ends or `release_directory`; again is the same as once.
 
     Raises:
       Held: another process has it.
@@ -53,7 +53,7 @@ def hold_directory(directory: Path) -> None:
 
 
 def release_directory(directory: Path) -> None:
-    """Lets a directory go, if this process holds it."""
+    """Let a directory go, if this process holds it."""
     mine = _held.pop(directory.resolve(), None)
     if mine is not None and mine.process == os.getpid():
         with contextlib.suppress(OSError):
@@ -63,14 +63,14 @@ def release_directory(directory: Path) -> None:
 
 
 def release_all() -> None:
-    """Lets all directories go that this process holds."""
+    """Let all directories go that this process holds."""
     for directory in list(_held):
         release_directory(directory)
 
 
 @contextlib.contextmanager
 def hold_target(target: Path) -> Iterator[None]:
-    """Within the block no other process makes `target`. Raises `Held` where one does already."""
+    """Keep every other process from making `target` within the block; raise `Held` where one does already."""
     target = target.resolve()
     lock_file, holder = _beside(target)
     lock = _take(lock_file, holder, str(target))
@@ -82,7 +82,7 @@ def hold_target(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def wait_for_target(target: Path, say: Callable[[str], None], timeout: float = -1) -> Iterator[None]:
-    """As `hold_target`, but waits for the other process, which `say` is told of.
+    """Do as `hold_target`, but wait for the other process, which `say` is told of.
 
     Raises:
       Held: it has waited for `timeout` seconds; negative: never.
@@ -122,7 +122,7 @@ def _take(lock_file: Path, holder: Path, what: str, timeout: float = 0) -> filel
 
 
 def _remove(lock: filelock.BaseFileLock, lock_file: Path, holder: Path) -> None:
-    """Lets the lock go, and removes its files while it is held."""
+    """Let the lock go, and removes its files while it is held."""
     for file in (holder, lock_file):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _remove(lock: filelock.BaseFileLock, lock_file: Path, holder: Path) -> None:
 
 
 def _inode(file: Path) -> int:
-    """0: there is no such file."""
+    """Return 0 where there is no such file."""
     try:
         return file.stat().st_ino
     except OSError:
@@ -139,7 +139,7 @@ def _inode(file: Path) -> int:
 
 
 def _describe(holder: Path) -> str:
-    """Who holds a lock, for a message. The holder says so right after it has taken it."""
+    """Say who holds a lock, for a message. The holder writes it down right after it has taken it."""
     for _ in range(20):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(holder.read_text())

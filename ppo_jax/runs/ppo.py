@@ -53,7 +53,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
     loop = setup.loop
 
     # -- restore -------------------------------------------------------------------------------------------------------
-    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward_params))
+    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward.params))
     optimizer = make_optimizer(setup.ppo.optimizer)
     state = place_on_mesh(make_fresh_state(setup, optimizer))
     stage = Stage(directory, "ppo", loop, run_facts(setup, state.policy), setup.config, screen, resume)
@@ -90,8 +90,6 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
 
 def check_setup(setup: Setup) -> Setup:
     """Raises ValueError for what cannot be trained; scalars come back as Python numbers."""
-    if (setup.device_reward is None) == (setup.host_reward is None):
-        raise ValueError("a run needs exactly one reward: give device_reward or host_reward")
     setup.ppo.check_batch(setup.loop.batch_size)
     setup = setup._replace(hyper=check_hyper(setup.hyper))
     check_scalars_of(setup.ppo, setup.hyper)
@@ -110,17 +108,16 @@ def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
             "mismatch is logged as behaviour_mismatch. " + FILTERED[setup.ppo.behaviour]
         )
     screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
-    failures = setup.failures or FailureLog()
-    failures.notify = screen.message
-    return failures
+    setup.reward.failures.notify = screen.message
+    return setup.reward.failures
 
 
 def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     """The compiled iteration for a reward on the device, or the one around a reward on the host."""
-    if setup.device_reward is not None:
-        return make_iteration(setup.model.config, setup.ppo, optimizer, setup.device_reward)
-    assert setup.host_reward is not None
-    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer)
+    if setup.reward.host is None:
+        assert setup.reward.device is not None
+        return make_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
-    reward, sampling = SplitReward(setup.host_reward), setup.ppo.sampling
+    reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
     return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, hooks.stopping)

@@ -30,6 +30,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.means import merge_metrics, no_metrics
 from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import only_finite
 from ppo_jax.rollout import generate
 from ppo_jax.train.experience import (
@@ -196,6 +197,7 @@ def make_host_iteration(
     config: ModelConfig,
     ppo: PPOConfig,
     optimizer: optax.GradientTransformation,
+    reward: DeviceReward | None = None,
     *,
     loss: Loss | None = None,
     advantage: Estimator | None = None,
@@ -203,10 +205,11 @@ def make_host_iteration(
     """The iteration in two jitted halves, for rewards that are computed on the host in between.
 
     Returns collect(state, frozen, prompts, hyper) -> rollout, and
-    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state.
-    `loss` and `advantage` as for `make_iteration`.
+    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state. It
+    adds what `reward` says on the device, where there is one, to the host's scores. `loss` and `advantage` as for
+    `make_iteration`.
     """
-    algorithm = Algorithm(config, ppo, optimizer, None, loss, advantage)
+    algorithm = Algorithm(config, ppo, optimizer, reward, loss, advantage)
 
     def second(
         state: TrainState,
@@ -217,6 +220,8 @@ def make_host_iteration(
         pretrain: Texts | None = None,
     ) -> tuple[TrainState, Metrics]:
         collected = share_prefix(algorithm, state.policy, frozen, rollout, pretrain)
+        if reward is not None:
+            scores = add_scores(score_rollout(reward, frozen, collected), scores)
         return learn(algorithm, state, frozen, collected, scores, hyper)
 
     return jax.jit(partial(collect, algorithm)), jax.jit(second, donate_argnums=0)
