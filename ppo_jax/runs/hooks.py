@@ -55,9 +55,9 @@ class Hooks:
     def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Callable[[], str | None]) -> None:
         self.stage, self.keep, self.best, self.asked = stage, keep, best, asked
         directory, screen = stage.directory, stage.screen
-        self.evaluations = earlier_evaluations(directory)
+        self.evaluations = earlier_evaluations(directory, *stage.evaluations)
         self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
-        self.files = run_files(directory, screen, stage.loop.wandb, stage.config)
+        self.files = run_files(directory, screen, stage.loop.wandb, stage.config, stage.phases)
         self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""
@@ -137,7 +137,11 @@ class Hooks:
         last = self.stage.loop.updates
         if self.keep.settle() != last:
             self.keep.insist(last, state)
-        if lost := self.write_again():  # the last save may have made a removed directory again
+        self.say_lost()  # the last save may have made a removed directory again
+
+    def say_lost(self) -> None:
+        """Try for the last time what could not be written, and say how much of it is lost."""
+        if lost := self.write_again():
             self.stage.screen.message(f"{lost} lines that could not be written (the messages above say where) are lost")
 
 

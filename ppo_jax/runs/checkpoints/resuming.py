@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,10 @@ MAY_CHANGE = (
     "ppo.accumulate",
     "ppo.logprob_chunk",
     "ppo.sampling.gather_weights",
+    "sft.accumulate",
+    "sft.logprob_chunk",
+    "dpo.accumulate",
+    "dpo.logprob_chunk",
     "compute.remat",
     "compute.attention",
 )
@@ -111,9 +115,9 @@ def set_aside(directory: Path, step: int) -> Path:
     return target
 
 
-def drop_later_records(directory: Path, step: int) -> None:
+def drop_later_records(directory: Path, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
     """Drops what a run wrote after `step`, and the samples of an evaluation at `step` that has no record yet."""
-    rundir.truncate_run(directory, step)
+    rundir.truncate_run(directory, step, phases)
     records = read_jsonl(directory / rundir.METRICS)
     if not any(record.get("phase") == "eval" and record.get("step") == step for record in records):
         truncate_jsonl(directory / rundir.SAMPLES, step - 1)
