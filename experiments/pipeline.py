@@ -214,4 +214,4 @@ def goodness(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.pipeline", main))
+    sys.exit(exit_code("experiments.pipeline", main, resumable=True))

@@ -348,4 +348,4 @@ def model_judge(model: Model, judge: rating_model.RatingModel, stop_ids: tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.sentiment", main))
+    sys.exit(exit_code("experiments.sentiment", main, resumable=True))

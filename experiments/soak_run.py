@@ -119,4 +119,4 @@ def main(args: list[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.soak_run", main))
+    sys.exit(exit_code("experiments.soak_run", main, resumable=True))

@@ -1,10 +1,12 @@
 """The console command `ppo-jax`, and what becomes of an error: one line and an exit code, no traceback."""
 
+import contextlib
 import difflib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -18,10 +20,11 @@ from ppo_jax.cli.serve import settings as serving
 from ppo_jax.cli.serve.command import serve_reward
 from ppo_jax.data.locks import release_all
 from ppo_jax.parallel import launch
+from ppo_jax.runs.signals import INTERRUPTED, PREEMPTED, end_when_asked
 from ppo_jax.train.loop import Interrupted
 
 # Exit codes. 75 is sysexits.h's EX_TEMPFAIL: stopped by SIGTERM, Ctrl-C or the cluster, saved, to be gone on with.
-FAILED, MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
+FAILED, MISTAKE = 1, 2
 LONGEST = 4000  # characters of a message: it may quote what stands in a damaged file
 TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
@@ -61,7 +64,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
         return MISTAKE
     command, prog = COMMANDS[name], f"ppo-jax {name}"
-    return exit_code(prog, lambda: command.run(parse(command.settings, options, prog=prog, brief=command.brief)))
+    resumable = hasattr(command.settings, "resume")
+    parsed = partial(parse, command.settings, options, prog=prog, brief=command.brief)
+    return exit_code(prog, lambda: command.run(parsed()), resumable)
 
 
 def usage() -> str:
@@ -70,8 +75,10 @@ def usage() -> str:
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 
-def exit_code(prog: str, run: Callable[[], object]) -> int:
+def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> int:
     """Call `run`. An error that a user can act on becomes a message on standard error and an exit code.
+
+    With `resumable` SIGTERM and SIGHUP end it with 75 wherever it is.
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
@@ -79,7 +86,8 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
     (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
     try:
-        code = _exit_code(prog, run)
+        with end_when_asked() if resumable else contextlib.nullcontext():
+            code = _exit_code(prog, run)
     except Exception:
         if jax.distributed.is_initialized():
             traceback.print_exc()

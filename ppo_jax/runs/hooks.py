@@ -12,7 +12,7 @@ from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.writers import combine, resilient, run_files
-from ppo_jax.runs.signals import stop_requests
+from ppo_jax.runs.signals import Requests, stop_requests
 from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
 
@@ -52,7 +52,7 @@ class Hooks:
     evaluations: step -> values, of this process and of those before it.
     """
 
-    def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Callable[[], str | None]) -> None:
+    def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Requests) -> None:
         self.stage, self.keep, self.best, self.asked = stage, keep, best, asked
         directory, screen = stage.directory, stage.screen
         self.evaluations = earlier_evaluations(directory, *stage.evaluations)
@@ -69,6 +69,7 @@ class Hooks:
         self.stage.screen.update(phase=phase, step=step, total=self.stage.loop.updates, values=values)
 
     def write(self, done: int, values: Values) -> None:
+        self.asked.unsaved = True
         self.record(done, self.stage.phase, values)
 
     def evaluate(self, done: int, state: Any) -> Values | None:
@@ -138,6 +139,8 @@ class Hooks:
         if self.keep.settle() != last:
             self.keep.insist(last, state)
         self.say_lost()  # the last save may have made a removed directory again
+        if reason := self.stop(last + 1):
+            raise Interrupted(f"stopped by {reason} after update {last}")
 
     def say_lost(self) -> None:
         """Try for the last time what could not be written, and say how much of it is lost."""
