@@ -104,7 +104,7 @@ def main(args: list[str] | None = None) -> Path:
     settings = parse(PipelineConfig, args, prog="experiments.pipeline", brief=BRIEF)
     directories, repeatable = open_directories(settings), repeatable_yaml(settings)
     rng, base, seed = np.random.default_rng(settings.seed), model(settings.seed), settings.seed
-    with progress("ppo_jax · pipeline") as screen:
+    with progress("ppo_jax · pipeline", log=settings.run_dir / rundir.LOG) as screen:
         # -- 1: SFT, on sentences whose words are good and bad by chance -----------------------------------------------
         demonstrations, unseen = (
             encode_sft(sentences(rng, n), base.tokenizer, MAX_LENGTH) for n in (settings.demonstrations, 64)

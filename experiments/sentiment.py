@@ -198,7 +198,7 @@ def run(settings: SentimentConfig) -> Path:
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
 
-    with progress("ppo_jax · sentiment") as screen:
+    with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
         over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"

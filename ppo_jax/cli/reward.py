@@ -18,7 +18,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
 from ppo_jax.runs.checkpoints.resuming import Resume
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import Screen, progress
 from ppo_jax.runs.prompts import check_room, split_held_out
 from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
@@ -122,7 +122,7 @@ def _reward(settings: RewardSettings) -> None:
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
-    with progress("ppo-jax reward", is_first()) as screen:
+    with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,

@@ -84,7 +84,7 @@ def life(act: Callable[[], object]) -> tuple[int, str]:
         code = 99
         try:
             os.dup2(write, 2)
-            sys.stderr = open(2, "w", closefd=False)  # pytest's own has no file
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # pytest's own has no file
             act()
             code = 0
         finally:

@@ -5,7 +5,7 @@
     samples.jsonl    the same prompts at several steps       checkpoints/   state to resume from
     summary.json     the numbers of the report               export/        adapter and heads, merged model
     report.html      one self-contained page                damaged/       checkpoints that could not be read
-                                                           faults/        batches that training stopped at
+    screen.log       what was said, with times              faults/        batches that training stopped at
 
 Only the first process of a multi-host run opens and writes it.
 """
@@ -34,6 +34,7 @@ CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 SUMMARY, REPORT = "summary.json", "report.html"
 TENSORBOARD, PLOTS, CHECKPOINTS = "tensorboard", "plots", "checkpoints"
 DAMAGED, FAULTS = "damaged", "faults"  # only where something went wrong
+LOG = "screen.log"
 
 LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
 
@@ -76,7 +77,7 @@ def open_run(
     except ValueError:
         release_directory(path)
         raise
-    for name in found if overwrite else ():
+    for name in (*found, *[LOG] * (path / LOG).exists()) if overwrite else ():
         item = path / name
         shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     return path
