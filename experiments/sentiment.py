@@ -36,6 +36,7 @@ from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import assets
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT
@@ -197,7 +198,7 @@ def run(settings: SentimentConfig) -> Path:
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
 
-    with progress("ppo_jax · sentiment") as screen:
+    with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
         over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
@@ -246,7 +247,7 @@ def open_directory(settings: SentimentConfig) -> Path:
     """Opens the run directory and writes the settings that repeat the run into it."""
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
-        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+        replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
     return directory
 
 
@@ -347,4 +348,4 @@ def model_judge(model: Model, judge: rating_model.RatingModel, stop_ids: tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.sentiment", main))
+    sys.exit(exit_code("experiments.sentiment", main, resumable=True))

@@ -6,15 +6,19 @@ Everything that a user may have got wrong is looked at before the run directory 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.data import TooLong
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
+from ppo_jax.report import page
+from ppo_jax.runs.facts import environment
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.offline import OfflineConfig
@@ -67,8 +71,26 @@ def open_directory(settings: Any) -> Path:
     """Open the run directory, and write the settings that repeat the run into it."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
-        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+        replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
     return directory
+
+
+def write_report(
+    directory: Path, settings: Any, title: str, task: str, before: Mapping[str, float], after: Mapping[str, float]
+) -> Path:
+    """Write the report of a stage that trains on fixed data; return its path."""
+    facts = environment()
+    summary: page.Summary = {
+        "title": title,
+        "task": task,
+        "before": before,
+        "after": after,
+        "seed": settings.seed,
+        "date": date.today().isoformat(),
+        "versions": facts["versions"],
+        "machine": facts["machine"],
+    }
+    return page.write(directory, summary)
 
 
 def repeatable_yaml(settings: Any) -> str:

@@ -11,11 +11,14 @@ from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
+from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dpo import encode, run_dpo
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.dpo import DPOConfig
+from ppo_jax.train.loop import OfflineLoop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,10 @@ class DPOSettings(RunSettings):
     """These options say which parameters are trained."""
     dpo: DPOConfig = DPOConfig()
     """These options say how preferences are optimised, and for how long."""
+    loop: OfflineLoop = OfflineLoop()
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 BRIEF = Brief(
@@ -47,11 +54,12 @@ BRIEF = Brief(
     {
         DPOSettings: (
             *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "dpo"),
+            *("compute", "adapter", "dpo", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         DPOConfig: ("epochs", "batch_size", "accumulate", "learning_rate", "beta"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 
@@ -74,12 +82,20 @@ def _dpo(settings: DPOSettings) -> None:
     if settings.dpo.batch_size > len(train.starts):
         raise ValueError(too_few_rows("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs))
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
-    with progress("ppo-jax dpo", is_first()) as screen:
+    with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         common.tell(screen, split.notice)
-        result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
+        config = common.repeatable_yaml(settings)
+        setup = OfflineSetup(
+            model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config
+        )
+        result = run_dpo(directory, setup, screen, settings.resume)
+        task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
+        page = common.write_report(
+            directory, settings, "Direct preference optimisation", task, result.before, result.after
+        )
         screen.message(
             f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
-            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}"
+            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}; report: {page}"
         )

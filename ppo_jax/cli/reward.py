@@ -10,17 +10,22 @@ from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_pairs, read_pairs, read_sft
+from ppo_jax.data.disk import make_directory
 from ppo_jax.data.encode import encode_choices, encode_ratings
+from ppo_jax.data.locks import hold_target
 from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
-from ppo_jax.runs.output.rundir import run_directory
-from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.output.rundir import LOG, run_directory
+from ppo_jax.runs.output.screen import Screen, progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out
-from ppo_jax.runs.reward import TRAINING, Data, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.calibration import format_table
+from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.reward_model import RewardConfig
 
 
@@ -49,6 +54,10 @@ class RewardSettings(RunSettings):
     """This many lines are kept apart to measure on, at most a fifth; if that is none, the training ones are used."""
     reward: RewardConfig = RewardConfig()
     """These options describe the reward model and its training."""
+    loop: OfflineLoop = OfflineLoop(best_metric="accuracy")
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +83,11 @@ BRIEF = Brief(
     {
         RewardSettings: (
             *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
-            *("overwrite", "compute", "reward"),
+            *("overwrite", "compute", "reward", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         RewardConfig: ("kind", "depth", "lora_layers", "rank", "batch_size", "epochs", "learning_rate"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output classifier",))
@@ -85,7 +95,9 @@ BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output class
 
 def export_reward(settings: ExportRewardSettings) -> None:
     """Run `ppo-jax export-reward`."""
-    path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
+    make_directory(settings.output.parent)
+    with hold_target(settings.output):
+        path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 
@@ -111,24 +123,33 @@ def _reward(settings: RewardSettings) -> None:
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
-    with progress("ppo-jax reward", is_first()) as screen:
+    with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell(screen, split.notice)
-        result = run_reward(
-            directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
-        )
-        values, pairs = result.heldout, sum(bucket.pairs for bucket in result.calibration)
-        for line in format_table(result.calibration):
-            screen.message(line)
-        screen.message(
-            f"{split.kind} scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
-            f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
-            f"calibration error {100 * values['calibration_error']:.1f} %"
-        )
-        screen.message(
-            f"{100 * result.accuracy:.1f} % of {pairs} {split.kind} pairs in the right order; "
-            f"the reward model is at {result.path}"
-        )
+        setup = OfflineSetup(
+            model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
+            config=common.repeatable_yaml(settings),
+        )  # fmt: skip
+        result = run_reward(directory, setup, screen, settings.resume)
+        task = f"Base: {settings.model}. Preferences: {where.name}."
+        page = common.write_report(directory, settings, "Reward model", task, {}, result.heldout)
+        report_result(screen, result, page, split.kind)
+
+
+def report_result(screen: Screen, result: RewardResult, page: Path, kind: str) -> None:
+    """Say what the reward model is worth, and where it is."""
+    values, pairs = result.heldout, sum(bucket.pairs for bucket in result.calibration)
+    for line in format_table(result.calibration):
+        screen.message(line)
+    screen.message(
+        f"{kind} scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
+        f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
+        f"calibration error {100 * values['calibration_error']:.1f} %"
+    )
+    screen.message(
+        f"{100 * result.accuracy:.1f} % of {pairs} {kind} pairs in the right order; "
+        f"the reward model is at {result.path}; report: {page}"
+    )
 
 
 class _Data(NamedTuple):

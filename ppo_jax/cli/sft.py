@@ -8,9 +8,11 @@ from ppo_jax.cli.common import (
     RunSettings,
     describe_micro_batch,
     open_directory,
+    repeatable_yaml,
     report_long_texts,
     tell,
     use_run_mesh,
+    write_report,
 )
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_sft
@@ -20,10 +22,13 @@ from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
+from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.sft import SFTConfig
 
 
@@ -46,6 +51,10 @@ class SFTSettings(RunSettings):
     """These options say which parameters are trained."""
     sft: SFTConfig = SFTConfig()
     """These options say how the model is fine-tuned, and for how long."""
+    loop: OfflineLoop = OfflineLoop()
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 BRIEF = Brief(
@@ -56,11 +65,12 @@ BRIEF = Brief(
     {
         SFTSettings: (
             *("model", "data", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "sft"),
+            *("compute", "adapter", "sft", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         SFTConfig: ("epochs", "batch_size", "accumulate", "learning_rate"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 
@@ -94,11 +104,17 @@ def _sft(settings: SFTSettings) -> None:
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
-    with progress("ppo-jax sft", is_first()) as screen:
+    with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         tell(screen, split.notice)
-        result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
+        config = repeatable_yaml(settings)
+        setup = OfflineSetup(
+            model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config
+        )
+        result = run_sft(directory, setup, screen, settings.resume)
+        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
+        page = write_report(directory, settings, "Supervised fine-tuning", task, result.before, result.after)
         screen.message(
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
-            f"the model is at {result.path}"
+            f"the model is at {result.path}; report: {page}"
         )

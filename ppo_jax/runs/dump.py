@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppo_jax.data.disk import make_directory, publish
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.combine import add_scores
@@ -56,10 +57,13 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
             for i in range(len(rows))
         ]
         try:
-            path.parent.mkdir(exist_ok=True)
-            np.savez(path.with_suffix(".npz"), allow_pickle=False, **host)
-            path.with_suffix(".jsonl").unlink(missing_ok=True)
-            append_jsonl(path.with_suffix(".jsonl"), records)
+            make_directory(path.parent)
+            partial = path.with_suffix(".tmp")
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, **host)
+            publish(partial, path.with_suffix(".npz"))
+            append_jsonl(partial, records)
+            publish(partial, path.with_suffix(".jsonl"))
         except OSError as error:
             return f". The batch could not be written to {path}: {error}"
         return f". The batch is in {path}.npz and .jsonl"

@@ -83,13 +83,14 @@ def make_evaluator(
     return evaluate
 
 
-def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """Read what an interrupted run had already evaluated."""
-    return {
-        record["step"]: {name: value for name, value in record.items() if name not in writers.RESERVED}
-        for record in read_jsonl(directory / rundir.METRICS)
-        if record["phase"] == "eval"
-    }
+def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") -> dict[int, dict[str, float]]:
+    """Read what an interrupted run had already evaluated: by step, the values of `phase` whose names begin so."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_jsonl(directory / rundir.METRICS):
+        names = [name for name in record if name.startswith(prefix) and name not in writers.RESERVED]
+        if record["phase"] == phase and names:
+            found.setdefault(record["step"], {}).update({name.removeprefix(prefix): record[name] for name in names})
+    return found
 
 
 def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:

@@ -10,11 +10,13 @@ Only the first process of a multi-host run shows anything.
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -23,6 +25,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from ppo_jax.runs.output.streams import unbreakable
 
 # What is shown, in this order, with its label and format; a phase that has none of these shows what it has.
 SHOWN = {
@@ -50,22 +54,28 @@ def progress(
     live: bool | None = None,
     interval: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
+    log: Path | None = None,
 ) -> Iterator["Screen"]:
     """Give a `Screen` for the length of a `with` block; what it last showed stays there, also after an error.
 
     main_process: False (every process but the first of a multi-host run) shows nothing at all.
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
+    log: a file that all lines are added to as well, whatever becomes of the terminal; None: none.
+
+    Inside the block nothing that is printed fails, whoever prints it (`streams`).
     """
-    screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
-    if screen.live:
-        with Live(screen, console=screen.console, refresh_per_second=2):
-            yield screen
-        return
-    try:
-        yield screen
-    finally:
-        screen.flush()
+    with unbreakable():
+        screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
+        screen.log = log if main_process else None
+        display: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if screen.live:
+            display = Live(screen, console=screen.console, refresh_per_second=2)
+        with display:
+            try:
+                yield screen
+            finally:
+                screen.flush()
 
 
 @dataclasses.dataclass
@@ -104,6 +114,8 @@ class Screen:
         self.start = clock()
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
+        self.log: Path | None = None
+        self.plain = Console(file=io.StringIO(), width=120, highlight=False)  # lays out what goes into the log
         self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
 
     def update(
@@ -127,11 +139,11 @@ class Screen:
             self.flush()
 
     def flush(self) -> None:
-        """Print the line of the last update, if it was held back; only without a live terminal."""
+        """Print the line of the last update, if it was held back; where the terminal is live, into the log alone."""
         state = self.current
-        if state is not None and not self.live and state.printed_step != state.step:
+        if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
-            self.message(self._summary(state))
+            self.message(self._summary(state), only_log=self.live)
 
     def sample(
         self,
@@ -160,16 +172,23 @@ class Screen:
             table.add_row(*row)
         self._print(table)
 
-    def _print(self, what: RenderableType, **how: Any) -> None:
-        """Print onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
-        with contextlib.suppress(OSError):
-            self.console.print(what, **how)
+    def _print(self, what: RenderableType, only_log: bool = False, **how: Any) -> None:
+        """Print onto the console and into the log. That one of them cannot be written is no reason to end a run."""
+        if not only_log:
+            with contextlib.suppress(OSError):
+                self.console.print(what, **how)
+        if self.log is not None:
+            with self.plain.capture() as captured:
+                self.plain.print(what, **how)
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {captured.get()}"
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(line)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, only_log: bool = False) -> None:
         """Print text above the live part, as it is (no markup)."""
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
-            self._print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print(lines, only_log, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Estimate (total - step) * seconds per step of this phase - what has passed since its last step.
