@@ -15,6 +15,7 @@ from ppo_jax.models.placement import gathered
 from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import penalise_repetition, sample
+from ppo_jax.parallel.members import any_row
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.types import Policy, Prompts, PyTree, Rollout
 
@@ -136,7 +137,7 @@ def generate(
     hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
     loop = _nothing_drawn(prompts, config, sampling, cache)
     loop = draw(loop, hidden[:, -1])
-    loop = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), advance, loop)
+    loop = jax.lax.while_loop(lambda s: (s.step < length) & any_row(s.alive), advance, loop)
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),
         prompt_mask=prompts.mask,
