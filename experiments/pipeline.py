@@ -17,11 +17,12 @@ import numpy as np
 
 from experiments.smoke import BAD, GOOD, model
 from ppo_jax.cli.main import exit_code
-from ppo_jax.cli.parse import parse
+from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.facts import environment
 from ppo_jax.runs.output import config, rundir
@@ -49,35 +50,53 @@ LABELS = {"judge": "the count of good words less bad ones"}
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """Everything needed to repeat a run."""
+    """Train a toy model by SFT, a reward model and PPO, in a minute on a laptop."""
 
     run_dir: Path = Path("runs/pipeline")
-    """Where all results go; each stage has a folder of its own."""
+    """All results go into this directory; each stage has a folder of its own."""
     seed: int = 0
-    """Of data, sampling and initialisation."""
+    """This number seeds data, sampling and initialisation."""
     demonstrations: int = 512
-    """Sentences that SFT learns from."""
+    """SFT learns from this many sentences."""
     pairs: int = 512
-    """Comparisons that the reward model learns from."""
+    """The reward model learns from this many comparisons."""
     sft: SFTConfig = SFTConfig(epochs=4, batch_size=32, learning_rate=3e-3)
-    """Supervised fine-tuning, of all parameters."""
+    """These options say how all parameters are fine-tuned, and for how long."""
     reward: RewardConfig = RewardConfig(lora_layers=2, batch_size=32, epochs=10, learning_rate=3e-3)
-    """The reward model."""
+    """These options describe the reward model and its training."""
     policy: AdapterConfig = AdapterConfig(layers=2, rank=8)
-    """What of the policy is trained by PPO."""
+    """These options say what of the policy PPO trains."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=8), epochs=2, num_minibatches=4)
-    """PPO's static choices."""
+    """These choices of the algorithm are compiled in."""
     hyper: Hyper = Hyper(learning_rate=2e-3, temperature=1.0, kl_coef=0.3)
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(updates=20, batch_size=64, eval_every=10, checkpoint_every=10)
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     overwrite: bool = False
-    """Delete the run in run_dir and start anew."""
+    """Delete the run that is in run_dir and start anew."""
+
+
+BRIEF = Brief(
+    ("python -m experiments.pipeline", "python -m experiments.pipeline --run-dir runs/again --hyper.kl-coef 0.1"),
+    {
+        PipelineConfig: (
+            *("run_dir", "seed", "demonstrations", "pairs", "overwrite"),
+            *("sft", "reward", "policy", "ppo", "hyper", "loop"),
+        ),
+        SFTConfig: ("epochs", "batch_size", "learning_rate"),
+        RewardConfig: ("lora_layers", "epochs", "learning_rate"),
+        AdapterConfig: ("kind", "layers", "rank"),
+        PPOConfig: ("sampling", "epochs", "num_minibatches"),
+        Sampling: ("response_length",),
+        Hyper: ("learning_rate", "temperature", "kl_coef"),
+        LoopConfig: ("updates", "batch_size", "eval_every"),
+    },
+)
 
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the three stages; returns the path of the report."""
-    settings = parse(PipelineConfig, args, prog="experiments.pipeline")
+    settings = parse(PipelineConfig, args, prog="experiments.pipeline", brief=BRIEF)
     stages = [
         rundir.open_run(settings.run_dir / name, overwrite=settings.overwrite) for name in ("sft", "reward", "ppo")
     ]
@@ -116,8 +135,9 @@ def main(args: list[str] | None = None) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            device_reward=adapter_reward(reward.trunk, sampling.stop_ids),
-            reward_params=reward.role,
+            reward=Reward(
+                adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role, layers=reward.trunk.num_layers
+            ),
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
             labels=LABELS,
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),

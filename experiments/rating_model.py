@@ -81,10 +81,8 @@ def obtain(
             "reward",
             role.adapter,
             role.head,
+            model.base,
             {"accuracy": accuracy, **facts[i]},
-            config=model.config,
-            base=model.name,
-            base_fingerprint=model.fingerprint,
             layers=one.reward.trunk(model.config).num_layers,
         )
     return [

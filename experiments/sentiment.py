@@ -11,7 +11,7 @@ a second reward model, neither of which PPO ever sees, say whether the sentences
 What it stands on (docs/algorithm.md has every formula):
 
     the reward of this demo      rewards/adapter.py  adapter_reward
-    what a failed score becomes  rewards/scores.py   only_finite
+    what a failed score becomes  rewards/scores.py   to_scores
     the sampler                  ops/sampling.py     sample
     the KL penalty               ops/kl.py           kl_penalty
     GAE                          ops/advantages.py   gae
@@ -34,7 +34,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from experiments import movie_reviews, rating_model, smoke
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
-from ppo_jax.cli.parse import parse
+from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import assets
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
@@ -43,6 +43,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -52,7 +53,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup, with_reward
+from ppo_jax.runs.setup import Judge, Result, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
@@ -72,50 +73,52 @@ _VADER = SentimentIntensityAnalyzer()
 
 @dataclasses.dataclass(frozen=True)
 class SentimentConfig:
-    """Everything needed to repeat a run."""
+    """Teach SmolLM2-135M by PPO to continue film reviews positively; the fields repeat a run."""
 
     run_dir: Path = Path("runs/sentiment")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     seed: int = 0
-    """Of data, sampling and initialisation."""
+    """This number seeds data, sampling and initialisation."""
     smoke: bool = False
-    """A toy grammar and a random model in place of SmolLM2 and the ratings."""
+    """Take a toy grammar and a random model in place of SmolLM2 and the ratings."""
     reward_texts: int = 2000
-    """Sentences the reward model is trained on; 0: all 5,000."""
+    """The reward model is trained on this many sentences; 0 means all 5,000."""
     judge_texts: int = 1200
-    """Other sentences, for the second reward model; 0: all 2,500."""
+    """The second reward model is trained on this many other sentences; 0 means all 2,500."""
     test_texts: int = 1500
-    """Held-out sentences that the reward models are measured on."""
+    """The reward models are measured on this many held-out sentences."""
     eval_prompts: int = 64
-    """Held-out prompts, from the test sentences."""
+    """The policy is evaluated on this many held-out prompts, from the test sentences."""
     max_prompt: int = 8
-    """Longest prompt, in tokens; longer openings are left out."""
+    """A prompt may have at most this many tokens; longer openings are left out."""
     reward: RewardConfig = RewardConfig(depth=18, lora_layers=4)
-    """The reward model."""
+    """These options describe the reward model and its training."""
     scorer: tuple[str, ...] = ()
-    """Another reward in its place, as `--reward` of `ppo-jax ppo`: directory, URL or function; several are summed."""
+    """The reward comes from here instead, as by `--reward` of `ppo-jax ppo`: directory, URL or function; several are
+    summed."""
     scoring: RewardOptions = RewardOptions()
-    """How that is called, and the weights of a sum."""
+    """These options say how the scorer is called, and what a sum weighs."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
-    """The second reward model."""
+    """These options describe the second reward model and its training."""
     compute: ModelOptions = ModelOptions()
-    """How the model is run: memory against speed."""
+    """These options trade memory against speed when the model is run."""
     policy: AdapterConfig = AdapterConfig(layers=8)
-    """What of the policy is trained."""
+    """These options say what of the policy is trained."""
     mesh: MeshConfig = MeshConfig()
-    """How many devices work on what; by default one."""
+    """These options say how many devices share the work; by default it is one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """The algorithm's static choices. Empty sampling.stop_ids: special tokens and line breaks end a response."""
+    """These choices of the algorithm are compiled in. Empty sampling.stop_ids: special tokens and line breaks end a
+    response."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
         updates=16, batch_size=64, schedule="constant", warmup=2, eval_every=8, checkpoint_every=8
     )
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     resume: Resume = "no"
-    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
+    """Go on with the run in run_dir; auto also starts one where there is none. `--resume` alone means yes."""
     overwrite: bool = False
-    """Delete the run in run_dir and start anew."""
+    """Delete the run that is in run_dir and start anew."""
 
     def __post_init__(self) -> None:
         least = {"reward_texts": 0, "judge_texts": 0, "test_texts": 2, "eval_prompts": 2, "max_prompt": 1}
@@ -156,11 +159,26 @@ SMOKE = dataclasses.replace(
     loop=LoopConfig(updates=4, batch_size=16, eval_every=2, checkpoint_every=2),
 )
 PRESETS = {"demo": DEMO, "full": FULL, "smoke": SMOKE}
+BRIEF = Brief(
+    tuple(f"python -m experiments.sentiment {words}" for words in ("--preset demo", "--hyper.kl-coef 0.1 --seed 1")),
+    {
+        SentimentConfig: (
+            *("run_dir", "seed", "reward_texts", "judge_texts", "eval_prompts", "max_prompt", "scorer", "resume"),
+            *("overwrite", "compute", "policy", "ppo", "hyper", "loop"),
+        ),
+        ModelOptions: ("dtype",),
+        AdapterConfig: ("kind", "layers", "rank"),
+        PPOConfig: ("sampling", "epochs", "num_minibatches", "advantage", "group_size"),
+        Sampling: ("response_length",),
+        Hyper: ("learning_rate", "temperature", "kl_coef"),
+        LoopConfig: ("updates", "batch_size", "eval_every"),
+    },
+)
 
 
 def main(args: list[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the report."""
-    settings = parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment")
+    settings = parse(SentimentConfig, args, presets=PRESETS, prog="experiments.sentiment", brief=BRIEF)
     with use_mesh(settings.mesh):
         return run(settings)
 
@@ -217,21 +235,19 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            device_reward=adapter_reward(reward.trunk, stop_ids),
-            reward_params=reward.role,
+            reward=chosen
+            or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role, layers=reward.trunk.num_layers),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
             config=repeatable,
         )
-        if chosen is not None:
-            setup = with_reward(setup, chosen)
-            for notice in chosen.notices:
-                screen.message(notice)
+        for notice in setup.reward.notices:
+            screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        accuracy = reward.accuracy if chosen is None else chosen.meta.get("accuracy")
+        accuracy = reward.accuracy if chosen is None else chosen.metadata.get("accuracy")
         summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
         path = page.write(directory, summary)
         screen.message(f"report: {path}")

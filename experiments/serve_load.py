@@ -41,18 +41,18 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class LoadConfig:
-    """Sends requests to a reward server and checks every score."""
+    """Send requests to a reward server and check every score."""
 
     reward: Path | None = None
-    """Directory of a reward model; by default a tiny random one."""
+    """The reward model is in this directory; by default it is a tiny random one."""
     requests: int = 10_000
-    """Requests in all."""
+    """The clients send this many requests in all."""
     clients: int = 16
-    """Clients that send at the same time, each one request after another."""
+    """This many clients send at the same time, each one request after another."""
     texts: int = 200
-    """Different texts."""
+    """The requests draw from this many different texts."""
     seed: int = 0
-    """Of the texts and of who sends which."""
+    """This number seeds the texts and the choice of who sends which."""
 
 
 class Text(NamedTuple):

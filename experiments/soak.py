@@ -11,7 +11,6 @@ update, and everything they leave is compared: parameters, optimizer state and a
 
 import dataclasses
 import datetime
-import json
 import os
 import random
 import resource
@@ -25,11 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from experiments import smoke
+from experiments.failing_server import MODES, RewardServer
 from ppo_jax.cli.main import PREEMPTED, exit_code
 from ppo_jax.cli.parse import parse
 from ppo_jax.data.jsonl import read_jsonl
@@ -43,26 +41,24 @@ WARM = 3  # updates of a first run, which compiles
 CALM = 60  # updates that both runs still make after the last fault
 DISK = 2000  # bytes that a file may have while the disk is full
 TIMES = ("time", "seconds", "tokens_per_second", "rollout_seconds", "reward_seconds", "learn_seconds")
-Mode = Literal["works", "503", "drops connections", "is slow", "is down"]
-MODES: tuple[Mode, ...] = ("503", "drops connections", "is slow", "is down")
 
 
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
-    """The torment."""
+    """Train while things break, and compare with a quiet run."""
 
     minutes: float = 60.0
-    """How long things break."""
+    """Things break for this many minutes."""
     run_dir: Path = Path("runs/soak")
-    """Both runs; deleted first."""
+    """Both runs go into this directory, which is deleted first."""
     report: Path | None = None
-    """Where the report goes besides the screen, as Markdown."""
+    """The report is also written to this file, as Markdown."""
     seed: int = 0
-    """Of the faults."""
+    """This number seeds the faults."""
     pause: float = 6.0
-    """Mean seconds between two faults."""
+    """Two faults are this many seconds apart in the mean."""
     limit: float = 120.0
-    """Seconds within which a process must have ended after SIGTERM."""
+    """A process must end within this many seconds after SIGTERM."""
 
 
 def main(args: list[str] | None = None) -> Path:
@@ -94,93 +90,6 @@ def main(args: list[str] | None = None) -> Path:
 
 class SoakError(RuntimeError):
     """A fault that the run did not survive as it should."""
-
-
-# -- the reward server -----------------------------------------------------------------------------------------------
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is nothing to print."""
-
-
-class RewardServer:
-    """Good words less bad ones, over HTTP; `mode` says how it fails."""
-
-    def __init__(self) -> None:
-        self.mode: Mode = "works"
-        self.failures: Counter[str] = Counter()
-        self.port = 0
-
-    def __enter__(self) -> "RewardServer":
-        self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/score"
-
-    def fail(self, mode: Mode, seconds: float) -> None:
-        """Fails for a while."""
-        self.mode = mode
-        if mode == "is down":
-            self._stop()
-            self.failures[mode] += 1
-        time.sleep(seconds)
-        if mode == "is down":
-            self._start()
-        self.mode = "works"
-
-    def _start(self) -> None:
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                with suppress(ConnectionError):
-                    owner.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = Server(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def _stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        """One request, in the mode of the moment."""
-        asked = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        mode = self.mode
-        if mode != "works":
-            self.failures[mode] += 1
-        if mode == "drops connections":
-            handler.close_connection = True
-            return
-        if mode == "is slow":
-            time.sleep(1.0)
-        failed = mode == "503"
-        scores = [{"score": goodness(sample["response"])} for sample in asked["samples"]]
-        body = json.dumps({"detail": "out of luck"} if failed else {"scores": scores}).encode()
-        handler.send_response(503 if failed else 200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-
-def goodness(text: str) -> float:
-    words = text.split()
-    return float(sum(word in smoke.GOOD for word in words) - sum(word in smoke.BAD for word in words))
 
 
 # -- the run and its faults --------------------------------------------------------------------------------------------

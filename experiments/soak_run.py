@@ -21,6 +21,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layout import init_params
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import APIConfig, api_reward
+from ppo_jax.rewards.base import HostReward, Reward
 from ppo_jax.rewards.failures import FailureLog
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.output import config, rundir
@@ -38,14 +39,14 @@ PATIENT = APIConfig(retries=40, backoff=0.02, connect_timeout=5.0, read_timeout=
 
 @dataclasses.dataclass(frozen=True)
 class SoakRun:
-    """Everything needed to repeat it."""
+    """Train the tiny run that experiments.soak torments."""
 
     server: str
-    """Of the reward, see `experiments.soak`."""
+    """The reward comes from this address, see `experiments.soak`."""
     run_dir: Path = Path("runs/tiny")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     seed: int = 0
-    """Of data, sampling and initialisation."""
+    """This number seeds data, sampling and initialisation."""
     ppo: PPOConfig = PPOConfig(
         sampling=Sampling(response_length=6),
         epochs=4,
@@ -54,15 +55,15 @@ class SoakRun:
         score=ScoreConfig(normalise="shift"),
         ema_decay=0.9,
     )
-    """The algorithm's static choices."""
+    """These choices of the algorithm are compiled in."""
     hyper: Hyper = Hyper(learning_rate=1e-3, temperature=1.0, kl_coef=0.1, kl_target=2.0, kl_horizon=500.0)
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
         updates=40, batch_size=8, schedule="constant", eval_every=10, checkpoint_every=2, keep_every=100
     )
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     resume: Literal["no", "yes", "auto"] = "no"
-    """Go on with the run in run_dir; auto: or start one."""
+    """Go on with the run in run_dir; auto also starts one where there is none. `--resume` alone means yes."""
 
 
 def tiny_model() -> Model:
@@ -88,8 +89,8 @@ def prompt_set(model: Model, count: int, seed: int) -> PromptSet:
     return PromptSet(rows, texts, [{} for _ in texts])
 
 
-def make_setup(settings: SoakRun) -> Setup:
-    """The run, but for its reward. 20 prompts and batches of 8: an epoch ends inside every third batch."""
+def make_setup(settings: SoakRun, reward: HostReward) -> Setup:
+    """The run. 20 prompts and batches of 8: an epoch ends inside every third batch."""
     model = tiny_model()
     sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=model.stop_ids, pad_id=model.pad_id)
     adapter = AdapterConfig(layers=1, rank=2)
@@ -102,9 +103,9 @@ def make_setup(settings: SoakRun) -> Setup:
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
+        reward=Reward(host=reward, name="good words less bad ones"),
         # The port changes with every start of the server, and is no part of what the run is.
         config=config.to_yaml(dataclasses.replace(settings, resume="no", server="")),
-        reward_name="good words less bad ones",
     )
 
 
@@ -114,7 +115,7 @@ def main(args: list[str] | None = None) -> Result:
     directory = rundir.open_run(settings.run_dir, settings.resume)
     with progress("soak") as screen:
         reward = api_reward(settings.server, PATIENT, FailureLog(screen.message))
-        return run_ppo(directory, make_setup(settings)._replace(host_reward=reward), screen, settings.resume)
+        return run_ppo(directory, make_setup(settings, reward), screen, settings.resume)
 
 
 if __name__ == "__main__":

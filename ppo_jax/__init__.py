@@ -1,10 +1,11 @@
 """PPO-based RLHF for language models as pure functions in JAX. The names below are the public ones."""
 
-from ppo_jax.models import ModelConfig, apply, load, save
+from ppo_jax.models import ModelConfig, apply, load, logits, save
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, merge
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.experience import make_experience
 from ppo_jax.train.optimizer import make_optimizer
@@ -25,6 +26,7 @@ __all__ = [
     "PPOConfig",
     "Policy",
     "Prompts",
+    "Reward",
     "RewardHead",
     "RewardRole",
     "Rollout",
@@ -40,6 +42,7 @@ __all__ = [
     "iterate",
     "load",
     "load_model",
+    "logits",
     "make_experience",
     "make_host_iteration",
     "make_iteration",

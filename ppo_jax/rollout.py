@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.sampling import penalise_repetition, sample
 from ppo_jax.parallel.members import any_row
 from ppo_jax.parallel.sharding import constrain
-from ppo_jax.types import Policy, Prompts, PyTree, Rollout
+from ppo_jax.types import Off, Policy, Prompts, PyTree, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Sampling:
     """Static choices of generation."""
 
     response_length: int = 24
-    """T: tokens sampled at most per response."""
-    top_k: int = 0
-    """Sample from the k most probable tokens only; 0: off."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches p; 1: off."""
-    min_p: float = 0.0
-    """Sample from tokens at least this fraction as probable as the most probable one; 0: off."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that prompt or response hold already; 1: off."""
+    """A response has at most this many tokens (T)."""
+    top_k: Annotated[int, Off(0)] = 0
+    """Tokens are sampled from the k most probable ones only; 0 is off."""
+    top_p: Annotated[float, Off(1.0)] = 1.0
+    """Tokens are sampled from the smallest set whose probability reaches p; 1 is off."""
+    min_p: Annotated[float, Off(0.0)] = 0.0
+    """Tokens are sampled from those at least this fraction as probable as the most probable one; 0 is off."""
+    repetition_penalty: Annotated[float, Off(1.0)] = 1.0
+    """Positive logits of tokens in prompt or response are divided by this, negative ones multiplied; 1 is off."""
     gather_weights: bool = False
-    """On a mesh, bring what fsdp has cut together once per rollout, not once per token: faster, for more memory."""
+    """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end a response; the stop token belongs to it."""
+    """A response ends with the first of these token ids, which belongs to it."""
     pad_id: int = 0
-    """Fills the slots after the end; never read back, so it may equal a stop id. Commands take the tokenizer's."""
+    """This id fills the slots after the end; never read back, it may equal a stop id. Commands take the tokenizer's."""
 
     def __post_init__(self) -> None:
         if self.response_length < 1:
@@ -59,7 +59,22 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
+class _Given(NamedTuple):
+    """What stays the same while tokens are drawn."""
+
+    base: PyTree
+    policy: Policy
+    config: ModelConfig
+    sampling: Sampling
+    temperature: float | Array
+    keys: PRNGKeyArray  # one for each row
+    table: Float[Array, "V D"]  # the policy's unembedding
+    lengths: Int[Array, " B"]  # of the prompts
+
+
 class _Loop(NamedTuple):
+    """What changes with every token."""
+
     step: Int[Array, ""]
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
@@ -89,55 +104,19 @@ def generate(
     _check_ids(sampling, config)
     batch, prompt_length = prompts.tokens.shape
     length = sampling.response_length
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if sampling.gather_weights:
         base, policy = gathered(base), policy._replace(adapter=gathered(policy.adapter))
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    stop_ids = jnp.array(sampling.stop_ids, jnp.int32)
-
-    def draw(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
-        """Token `step` of every living row, from the hidden state before it."""
-        t = loop.step
-        logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)  # as hidden_logprobs
-        logits = constrain(logits, "logits")
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
-        tokens, logprobs = jax.vmap(
-            lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        )(keys, offered)
-        whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
-        values = value(policy.value_head, hidden)
-        alive = loop.alive
-
-        def put(array: Array, column: Array) -> Array:
-            return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
-
-        return loop._replace(
-            step=t + 1,
-            tokens=put(loop.tokens, tokens.astype(jnp.int32)),
-            mask=loop.mask.at[:, t].set(alive),
-            logprobs=put(loop.logprobs, logprobs),
-            policy_logprobs=put(loop.policy_logprobs, whole),
-            values=put(loop.values, values),
-            alive=alive & ~jnp.isin(tokens, stop_ids),
-            seen=None if loop.seen is None else loop.seen.at[jnp.arange(batch), tokens].set(True),
-        )
-
-    def advance(loop: _Loop) -> _Loop:
-        """Feeds the last drawn token and draws the next one."""
-        t = loop.step - 1
-        positions = jnp.where(loop.alive, lengths + t, -1)[:, None]
-        tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
-        hidden, cache = apply(base, policy.adapter, config, tokens, positions, cache=loop.cache)
-        return draw(loop._replace(cache=cache), hidden[:, 0])
-
+    given = _Given(base, policy, config, sampling, temperature, keys, table, lengths)
     cache = init_cache(config, batch, prompt_length + length)
     positions = positions_from_mask(prompts.mask)
     hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
-    loop = _nothing_drawn(prompts, config, sampling, cache)
-    loop = draw(loop, hidden[:, -1])
-    loop = jax.lax.while_loop(lambda s: (s.step < length) & any_row(s.alive), advance, loop)
+    loop = _draw(given, _nothing_drawn(prompts, config, sampling, cache), hidden[:, -1])
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < length) & any_row(loop.alive), lambda loop: _advance(given, loop), loop
+    )
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),
         prompt_mask=prompts.mask,
@@ -150,7 +129,45 @@ def generate(
     )
 
 
+def _advance(given: _Given, loop: _Loop) -> _Loop:
+    """Feeds the last drawn token and draws the next one."""
+    t = loop.step - 1
+    positions = jnp.where(loop.alive, given.lengths + t, -1)[:, None]
+    tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
+    hidden, cache = apply(given.base, given.policy.adapter, given.config, tokens, positions, cache=loop.cache)
+    return _draw(given, loop._replace(cache=cache), hidden[:, 0])
+
+
+def _draw(given: _Given, loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
+    """Token `step` of every living row, from the hidden state before it."""
+    t, sampling, temperature = loop.step, given.sampling, given.temperature
+    logits = jnp.einsum("bd,vd->bv", hidden, given.table, preferred_element_type=jnp.float32)  # as hidden_logprobs
+    logits = constrain(logits, "logits")
+    keys = jax.vmap(jax.random.fold_in, (0, None))(given.keys, t)
+    offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
+    tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
+        keys, offered
+    )
+    whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
+    alive = loop.alive
+
+    def put(array: Array, column: Array) -> Array:
+        return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
+
+    return loop._replace(
+        step=t + 1,
+        tokens=put(loop.tokens, tokens.astype(jnp.int32)),
+        mask=loop.mask.at[:, t].set(alive),
+        logprobs=put(loop.logprobs, logprobs),
+        policy_logprobs=put(loop.policy_logprobs, whole),
+        values=put(loop.values, value(given.policy.value_head, hidden)),
+        alive=alive & ~jnp.isin(tokens, jnp.array(sampling.stop_ids, jnp.int32)),
+        seen=None if loop.seen is None else loop.seen.at[jnp.arange(len(tokens)), tokens].set(True),
+    )
+
+
 def _nothing_drawn(prompts: Prompts, config: ModelConfig, sampling: Sampling, cache: Cache) -> _Loop:
+    """The loop before its first token."""
     batch, length = prompts.tokens.shape[0], sampling.response_length
     nothing = jnp.zeros((batch, length), jnp.float32)
     seen = None

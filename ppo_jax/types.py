@@ -10,7 +10,7 @@ Masks are made by the sampler and carried; nothing is ever inferred from `token 
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,7 @@ class Experience(NamedTuple):
     rewards: Float[Array, "B T"]  # shaped: score at the last token, KL penalty at every token
     kl: Float[Array, "B T"]  # of the policy to the reference, the estimator that shapes the reward
     scores: Scores
+    totals: Float[Array, " B"]  # sum of each response's rewards as the advantages were estimated from: whitened, too
 
 
 class Policy(NamedTuple):
@@ -128,40 +129,49 @@ class Frozen(NamedTuple):
     reward: PyTree = None  # what the on-device reward needs: adapter and head, or a whole model
 
 
+class Off(NamedTuple):
+    """In `Annotated[int, Off(0)]`: the value of a setting that the word "off" stands for."""
+
+    value: float | str
+
+
+FloatOrOff = Annotated[float, Off(math.inf)]
+
+
 class Hyper(NamedTuple):
     """Scalars of PPO: Python floats on the host, traced float32 inside jit.
 
-    Changing one never recompiles, and `vmap` over them is a sweep. Where infinity is the default, it means off.
+    Changing one never recompiles, and `vmap` over them is a sweep. Where infinity is off, settings may say `off`.
     """
 
-    learning_rate: float = 1e-4  # of the policy, at its peak
-    temperature: float = 0.7  # of sampling and of every log-prob
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of GAE
-    max_grad_norm: float = 1.0  # global-norm clip of the gradient
+    learning_rate: float = 1e-4  # The policy learns at this rate at its peak.
+    temperature: float = 0.7  # Sampling and every log-prob divide the logits by this temperature.
+    gamma: float = 1.0  # Rewards are discounted by this factor per token.
+    lam: float = 0.95  # This is the lambda of GAE.
+    max_grad_norm: float = 1.0  # The gradient is clipped to this global norm.
     # -- KL to the reference ------------------------------------------------------------------------------------------
-    kl_coef: float = 0.05  # beta of the KL penalty (start value when it changes)
-    kl_target: float = 6.0  # nats per response, for the adaptive coefficient
-    kl_horizon: float = 10_000.0  # episodes, for the adaptive coefficient
-    kl_coef_end: float = 0.0  # where a linear schedule of the coefficient ends
-    kl_steps: float = 100.0  # iterations that a linear schedule takes
+    kl_coef: float = 0.05  # Beta weighs the KL penalty (its start value, where it changes).
+    kl_target: float = 6.0  # The adaptive coefficient steers to this KL, in nats per response.
+    kl_horizon: float = 10_000.0  # The adaptive coefficient adapts over this many episodes.
+    kl_coef_end: float = 0.0  # A linear schedule of the coefficient ends here.
+    kl_steps: float = 100.0  # A linear schedule of the coefficient takes this many iterations.
     # -- scores -------------------------------------------------------------------------------------------------------
-    score_clip: float = math.inf  # scores are clipped to [-score_clip, score_clip]
-    missing_eos: float = 1.0  # subtracted from the score of a response that was cut, or in its place (PPOConfig)
-    length_penalty: float = 0.0  # subtracted from the score for every response token
+    score_clip: FloatOrOff = math.inf  # Scores are clipped to [-score_clip, score_clip]; inf is off.
+    missing_eos: float = 1.0  # A cut response's score loses this, or becomes minus this (ppo.score.missing_eos).
+    length_penalty: float = 0.0  # The score loses this for every response token.
     # -- policy loss --------------------------------------------------------------------------------------------------
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2  # see clip_low
-    dual_clip: float = math.inf  # bound on the ratio where the advantage is negative
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    importance_cap: float = 2.0  # truncation of the importance weights policy / behaviour
-    ptx_coef: float = 0.0  # weight of the pretraining loss (PPO-ptx)
-    target_kl: float = math.inf  # approximate KL to the old policy beyond which an iteration's updates end
-    ratio_threshold: float = math.inf  # mean ratio beyond which a minibatch is skipped
+    clip_low: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    clip_high: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    dual_clip: FloatOrOff = math.inf  # This bounds the ratio where the advantage is negative; inf is off.
+    entropy_coef: float = 0.0  # The entropy bonus has this weight.
+    importance_cap: FloatOrOff = 2.0  # The importance weights policy / behaviour are cut off at this; inf is off.
+    ptx_coef: float = 0.0  # The pretraining loss (PPO-ptx) has this weight.
+    target_kl: FloatOrOff = math.inf  # An iteration makes no update beyond this KL to the old policy; inf is off.
+    ratio_threshold: FloatOrOff = math.inf  # A minibatch is skipped beyond this mean ratio; inf is off.
     # -- critic -------------------------------------------------------------------------------------------------------
-    vf_coef: float = 0.1  # weight of the value loss
-    value_clip: float = 0.2  # how far a value may move from its old one, in units of the return
-    huber_delta: float = math.inf  # errors beyond it count linearly
-    critic_lr_scale: float = 1.0  # learning rate of the critic's own parameters / learning_rate
-    critic_max_grad_norm: float = 0.0  # clip of the critic's own gradient; 0: together with the policy's
-    critic_warmup: float = 0.0  # iterations in which only the critic learns
+    vf_coef: float = 0.1  # The value loss has this weight.
+    value_clip: FloatOrOff = 0.2  # A value moves at most this far from its old one, in units of the return; inf is off.
+    huber_delta: FloatOrOff = math.inf  # Value errors beyond this count linearly; inf is off.
+    critic_lr_scale: float = 1.0  # The critic's own parameters learn at this times learning_rate.
+    critic_max_grad_norm: float = 0.0  # The critic's own gradient is clipped to this; 0: together with the policy's.
+    critic_warmup: float = 0.0  # Only the critic learns in this many first iterations.

@@ -160,7 +160,7 @@ def failures(folder: Path) -> dict[str, Any]:
                         keep(step, state(step), step == 2)
                         good.append(keep.settle())
                     try:
-                        saving.leave(Interrupted("stopped"), keep, [(5, state(5))])
+                        saving.leave(Interrupted("stopped"), keep, (5, state(5)))
                     except Stopped as stopped:
                         left = f"{type(stopped).__name__}: {stopped}"
                 for step in range(6, 20):

@@ -116,8 +116,8 @@ def exports(model: Path, config: MeshConfig, folder: Path) -> dict[str, Any]:
         head["value"]["bias"] = create_on_mesh(lambda: jnp.ones(1))
 
         def save(adapter: PyTree, overwrite: bool = False) -> None:
-            about = {"config": model_config, "base": "b", "base_fingerprint": "f" * 64, "overwrite": overwrite}
-            artifacts.save(folder / "policy", "policy", adapter, head, **about)
+            named = artifacts.Base("b", "f" * 64, model_config)
+            artifacts.save(folder / "policy", "policy", adapter, head, named, overwrite=overwrite)
             hf.save(folder / "model", model_config, base, adapter=adapter, overwrite=overwrite, max_shard_bytes=2000)
 
         save(tuned)

@@ -49,12 +49,12 @@ def main() -> None:
         folder = Path(name)
         base = create(lambda key: init_params(key, CONFIG), mesh, jax.random.key(0))
         tuned = jax.block_until_ready(create(init_full, mesh, base))
-        about = {"config": CONFIG, "base": "b", "base_fingerprint": "f" * 64}
+        named = artifacts.Base("b", "f" * 64, CONFIG)
         sizes = [leaf.nbytes / 1e6 for leaf in jax.tree.leaves(tuned)]
         found = {
             "parameters": sum(sizes),
             "largest": max(sizes),
-            "artifact": growth(lambda: artifacts.save(folder / "a", "policy", tuned, {}, **about)),
+            "artifact": growth(lambda: artifacts.save(folder / "a", "policy", tuned, {}, named)),
             "model": growth(lambda: hf.save(folder / "m", CONFIG, base, adapter=tuned)),
         }
     print(json.dumps(found))

@@ -69,10 +69,8 @@ def make(root: Path, adapter: AdapterConfig = LORA, steps: tuple[int, ...] = (2,
             "policy",
             policy(adapter, final),
             {},
+            artifacts.Base(base, fingerprint, MODEL),
             {"updates": final, "evaluation": {"reward": final / 8, "kl": 1.25}},
-            config=MODEL,
-            base=base,
-            base_fingerprint=fingerprint,
         )
     assert jax.tree.structure(fresh) == jax.tree.structure(policy(adapter, 0))
     return run

@@ -68,7 +68,6 @@ def life(folder: Path, updates: int, place: str | None = None, seed: int = 0) ->
 def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> None:
     settings = soak_run.SoakRun(server="", run_dir=folder)
     loop = dataclasses.replace(settings.loop, updates=updates, eval_every=7, checkpoint_every=1)
-    setup = soak_run.make_setup(dataclasses.replace(settings, loop=loop))
     checkpoints = folder / rundir.CHECKPOINTS
     start = store.latest_step(checkpoints) or 0
     hasty = rng.random() < 0.2  # killed before this life has saved anything
@@ -108,6 +107,8 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
         points = [sum((w in smoke.GOOD) - (w in smoke.BAD) for w in text.split()) for text in responses]
         return Scores(np.array(points, np.float32), np.ones(len(points), bool), {})
 
+    setup = soak_run.make_setup(dataclasses.replace(settings, loop=loop), reward)
+
     def save(*args: object) -> None:
         if place == "save" and after <= 0:
             die_in_a_save(rng.uniform(0, 0.005))
@@ -117,7 +118,7 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
     store.save = save
     directory = rundir.open_run(folder, "auto")
     with progress("killed", main_process=False) as screen:
-        ppo.run_ppo(directory, setup._replace(host_reward=reward), screen, "auto")
+        ppo.run_ppo(directory, setup, screen, "auto")
 
 
 if __name__ == "__main__":

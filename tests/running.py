@@ -16,6 +16,7 @@ import pytest
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
+from tests.checkpoints import read_arrays
 from tests.parallel.test_launch import make_world, options
 
 LIMIT = 240.0  # seconds until a wait has failed
@@ -133,7 +134,7 @@ def saved(folder: Path) -> None:
 def last_good(folder: Path) -> int:
     """The newest checkpoint, every array of which is what was saved."""
     path = folder / "run" / rundir.CHECKPOINTS
-    arrays = store.read_arrays(path, [n for n, e in store.read_manifest(path).items() if 0 not in e["shape"]])
+    arrays = read_arrays(path, [n for n, e in store.read_manifest(path).items() if 0 not in e["shape"]])
     assert all(np.isfinite(x).all() for x in arrays.values() if np.issubdtype(x.dtype, np.floating))
     found = store.latest_step(path)
     assert found is not None

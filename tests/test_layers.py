@@ -29,6 +29,9 @@ OPS_MAY_IMPORT = {"jax", "chex", "jaxtyping", "typing", "collections", "functool
 OUTSIDE = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "yaml"}
 PURE = {"types", "ops", "parallel", "models", "rollout", "train"}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 350, 60, 8
+# The trunk is a public contract: its four keyword-only arguments (cache, fresh, layers, hidden) are each of one use,
+# absent in most calls, and a record of them would have to be made wherever one is given.
+MAY_TAKE_MORE = {"ppo_jax.models.transformer.apply"}
 
 
 def package(module: str) -> str:
@@ -206,4 +209,6 @@ def test_functions_take_few_arguments() -> None:
         return len([a for a in named if a.arg not in ("self", "cls")])
 
     many = {name: count(node) for name, node in functions() if count(node) > MOST_PARAMETERS}
-    assert {name: n for name, n in many.items() if not name.startswith("ppo_jax.ops.")} == {}
+    many = {name: n for name, n in many.items() if not name.startswith("ppo_jax.ops.")}
+    assert many.keys() - MAY_TAKE_MORE == set(), many
+    assert many.keys() >= MAY_TAKE_MORE, "an exemption that nobody needs any more"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
+from ppo_jax.cli.parse import Brief
 from ppo_jax.data import read_pairs
 from ppo_jax.models.adapters import AdapterConfig
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.dpo import encode, run_dpo
@@ -21,24 +23,42 @@ class DPOSettings(RunSettings):
     """Train a policy on preferences without a reward model; the result is RUN_DIR/export/model."""
 
     model: str
-    """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
+    """Base and reference are this Hugging Face directory, name on the hub, or .gguf file."""
     pairs: Path
-    """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt". Margins are not used."""
+    """This file holds preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt". Margins are not
+    used."""
     run_dir: Path = Path("runs/dpo")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     max_length: int = 512
-    """Longest text (prompt, answer and EOS), in tokens."""
+    """A text (prompt, answer and EOS) may have at most this many tokens."""
     held_out: int = 200
-    """Pairs kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    """This many pairs are kept apart to measure on, at most a fifth; if that is none, the training ones are used."""
     adapter: AdapterConfig = AdapterConfig()
-    """Which parameters are trained."""
+    """These options say which parameters are trained."""
     dpo: DPOConfig = DPOConfig()
-    """How, and for how long."""
+    """These options say how preferences are optimised, and for how long."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax dpo --model runs/sft/export/model --pairs preferences.jsonl",
+        "ppo-jax dpo --model MODEL --pairs preferences.jsonl --run-dir runs/first --dpo.beta 0.05 --dpo.epochs 2",
+    ),
+    {
+        DPOSettings: (
+            *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
+            *("compute", "adapter", "dpo"),
+        ),
+        ModelOptions: ("dtype",),
+        AdapterConfig: ("kind", "layers", "rank"),
+        DPOConfig: ("epochs", "batch_size", "accumulate", "learning_rate", "beta"),
+    },
+)
 
 
 def dpo(settings: DPOSettings) -> None:
-    """`ppo-jax dpo`."""
-    with common.on_mesh(settings, *common.micro_batch("dpo", settings.dpo)):
+    """Run `ppo-jax dpo`."""
+    with common.use_run_mesh(settings, *common.describe_micro_batch("dpo", settings.dpo)):
         _dpo(settings)
 
 
@@ -53,7 +73,7 @@ def _dpo(settings: DPOSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax dpo", is_first()) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
-        common.say_long(screen, long, settings.max_length, settings.too_long)
+        common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
         screen.message(
             f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "

@@ -9,15 +9,14 @@ files, ppo_jax_export.json, by which an export is known as one: only such a dire
 
 import dataclasses
 import json
-import shutil
-import uuid
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ppo_jax.data.disk import swap
+from ppo_jax.cli.parse import Brief
+from ppo_jax.data.disk import replaced_directory
 from ppo_jax.models.files import families, hf, peft
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import resolve
@@ -35,25 +34,36 @@ class ExportSettings:
     """Write the result of a run as a Hugging Face directory or a PEFT adapter, with a model card."""
 
     to: Path
-    """New directory."""
+    """The export goes into this new directory."""
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Run directory of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it; without one --model itself is written."""
+    """The result of this run (of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it) is exported; without one --model
+    itself is."""
     format: Literal["merged", "peft"] = "merged"
-    """Base and adapter in one; or the LoRA adapter alone, as the peft library reads it."""
+    """Base and adapter are merged into one model, or (peft) the LoRA adapter is written alone, as the peft library
+    reads it."""
     step: int | None = None
-    """Update of the run whose checkpoint is taken; by default the newest."""
+    """The checkpoint of this update of the run is exported; by default the newest is."""
     model: str | None = None
-    """The base, where the run's name for it is no longer right: directory, name on the hub, or .gguf file."""
+    """The base is this directory, name on the hub, or .gguf file, where the run's name for it is no longer right."""
     dtype: Dtype = "float32"
-    """Of the merged weights; the peft format holds float32."""
+    """The merged weights have this type; the peft format always holds float32."""
     overwrite: bool = False
     """Replace an earlier export in that directory."""
     mesh: MeshConfig = MeshConfig()
-    """Devices of this machine that base and adapter are spread over; the host then holds no whole model."""
+    """Base and adapter are spread over these devices of this machine; the host then holds no whole model."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax export runs/ppo --to policy",
+        "ppo-jax export runs/ppo --to adapter --format peft",
+        "ppo-jax export runs/ppo --step 40 --to policy-40 --dtype bfloat16",
+    )
+)
 
 
 def export(settings: ExportSettings) -> None:
-    """`ppo-jax export`."""
+    """Run `ppo-jax export`."""
     if settings.format == "peft" and settings.dtype != "float32":
         raise ValueError(f"--format peft writes float32; leave out --dtype {settings.dtype}")
     with use_mesh(settings.mesh):
@@ -79,11 +89,9 @@ def _export(settings: ExportSettings) -> None:
 
 
 def write(target: Path, found: trained.Trained, settings: ExportSettings) -> None:
-    """Makes the directory beside `target` and renames it: it is there whole or not at all."""
+    """Make the directory beside `target` and rename it: it is there whole or not at all."""
     model = found.model
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
+    with replaced_directory(target) as partial:
         if settings.format == "peft":
             peft.save(partial, found.adapter, model.config, base_name(found, settings))
             save_tokenizer(partial, model.tokenizer)
@@ -105,13 +113,10 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
         files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
         mark = json.dumps({"format": settings.format, "files": files}, indent=2)
         (partial / MARK).write_text(mark + "\n", encoding="utf-8")
-        swap(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def base_name(found: trained.Trained, settings: ExportSettings) -> str:
-    """What the export calls the base: as the user gave it. A path that some program chose is cut to its last part."""
+    """Name the base as the user gave it. A path that some program chose is cut to its last part."""
     if settings.model:
         return settings.model
     given = found.settings.get("model")
@@ -119,7 +124,7 @@ def base_name(found: trained.Trained, settings: ExportSettings) -> str:
 
 
 def check_target(target: Path, settings: ExportSettings) -> None:
-    """Raises before anything is read when the directory cannot be taken, so that nothing of the user's is replaced."""
+    """Raise, before anything is read, when the directory cannot be taken, so that nothing of the user's is replaced."""
     if settings.run is not None:
         run, here = settings.run.expanduser().resolve(), target.resolve()
         if here == run or here in run.parents or run in here.parents:
@@ -140,14 +145,14 @@ def check_target(target: Path, settings: ExportSettings) -> None:
 
 
 def check_apart(target: Path, base: Path, settings: ExportSettings) -> None:
-    """Raises when the export would take the place of the base model that it is made from."""
+    """Raise when the export would take the place of the base model that it is made from."""
     here, model = target.resolve(), base.resolve()
     if here == model or here in model.parents:
         raise ValueError(f"--to {settings.to} would replace the base model {base}; choose another directory")
 
 
 def foreign_files(target: Path) -> list[str]:
-    """What lies in an earlier export beside that which its list names."""
+    """List what lies in an earlier export beside that which its list names."""
     try:
         listed = json.loads((target / MARK).read_text(encoding="utf-8"))["files"]
         known = {MARK, *map(str, listed)}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from ppo_jax.cli.parse import Brief
 from ppo_jax.data import PromptRecord, TooLong, left_pad, read_prompts
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.heads import ValueHead
@@ -33,42 +34,62 @@ class GenerateSettings:
     """Sample responses to prompts, from a model or from a policy that was trained on it."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Run directory of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it; without one the model itself answers."""
+    """The policy of this run (of `ppo-jax ppo`, `sft` or `dpo`, or the adapter in it) answers; without one the model
+    itself does."""
     policy: Path | None = None
-    """The same as an option."""
+    """This option names the run too, in place of the first argument."""
     step: int | None = None
-    """Update of the run whose checkpoint answers; by default the newest."""
+    """The checkpoint of this update of the run answers; by default the newest does."""
     model: str | None = None
-    """Hugging Face directory, name on the hub, or .gguf file. By default the base that the run names."""
+    """The model is this Hugging Face directory, name on the hub, or .gguf file; by default it is the base that the run
+    names."""
     prompt: tuple[str, ...] = ()
-    """Prompts as text."""
+    """These texts are the prompts to be answered."""
     chat: bool = False
-    """Give each --prompt as a user's message, in the tokenizer's chat template. Those of a file say it themselves."""
+    """Give each --prompt as a user's message, in the tokenizer's chat template. Prompts of a file say it themselves."""
     prompts: Path | None = None
-    """Prompts in a file, as for `ppo-jax ppo`."""
+    """This file holds prompts, as for `ppo-jax ppo`."""
     output: Path | None = None
     """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal. Until all
     are there, the file has `.partial` after its name."""
     seed: int = 0
-    """Of sampling."""
+    """This number seeds the sampling of responses."""
     temperature: float = 0.7
-    """Of sampling; 0: greedy."""
+    """Sampling divides the logits by this temperature; 0 takes the most probable token."""
     sampling: Sampling = Sampling(response_length=64)
-    """The rest of sampling. Empty stop_ids: those of model and tokenizer; pad_id is theirs always."""
+    """These options say how tokens are chosen. Empty stop_ids mean the model's and tokenizer's; pad_id is always
+    theirs."""
     batch_size: int = 16
-    """Prompts answered at once."""
+    """This many prompts are answered at once."""
     max_prompt: int = 1024
-    """Longest prompt, in tokens."""
+    """A prompt may have at most this many tokens."""
     too_long: TooLong = "error"
-    """What to do with longer ones."""
+    """A prompt longer than allowed is an error, is truncated from the left, or is dropped."""
     compute: ModelOptions = ModelOptions()
-    """How the model is run: memory against speed."""
+    """These options trade memory against speed when the model is run."""
     mesh: MeshConfig = MeshConfig()
-    """How many devices of this machine work on what; by default one. The responses are the same on all meshes."""
+    """These options say how many devices of this machine share the work; by default it is one."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax generate runs/ppo --prompt 'The film was'",
+        "ppo-jax generate --model MODEL --prompts prompts.jsonl --output responses.jsonl --temperature 0",
+        "ppo-jax generate runs/sft --chat --prompt 'What is PPO?' --sampling.response-length 99 --sampling.top-p 0.9",
+    ),
+    {
+        GenerateSettings: (
+            *("run", "step", "model", "prompt", "chat", "prompts", "output", "seed", "temperature", "batch_size"),
+            *("max_prompt", "too_long", "sampling", "compute"),
+        ),
+        ModelOptions: ("dtype",),
+        Sampling: ("response_length", "top_k", "top_p"),
+    },
+)
 
 
 def generate_responses(settings: GenerateSettings) -> None:
-    """`ppo-jax generate`."""
+    """Run `ppo-jax generate`."""
     if settings.temperature < 0:
         raise ValueError(f"--temperature {settings.temperature} must not be negative")
     if settings.run and settings.policy:
@@ -113,7 +134,7 @@ class Response(NamedTuple):
 
 
 def check_output(output: Path) -> None:
-    """Raises OSError unless a new file can be made at `output`; nothing is replaced, nor what is left of a kill."""
+    """Raise OSError unless a new file can be made at `output`; nothing is replaced, nor what is left of a kill."""
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}; make it first")
     if output.exists():
@@ -125,7 +146,7 @@ def check_output(output: Path) -> None:
 
 
 def write(found: Iterable[Response], output: Path) -> int:
-    """Writes responses as JSON lines, each when it comes, and returns how many.
+    """Write responses as JSON lines, each when it comes, and return how many.
 
     They go into a file beside `output` that gets its name at the end: what stops early leaves those that were finished.
     """
@@ -151,7 +172,7 @@ def _partial(output: Path) -> Path:
 def responses(
     model: Model, policy: Policy, prompts: PromptSet, sampling: Sampling, settings: GenerateSettings
 ) -> Iterator[Response]:
-    """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
+    """Sample one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
     run, policy = jax.jit(partial(generate, config=model.config, sampling=sampling)), place_on_mesh(policy)
     key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
     size = min(settings.batch_size, count)
@@ -167,7 +188,7 @@ def responses(
 
 
 def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
-    """The model and the role that answers."""
+    """Load the model and the role that answers."""
     run = settings.run or settings.policy
     if run is None:
         if settings.step is not None:

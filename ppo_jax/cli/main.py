@@ -10,17 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax.cli import export, reward
-from ppo_jax.cli.dpo import DPOSettings, dpo
-from ppo_jax.cli.generate import GenerateSettings, generate_responses
-from ppo_jax.cli.parse import parse
+from ppo_jax.cli import dpo, export, generate, ppo, reward, sft
+from ppo_jax.cli.parse import Brief, parse
+from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
-from ppo_jax.cli.plan.programs import PlanSettings
-from ppo_jax.cli.ppo import PPOSettings, ppo
-from ppo_jax.cli.reward import RewardSettings
+from ppo_jax.cli.serve import settings as serving
 from ppo_jax.cli.serve.command import serve_reward
-from ppo_jax.cli.serve.settings import ServeSettings
-from ppo_jax.cli.sft import SFTSettings, sft
 from ppo_jax.parallel import launch
 from ppo_jax.train.loop import Interrupted
 
@@ -33,23 +28,24 @@ TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 class Command(NamedTuple):
     settings: type
     run: Callable[[Any], None]
+    brief: Brief
 
 
 COMMANDS = {
-    "sft": Command(SFTSettings, sft),
-    "reward": Command(RewardSettings, reward.reward),
-    "ppo": Command(PPOSettings, ppo),
-    "generate": Command(GenerateSettings, generate_responses),
-    "export": Command(export.ExportSettings, export.export),
-    "dpo": Command(DPOSettings, dpo),
-    "plan": Command(PlanSettings, plan),
-    "export-reward": Command(reward.ExportRewardSettings, reward.export_reward),
-    "serve-reward": Command(ServeSettings, serve_reward),
+    "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
+    "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
+    "ppo": Command(ppo.PPOSettings, ppo.ppo, ppo.BRIEF),
+    "generate": Command(generate.GenerateSettings, generate.generate_responses, generate.BRIEF),
+    "export": Command(export.ExportSettings, export.export, export.BRIEF),
+    "dpo": Command(dpo.DPOSettings, dpo.dpo, dpo.BRIEF),
+    "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
+    "export-reward": Command(reward.ExportRewardSettings, reward.export_reward, reward.BRIEF_EXPORT),
+    "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `ppo-jax COMMAND OPTIONS`; returns the exit code."""
+    """Run `ppo-jax COMMAND OPTIONS`; return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if args else sys.stderr)
@@ -64,32 +60,32 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
         return MISTAKE
     command, prog = COMMANDS[name], f"ppo-jax {name}"
-    return exit_code(prog, lambda: command.run(parse(command.settings, options, prog=prog)))
+    return exit_code(prog, lambda: command.run(parse(command.settings, options, prog=prog, brief=command.brief)))
 
 
 def usage() -> str:
-    """The list of commands, from the docstrings of their settings."""
+    """List the commands, from the docstrings of their settings."""
     lines = [f"  {name:<15}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 
 def exit_code(prog: str, run: Callable[[], object]) -> int:
-    """Calls `run`. An error that a user can act on becomes a message on standard error and an exit code.
+    """Call `run`. An error that a user can act on becomes a message on standard error and an exit code.
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
     at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
-    (`distributed.leave`), so that the others do not wait for it; all stop together when asked to (75).
+    (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
     try:
         code = _exit_code(prog, run)
     except Exception:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            launch.leave(FAILED)
+            launch.end_process(FAILED)
         raise
     if code not in (0, PREEMPTED):
-        launch.leave(code)
+        launch.end_process(code)
     return code
 
 

@@ -4,9 +4,11 @@ import dataclasses
 from datetime import date
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, say_long
+from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts
+from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_prompts, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT, MODEL
 from ppo_jax.models.placement import create_on_mesh
 from ppo_jax.models.pretrained import Model, load_model
@@ -15,6 +17,7 @@ from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page as report
 from ppo_jax.rewards.options import RewardOptions, choose_reward
+from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.facts import environment
@@ -34,35 +37,58 @@ class PPOSettings(RunSettings):
     """Train a policy by PPO against a reward; the result is RUN_DIR/export/model."""
 
     model: str
-    """Base and reference: Hugging Face directory, name on the hub, or .gguf file."""
+    """Base and reference are this Hugging Face directory, name on the hub, or .gguf file."""
     prompts: Path
-    """Prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a prompt per line."""
+    """This file holds prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a
+    prompt per line."""
     reward: tuple[str, ...]
-    """A reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are summed."""
+    """The reward is a reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are
+    summed."""
     pretrain: Path | None = None
-    """Texts for PPO-ptx, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
+    """PPO-ptx mixes in the texts of this file, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
     run_dir: Path = Path("runs/ppo")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     max_prompt: int = 256
-    """Longest prompt, in tokens."""
+    """A prompt may have at most this many tokens."""
     held_out: int = 64
-    """Prompts kept apart to evaluate on, at most a fifth; where that is none, the training ones are used."""
+    """This many prompts are kept apart to evaluate on, at most a fifth; if that is none, the training ones are used."""
     scoring: RewardOptions = RewardOptions()
-    """How the reward is called, and the weights of a sum."""
+    """These options say how the reward is called, and what a sum weighs."""
     policy: AdapterConfig = AdapterConfig()
-    """What of the policy is trained."""
+    """These options say what of the policy is trained."""
     ppo: PPOConfig = PPOConfig()
-    """The algorithm's static choices. Empty sampling.stop_ids: those of model and tokenizer."""
+    """These choices of the algorithm are compiled in. Empty sampling.stop_ids mean those of model and tokenizer."""
     hyper: Hyper = Hyper()
-    """Its scalars."""
+    """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig()
-    """How long, and what when."""
+    """These options say how long the run is, and what happens when."""
     resume: Resume = "no"
-    """Go on with the run in run_dir; auto: or start one where there is none. `--resume` alone: yes."""
+    """Go on with the run in run_dir; auto also starts one where there is none. `--resume` alone means yes."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax ppo --model runs/sft/export/model --prompts prompts.jsonl --reward runs/reward",
+        "ppo-jax ppo --model MODEL --prompts prompts.txt --reward rewards.py:score --hyper.kl-coef 0.1",
+        "ppo-jax ppo --config runs/ppo/config.yaml --resume",
+    ),
+    {
+        PPOSettings: (
+            *("model", "prompts", "reward", "run_dir", "max_prompt", "seed", "resume", "overwrite"),
+            *("compute", "policy", "ppo", "hyper", "loop"),
+        ),
+        ModelOptions: ("dtype",),
+        AdapterConfig: ("kind", "layers", "rank"),
+        PPOConfig: ("sampling", "epochs", "num_minibatches", "accumulate", "advantage", "group_size"),
+        Sampling: ("response_length",),
+        Hyper: ("learning_rate", "temperature", "kl_coef"),
+        LoopConfig: ("updates", "batch_size", "eval_every"),
+    },
+)
 
 
 def ppo(settings: PPOSettings) -> None:
-    """`ppo-jax ppo`."""
+    """Run `ppo-jax ppo`."""
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
@@ -94,16 +120,12 @@ def _ppo(settings: PPOSettings) -> None:
         loop=settings.loop,
         seed=settings.seed,
         pretrain=_pretraining(settings, model),
-        device_reward=chosen.device,
-        reward_params=chosen.params,
-        host_reward=chosen.host,
-        failures=chosen.failures,
+        reward=chosen,
         config=repeatable_yaml(settings),
-        reward_name=chosen.name,
     )
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first()) as screen:
-        say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
         result = run_ppo(directory, setup, screen, settings.resume)
@@ -121,14 +143,14 @@ def _ppo(settings: PPOSettings) -> None:
             "versions": facts["versions"],
             "machine": facts["machine"],
         }
-        if "accuracy" in chosen.meta:
-            summary |= {"reward_accuracy": chosen.meta["accuracy"], "reward_accuracy_note": "held-out pairs"}
+        if "accuracy" in chosen.metadata:
+            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
         page = report.write(directory, summary)
         screen.message(f"the model is at {exported}; report: {page}")
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
-    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    """Read the token rows of PPO-ptx, no longer than prompt and response together."""
     if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
         raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
     if settings.pretrain is None:

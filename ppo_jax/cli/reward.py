@@ -7,16 +7,18 @@ from typing import Any
 
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
+from ppo_jax.cli.parse import Brief
 from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
 from ppo_jax.data.encode import EncodedChoices, EncodedRatings, encode_choices, encode_ratings
 from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
+from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
 from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out
-from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
+from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, collect_comparisons, run_reward
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.reward_model import RewardConfig
 
@@ -26,23 +28,26 @@ class RewardSettings(RunSettings):
     """Train a reward model from preferences; the result is RUN_DIR/export/reward."""
 
     model: str
-    """Base: Hugging Face directory, name on the hub, or .gguf file. LoRA only fits PPO on the same one."""
+    """The base is this Hugging Face directory, name on the hub, or .gguf file. A LoRA reward model only fits PPO on the
+    same base."""
     pairs: Path | None = None
-    """Preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
+    """This file holds preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
     ratings: Path | None = None
-    """Or: {"response", "rating"}, optionally "prompt"; all responses of a batch are compared with one another."""
+    """This file holds {"response", "rating"} instead, optionally "prompt"; all responses of a batch are compared with
+    one another."""
     choices: Path | None = None
-    """Or: {"responses": [text, ...], "best": place from 0}, optionally "prompt"."""
+    """This file holds {"responses": [text, ...], "best": place from 0} instead, optionally "prompt"."""
     reference: Path | None = None
-    """Texts on which scores get mean 0 and std 1, {"prompt", "response"} or {"text"}; by default the training texts."""
+    """Scores get mean 0, std 1 on the texts of this file, {"prompt", "response"} or {"text"}; else on the training
+    texts."""
     run_dir: Path = Path("runs/reward")
-    """Where all results go."""
+    """All results of the run go into this directory."""
     max_length: int = 512
-    """Longest text (prompt and answer), in tokens."""
+    """A text (prompt and answer) may have at most this many tokens."""
     held_out: int = 200
-    """Lines kept apart to measure on, at most a fifth; where that is none, the training ones are used."""
+    """This many lines are kept apart to measure on, at most a fifth; if that is none, the training ones are used."""
     reward: RewardConfig = RewardConfig()
-    """The reward model and its training."""
+    """These options describe the reward model and its training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +55,46 @@ class ExportRewardSettings:
     """Merge a LoRA reward model into its base: a Hugging Face sequence-classification directory."""
 
     reward: Path
-    """Run directory of `ppo-jax reward`, or the artifact in it."""
+    """The reward model is in this run directory of `ppo-jax reward`, or is this artifact of one."""
     output: Path
-    """The new directory. `transformers` reproduces the scores but for the constant ppo_jax_bias of its config.json."""
+    """The model goes into this new directory. `transformers` reproduces its scores but for the constant ppo_jax_bias of
+    config.json."""
     model: str | None = None
-    """The base, where the one that the artifact names has moved."""
+    """The base is here, where the one that the artifact names has moved."""
     overwrite: bool = False
-    """Replace a sequence classifier that is there."""
+    """Replace a sequence classifier that is there already."""
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax reward --model runs/sft/export/model --pairs preferences.jsonl",
+        "ppo-jax reward --model MODEL --ratings ratings.jsonl --run-dir runs/ratings --reward.lora-layers 0",
+    ),
+    {
+        RewardSettings: (
+            *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
+            *("overwrite", "compute", "reward"),
+        ),
+        ModelOptions: ("dtype",),
+        RewardConfig: ("kind", "depth", "lora_layers", "rank", "batch_size", "epochs", "learning_rate"),
+    },
+)
+BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output classifier",))
 
 
 def export_reward(settings: ExportRewardSettings) -> None:
-    """`ppo-jax export-reward`."""
+    """Run `ppo-jax export-reward`."""
     path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 
 def reward(settings: RewardSettings) -> None:
-    """`ppo-jax reward`."""
+    """Run `ppo-jax reward`."""
     given = {name: getattr(settings, name) for name in ("pairs", "ratings", "choices")}
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
     size = settings.reward.batch_size
-    with common.on_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
+    with common.use_run_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
         _reward(settings)
 
 
@@ -81,14 +104,14 @@ def _reward(settings: RewardSettings) -> None:
     train, held_out, where = _data(settings, model)
     reference = _reference(settings, model)
     for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
-        check_room(model, compared(part, settings.seed, f"{what} of {where}").rows)
+        check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
     try:
         check_batch(settings.reward, train)
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax reward", is_first()) as screen:
-        common.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
         )
@@ -107,7 +130,7 @@ def _reward(settings: RewardSettings) -> None:
 
 
 def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
-    """(training, held-out) token rows, and the file. No EOS: the reward reads the text of a response, whether it ended
+    """Read (training, held-out) token rows, and the file. No EOS: the reward reads a response's text, whether it ended
     by itself or was cut (rewards.adapter)."""
     tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
 

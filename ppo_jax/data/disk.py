@@ -1,5 +1,6 @@
 """Bytes written whole or not at all, strict JSON, and checksums."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTAL
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file; of a folder: of the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
+    """Hash a file by sha256; a folder: the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -28,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def strict(value: Any) -> Any:
-    """The value with what JSON cannot hold replaced, recursively; arrays of one number become that number."""
+    """Replace what JSON cannot hold in a value, recursively; arrays of one number become that number."""
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -44,14 +45,54 @@ def strict(value: Any) -> Any:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file atomically."""
+    """Write a whole file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Give an empty directory beside `target`, which takes its place at the end of the block.
+
+    Where the block fails the new directory goes, and `target` is as it was. Parents are made. A link stays one, and
+    what it leads to is replaced.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+        swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Give the directory `target` what `source` has and it has not, apart from the names `without`.
+
+    Files are linked where the disk can do that, and copied where not; `source` keeps them.
+    """
+    for item in source.iterdir() if source.is_dir() else ():
+        new = target / item.name
+        if item.name in without or new.exists():
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def swap(partial: Path, target: Path) -> None:
-    """Puts the directory `partial` in the place of `target`; what was there is removed.
+    """Put the directory `partial` in the place of `target`; what was there is removed.
 
     Where that fails, `target` is as it was, and OSError is raised. Both lie in one directory.
     """
@@ -68,7 +109,7 @@ def swap(partial: Path, target: Path) -> None:
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
-    """The value of a JSON text (bytes: UTF-8, or as `json` detects). ValueError where it is none, or nested deeper."""
+    """Parse a JSON text (bytes: UTF-8, or as `json` detects). Raise ValueError where it is none, or nested deeper."""
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
     level = 0
     for found in _TOKEN.finditer(text):

@@ -1,7 +1,7 @@
 """Records -> token rows, in the form that the policy sees when it generates.
 
-Chats are rendered by the tokenizer's own template. A response is tokenised apart from its prompt and closed with
-EOS, so that training and sampling agree on the tokens at the seam.
+Chats are rendered by the tokenizer's own template. A row is the tokens of prompt + response, closed with EOS, and
+begins with the very tokens that the policy is given to continue (`data.tokens`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ppo_jax.data.lines import Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
+from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
 
 TooLong = Literal["error", "truncate_left", "drop"]
 
@@ -48,7 +49,7 @@ class EncodedSFT(NamedTuple):
 
 
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
-    """Chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
+    """Render chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
 
     Raises:
       ValueError: the tokenizer has no chat template, or its template refuses these messages.
@@ -75,7 +76,7 @@ def encode_prompts(
     too_long: TooLong = "error",
     where: Sequence[str] | None = None,
 ) -> EncodedPrompts:
-    """Token rows of prompts, each of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
+    """Encode prompts as token rows of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
 
     Args:
       too_long: what to do with longer ones. "error"; "truncate_left" keeps BOS and the last tokens; "drop".
@@ -86,7 +87,7 @@ def encode_prompts(
       ValueError: some are too long (how many, and which is the longest), one has no tokens, or none is left.
     """
     names = where or [f"prompt {i}" for i in range(len(prompts))]
-    bos = _bos(tokenizer)
+    bos = leading_bos(tokenizer)
     rows = [_encode(prompt, tokenizer, bos, name) for prompt, name in zip(prompts, names, strict=True)]
     for row, name in zip(rows, names, strict=True):
         if row == bos:
@@ -98,41 +99,33 @@ def encode_prompts(
 def encode_pairs(
     records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error", eos: bool = True
 ) -> EncodedPairs:
-    """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
+    """Encode prompt + answer (+ EOS) as token rows, as a finished response looks in PPO. Arguments as `encode_prompts`.
 
-    A pair is too long if one of its rows is.
+    A pair is too long if one of its rows is; both then lose the same tokens of the prompt. Without `eos` an answer that
+    spells EOS loses it, since a reward reads the text of a response (`rewards.adapter`).
     """
-    bos, end = _bos(tokenizer), _eos(tokenizer) if eos else []
+    bos, end = leading_bos(tokenizer), _eos(tokenizer) if eos else []
     sides: list[list[tuple[list[int], int]]] = [[], []]
-    for record in records:
-        for rows, answer in zip(sides, (record.chosen, record.rejected), strict=True):
-            prompt, response = record.prompt, answer
-            if isinstance(response, list):
-                prompt, response = [*(prompt or []), *response[:-1]], response[-1]["content"]
-            rows.append(_joined(prompt, response, tokenizer, bos, end, record.where))
+    for rows, name in zip(sides, ("chosen", "rejected"), strict=True):
+        rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, end)
     lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
     kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
-    chosen, rejected = ([_cut(side[i][0], max_length, bos) for i in kept] for side in sides)
-
-    def start(side: list[tuple[list[int], int]], place: int) -> int:
-        row, first = side[place]
-        first -= max(len(row) - max_length, 0)
-        return first if first >= len(bos) else -1
-
-    starts = [(start(sides[0], i), start(sides[1], i)) for i in kept]
+    pairs = [_cut_alike([sides[0][i], sides[1][i]], max_length, bos) for i in kept]
+    chosen, rejected = ([pair[side][0] for pair in pairs] for side in (0, 1))
+    starts = [(pair[0][1], pair[1][1]) for pair in pairs]
     return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count, starts)
 
 
 def encode_sft(
     records: Sequence[SFTRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedSFT:
-    """Token rows of prompt + response + EOS, and where the responses start. Arguments as `encode_prompts`.
+    """Encode prompt + response + EOS as token rows, and where the responses start. Arguments as `encode_prompts`.
 
     Raises:
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
     """
-    bos, end = _bos(tokenizer), _eos(tokenizer)
-    both = [_joined(r.prompt, r.response, tokenizer, bos, end, r.where) for r in records]
+    bos, end = leading_bos(tokenizer), _eos(tokenizer)
+    both = _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, end)
     kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
     rows, starts = [], []
     for i in kept:
@@ -147,22 +140,32 @@ def encode_sft(
     return EncodedSFT(rows, starts, kept, count)
 
 
+def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str]:
+    """Split an answer into (prompt, response); one in messages is its last message, earlier ones follow the prompt."""
+    if isinstance(answer, str):
+        return prompt, answer
+    return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
+
+
 def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]:
-    ids: list[int] = tokenizer(render(text, tokenizer, where), add_special_tokens=False)["input_ids"]
-    return ids if isinstance(text, list) else bos + ids  # a chat template writes its own BOS
+    (ids,) = tokenise([render(text, tokenizer, where)], tokenizer)
+    return ids if isinstance(text, list) else with_bos(ids, bos)  # a chat template writes its own BOS
 
 
-def _joined(
-    prompt: Text | None, response: str, tokenizer: Any, bos: list[int], end: list[int], where: str
-) -> tuple[list[int], int]:
-    before = bos if prompt is None else _encode(prompt, tokenizer, bos, where)
-    return before + list(tokenizer(response, add_special_tokens=False)["input_ids"]) + end, len(before)
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """[the BOS id] if this tokenizer puts one before plain text, else []."""
-    first = list(tokenizer("a")["input_ids"])[:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def _answered(
+    texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, end: list[int]
+) -> list[tuple[list[int], int]]:
+    """Encode each (prompt, response, name for messages) as (tokens with the end, where the response begins)."""
+    bos, ends = leading_bos(tokenizer), end_ids(tokenizer)
+    befores = ["" if prompt is None else render(prompt, tokenizer, where) for prompt, _, where in texts]
+    rows = []
+    found = token_rows(befores, [response for _, response, _ in texts], tokenizer)
+    for (prompt, _, _), (row, start) in zip(texts, found, strict=True):
+        if not isinstance(prompt, list):  # a chat template writes its own BOS
+            bare, row = len(row), with_bos(row, bos)
+            start = max(start + len(row) - bare, len(bos))
+        rows.append((without_ends(row, ends, start) + end, start))
+    return rows
 
 
 def _eos(tokenizer: Any) -> list[int]:
@@ -172,7 +175,7 @@ def _eos(tokenizer: Any) -> list[int]:
 
 
 def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
-    """Which rows to keep, and how many were too long."""
+    """Choose which rows to keep, and count those that were too long."""
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
     if max_length < 2:
@@ -196,12 +199,30 @@ def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
     return bos + row[len(row) - max_length + len(bos) :] if row[: len(bos)] == bos else row[-max_length:]
 
 
+def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list[int]) -> list[tuple[list[int], int]]:
+    """Cut answers (row, start) to one prompt on the left to `max_length`, so that the prompt stays one and the same.
+
+    The longest says how much of the prompt goes, from all of them. An answer that is too long by itself is cut further,
+    and its start is -1.
+    """
+    excess = max(len(row) for row, _ in rows) - max_length
+    if excess <= 0:
+        return list(rows)
+    cut = []
+    for row, start in rows:
+        front = len(bos) if row[: len(bos)] == bos else 0
+        gone = min(excess, start - front)
+        short = _cut(row[:front] + row[front + gone :], max_length, bos)
+        cut.append((short, start - gone if len(short) == len(row) - gone else -1))
+    return cut
+
+
 def encode_ratings(
     records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedRatings:
-    """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
-    bos = _bos(tokenizer)
-    rows = [_joined(r.prompt, r.response, tokenizer, bos, [], r.where)[0] for r in records]
+    """Encode prompt + response as token rows, without EOS. Arguments and errors as `encode.encode_prompts`."""
+    bos = leading_bos(tokenizer)
+    rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, [])]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
     return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
 
@@ -209,10 +230,14 @@ def encode_ratings(
 def encode_choices(
     records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedChoices:
-    """Token rows of prompt + each response, without EOS; a choice is too long if one of its rows is. As above."""
-    bos = _bos(tokenizer)
-    groups = [[_joined(r.prompt, text, tokenizer, bos, [], r.where)[0] for text in r.responses] for r in records]
-    lengths = [max(map(len, group)) for group in groups]
+    """Encode prompt + each response, without EOS; a choice is too long if one of its rows is. As above.
+
+    A choice is too long if one of its rows is; all of them then lose the same tokens of the prompt.
+    """
+    bos = leading_bos(tokenizer)
+    rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, []))
+    groups = [[next(rows) for _ in r.responses] for r in records]
+    lengths = [max(len(row) for row, _ in group) for group in groups]
     kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])
-    cut = [[_cut(row, max_length, bos) for row in groups[i]] for i in kept]
+    cut = [[row for row, _ in _cut_alike(groups[i], max_length, bos)] for i in kept]
     return EncodedChoices(cut, [records[i].best for i in kept], count)

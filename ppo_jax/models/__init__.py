@@ -2,6 +2,6 @@
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files.hf import load, save
-from ppo_jax.models.transformer import apply
+from ppo_jax.models.transformer import apply, logits
 
-__all__ = ["ModelConfig", "apply", "load", "save"]
+__all__ = ["ModelConfig", "apply", "load", "logits", "save"]

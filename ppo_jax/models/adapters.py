@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layout import linear_shapes
+from ppo_jax.models.layout import TENSORS, linear_shapes
 from ppo_jax.types import PyTree
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = tuple(tensor.name for tensor in TENSORS if tensor.linear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,15 @@ class AdapterConfig:
     """Which parameters of the base are trained."""
 
     kind: Literal["lora", "top_k", "full"] = "lora"
-    """Low-rank updates; the last layers whole ("freeze" tuning); or everything."""
+    """Training changes low-rank updates (lora), whole last layers (top_k, "freeze" tuning), or everything (full)."""
     layers: int = 0
-    """How many layers, counted from the top, are touched; 0: all. Layers below them are computed once per rollout."""
+    """This many layers from the top are touched; 0 means all. Layers below them are computed once per rollout."""
     rank: int = 8
-    """LoRA rank."""
+    """A LoRA update has this rank."""
     alpha: float = 16.0
-    """LoRA scale is alpha / rank."""
+    """A LoRA update is scaled by alpha / rank."""
     targets: tuple[str, ...] = LINEARS
-    """Linear maps that carry LoRA."""
+    """These linear maps carry LoRA."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "top_k", "full"):

@@ -132,8 +132,8 @@ def flash(
         implementation=implementation,
     )
     # Nothing is said of a padding slot's result; what follows puts it into the cache, and 0 x NaN is no 0.
-    found = jnp.take_along_axis(attended, back[..., None, None], axis=1)
-    return jnp.where((positions >= 0)[..., None, None], found, 0)
+    in_place = jnp.take_along_axis(attended, back[..., None, None], axis=1)
+    return jnp.where((positions >= 0)[..., None, None], in_place, 0)
 
 
 def _cudnn_problem(q: Array, k: Array) -> str | None:

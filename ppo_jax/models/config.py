@@ -13,11 +13,11 @@ class ModelOptions:
     """How a model is run, whatever its weights: memory against speed."""
 
     dtype: Dtype = "float32"
-    """Of the base's parameters and of activations. What is trained is float32 always, and cast where it is used."""
+    """The base's parameters and activations have this type. What is trained is always float32, and cast where used."""
     remat: Remat = "none"
-    """What the backward pass computes again: nothing; all of a layer but its matrix products; whole layers."""
+    """The backward pass computes again nothing, all of a layer but matrix products (dots), or whole layers (full)."""
     attention: Attention = "auto"
-    """Implementation; auto: splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
+    """Attention runs in this implementation; auto is splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", Dtype), ("remat", Remat), ("attention", Attention)):
@@ -48,15 +48,8 @@ class RopeScaling:
 class ModelConfig:
     """Shapes and choices that are compiled into the program.
 
-    Parameters are a nested dict, all layers stacked on axis 0 (linear weights are [in, out]):
-
-        embedding                     [V, D]
-        layers.attention_norm         [L, D]          layers.mlp_norm   [L, D]
-        layers.q [L, D, heads*H]      layers.k, .v    [L, D, K*H]       layers.o     [L, heads*H, D]
-        layers.gate, .up [L, D, F]    layers.down     [L, F, D]
-        layers.{q,k,v}_bias, .o_bias  (attention_bias / output_bias)    layers.{gate,up,down}_bias (mlp_bias)
-        final_norm                    [D]
-        unembedding                   [V, D]          (absent when tie_embeddings)
+    Parameters are a nested dict, all layers stacked on axis 0, linear maps as [in, out]; `models.layout.TENSORS` has a
+    row for each.
     """
 
     vocab_size: int

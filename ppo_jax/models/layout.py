@@ -1,121 +1,145 @@
-"""What arrays a model has: names, shapes, logical axes, initial values."""
+"""The arrays of a model: ONE table with a row for each, which whatever needs to know of them reads.
 
+Random parameters, the checks of given ones, shardings, loading, saving, LoRA and the planner go through `tensors`. An
+array that a new family brings is one row here, with its condition on `ModelConfig`; an axis of another length is one
+row of LENGTHS, and its place on the mesh one row of `parallel.sharding.RULES`. A file that names or stores the same
+arrays otherwise (permuted or quantised in a GGUF file, several fused into one) is translated in `models.files`; the
+names here are those of Llama's files.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 from jaxtyping import Array
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.parallel.mesh import MeshConfig
+from ppo_jax.parallel.mesh import AXES, MeshConfig
+from ppo_jax.parallel.sharding import RULES
 from ppo_jax.types import PyTree
+
+# Logical axis -> fields of ModelConfig whose product is its length; the mesh cuts the first of them.
+LENGTHS: dict[str, tuple[str, ...]] = {
+    "layers": ("num_layers",),
+    "embed": ("hidden_size",),
+    "norm": ("hidden_size",),
+    "kv_heads": ("num_kv_heads", "head_dim"),
+    "heads": ("num_heads", "head_dim"),
+    "mlp": ("intermediate_size",),
+    "vocab": ("vocab_size",),
+}
+NORMAL, ONES, ZEROS = jax.nn.initializers.normal(0.02), jax.nn.initializers.ones, jax.nn.initializers.zeros
+
+
+def _always(config: ModelConfig) -> bool:
+    return True
 
 
 class Tensor(NamedTuple):
-    """One of our parameters and the Hugging Face tensors it is made of."""
+    """One array of a model, and the Hugging Face tensor (one per layer, where it is stacked) that it is made of."""
 
-    key: str  # "embedding", "layers.q": path in the parameter tree
-    name: str  # Hugging Face name; "{}" stands for the layer
-    shape: tuple[int, ...]  # ours, of one layer
-    transpose: bool  # torch.nn.Linear stores [out, in], we keep [in, out]
+    key: str  # path in the parameter tree: "embedding", "layers.q"
+    axes: tuple[str, ...]  # logical axes of its dimensions; stacked arrays begin with "layers"
+    init: Initializer
+    hf_name: str  # "{}" stands for the layer
+    transposed: bool = False  # torch.nn.Linear stores [out, in], we keep [in, out]
+    exists: Callable[[ModelConfig], bool] = _always  # whether a model of this configuration has it
+
+    @property
+    def name(self) -> str:
+        """The last part of the key: what `params["layers"]` or `params` calls it."""
+        return self.key.rpartition(".")[2]
 
     @property
     def stacked(self) -> bool:
-        """Whether our array has a leading layer axis."""
-        return "{}" in self.name
+        """Whether its first axis counts the layers."""
+        return self.axes[0] == "layers"
 
     @property
-    def hf_shape(self) -> tuple[int, ...]:
-        """The shape in the Hugging Face file."""
-        return self.shape[::-1] if self.transpose else self.shape
+    def linear(self) -> bool:
+        """Whether it is a stack of linear maps [L, in, out], which can carry LoRA."""
+        return self.stacked and len(self.axes) == 3
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Its shape, the layer axis included."""
+        return tuple(math.prod(getattr(config, field) for field in LENGTHS[axis]) for axis in self.axes)
+
+    def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The shape of one tensor in the Hugging Face file."""
+        shape = self.shape(config)[self.stacked :]
+        return shape[::-1] if self.transposed else shape
 
 
-# Name of a parameter -> logical axes of its dimensions (layout: `models.config.ModelConfig`).
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "embedding": ("vocab", "embed"),
-    "unembedding": ("vocab", "embed"),
-    "final_norm": ("norm",),
-    "attention_norm": ("layers", "norm"),
-    "mlp_norm": ("layers", "norm"),
-    "q": ("layers", "embed", "heads"),
-    "k": ("layers", "embed", "kv_heads"),
-    "v": ("layers", "embed", "kv_heads"),
-    "o": ("layers", "heads", "embed"),
-    "gate": ("layers", "embed", "mlp"),
-    "up": ("layers", "embed", "mlp"),
-    "down": ("layers", "mlp", "embed"),
-    "q_bias": ("layers", "heads"),
-    "k_bias": ("layers", "kv_heads"),
-    "v_bias": ("layers", "kv_heads"),
-    "o_bias": ("layers", "norm"),
-    "gate_bias": ("layers", "mlp"),
-    "up_bias": ("layers", "mlp"),
-    "down_bias": ("layers", "norm"),
-}
+_ATTN, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+
+# In the order of the file.
+TENSORS = (
+    Tensor("embedding", ("vocab", "embed"), NORMAL, "model.embed_tokens.weight"),
+    Tensor("layers.attention_norm", ("layers", "norm"), ONES, "model.layers.{}.input_layernorm.weight"),
+    Tensor("layers.q", ("layers", "embed", "heads"), NORMAL, _ATTN + "q_proj.weight", transposed=True),
+    Tensor("layers.q_bias", ("layers", "heads"), ZEROS, _ATTN + "q_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.k", ("layers", "embed", "kv_heads"), NORMAL, _ATTN + "k_proj.weight", transposed=True),
+    Tensor("layers.k_bias", ("layers", "kv_heads"), ZEROS, _ATTN + "k_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.v", ("layers", "embed", "kv_heads"), NORMAL, _ATTN + "v_proj.weight", transposed=True),
+    Tensor("layers.v_bias", ("layers", "kv_heads"), ZEROS, _ATTN + "v_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.o", ("layers", "heads", "embed"), NORMAL, _ATTN + "o_proj.weight", transposed=True),
+    Tensor("layers.o_bias", ("layers", "norm"), ZEROS, _ATTN + "o_proj.bias", exists=lambda c: c.output_bias),
+    Tensor("layers.gate", ("layers", "embed", "mlp"), NORMAL, _MLP + "gate_proj.weight", transposed=True),
+    Tensor("layers.gate_bias", ("layers", "mlp"), ZEROS, _MLP + "gate_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.up", ("layers", "embed", "mlp"), NORMAL, _MLP + "up_proj.weight", transposed=True),
+    Tensor("layers.up_bias", ("layers", "mlp"), ZEROS, _MLP + "up_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.down", ("layers", "mlp", "embed"), NORMAL, _MLP + "down_proj.weight", transposed=True),
+    Tensor("layers.down_bias", ("layers", "norm"), ZEROS, _MLP + "down_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.mlp_norm", ("layers", "norm"), ONES, "model.layers.{}.post_attention_layernorm.weight"),
+    Tensor("final_norm", ("norm",), ONES, "model.norm.weight"),
+    Tensor("unembedding", ("vocab", "embed"), NORMAL, "lm_head.weight", exists=lambda c: not c.tie_embeddings),
+)
+
+
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """The arrays of a model of this configuration, in the order of the file."""
+    return tuple(tensor for tensor in TENSORS if tensor.exists(config))
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear map of one layer."""
-    d, f = config.hidden_size, config.intermediate_size
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {"q": (d, query), "k": (d, kv), "v": (d, kv), "o": (query, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    shapes = {tensor.name: tensor.shape(config) for tensor in tensors(config) if tensor.linear}
+    return {name: (inputs, outputs) for name, (_, inputs, outputs) in shapes.items()}
 
 
 def init_params(key: Array, config: ModelConfig) -> PyTree:
     """Random parameters: N(0, 0.02) matrices, unit norms, zero biases. `key` is consumed."""
-    sizes, count, dtype = linear_shapes(config), config.num_layers, config.dtype
-    embed_key, unembed_key, layer_key = jax.random.split(key, 3)
-    layers = {
-        name: 0.02 * jax.random.normal(k, (count, *sizes[name]), dtype)
-        for name, k in zip(sizes, jax.random.split(layer_key, len(sizes)), strict=True)
-    }
-    layers |= {name: jnp.ones((count, config.hidden_size), dtype) for name in ("attention_norm", "mlp_norm")}
-    layers |= {f"{name}_bias": jnp.zeros((count, sizes[name][1]), dtype) for name in biased_linears(config)}
-    table = (config.vocab_size, config.hidden_size)
-    params = {
-        "embedding": 0.02 * jax.random.normal(embed_key, table, dtype),
-        "layers": layers,
-        "final_norm": jnp.ones((config.hidden_size,), dtype),
-    }
-    if not config.tie_embeddings:
-        params["unembedding"] = 0.02 * jax.random.normal(unembed_key, table, dtype)
+    keys = _split_key(key)
+    return nest({
+        tensor.key: tensor.init(keys.get(tensor.key, key), tensor.shape(config), config.dtype)
+        for tensor in tensors(config)
+    })  # fmt: skip
+
+
+def _split_key(key: Array) -> dict[str, Array]:
+    """A key for every array that is drawn, by its path.
+
+    They are numbered, so that a seed keeps its numbers: an array that is new to the table comes after those before it.
+    """
+    drawn = [tensor for tensor in TENSORS if tensor.init is NORMAL]
+    outer = dict.fromkeys(["embedding", "unembedding", "layers", *(t.key for t in drawn if not t.stacked)])
+    inner = [tensor.key for tensor in drawn if tensor.stacked]
+    keys = dict(zip(outer, jax.random.split(key, len(outer)), strict=True))
+    return keys | dict(zip(inner, jax.random.split(keys["layers"], len(inner)), strict=True))
+
+
+def nest(arrays: Mapping[str, Any]) -> PyTree:
+    """The parameter tree of arrays by their paths: `nest({"layers.q": x})` is `{"layers": {"q": x}}`."""
+    params: dict[str, Any] = {}
+    for key, array in arrays.items():
+        *groups, name = key.split(".")
+        node = params
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = array
     return params
-
-
-def biased_linears(config: ModelConfig) -> tuple[str, ...]:
-    """The linear maps that carry a bias under this configuration."""
-    groups = ((config.attention_bias, "qkv"), (config.output_bias, "o"))
-    names = [name for biased, group in groups if biased for name in group]
-    return (*names, *(("gate", "up", "down") if config.mlp_bias else ()))
-
-
-def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
-    """Every parameter of a model of this configuration, in the order of the file."""
-    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
-    query, key = config.num_heads * h, config.num_kv_heads * h
-    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-    table = [
-        Tensor("embedding", "model.embed_tokens.weight", (config.vocab_size, d), False),
-        Tensor("layers.attention_norm", "model.layers.{}.input_layernorm.weight", (d,), False),
-    ]
-    linears = [
-        ("q", attention + "q_proj", d, query, config.attention_bias),
-        ("k", attention + "k_proj", d, key, config.attention_bias),
-        ("v", attention + "v_proj", d, key, config.attention_bias),
-        ("o", attention + "o_proj", query, d, config.output_bias),
-        ("gate", mlp + "gate_proj", d, f, config.mlp_bias),
-        ("up", mlp + "up_proj", d, f, config.mlp_bias),
-        ("down", mlp + "down_proj", f, d, config.mlp_bias),
-    ]
-    for ours, theirs, fan_in, fan_out, bias in linears:
-        table.append(Tensor(f"layers.{ours}", f"{theirs}.weight", (fan_in, fan_out), True))
-        if bias:
-            table.append(Tensor(f"layers.{ours}_bias", f"{theirs}.bias", (fan_out,), False))
-    table.append(Tensor("layers.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (d,), False))
-    table.append(Tensor("final_norm", "model.norm.weight", (d,), False))
-    if not config.tie_embeddings:
-        table.append(Tensor("unembedding", "lm_head.weight", (config.vocab_size, d), False))
-    return tuple(table)
 
 
 def leaf(params: PyTree, key: str) -> Any:
@@ -127,23 +151,23 @@ def leaf(params: PyTree, key: str) -> Any:
 
 def check_params(config: ModelConfig, params: PyTree) -> None:
     """Raises ValueError when a parameter is missing, surplus or of the wrong shape; it names the parameter."""
-    found = {k: v for k, v in params.items() if k != "layers"}
-    found |= {f"layers.{k}": v for k, v in params.get("layers", {}).items()}
-    for entry in tensors(config):
-        shape = (config.num_layers, *entry.shape) if entry.stacked else entry.shape
-        if entry.key not in found:
-            raise ValueError(f"parameter {entry.key} is missing; the configuration needs it with shape {shape}")
-        if tuple(found[entry.key].shape) != shape:
-            raise ValueError(f"parameter {entry.key} has shape {tuple(found[entry.key].shape)}, expected {shape}")
-        del found[entry.key]
-    if found:
-        raise ValueError(f"parameters {sorted(found)} do not belong to this configuration")
+    arrays = {name: array for name, array in params.items() if name != "layers"}
+    arrays |= {f"layers.{name}": array for name, array in params.get("layers", {}).items()}
+    for tensor in tensors(config):
+        key, shape = tensor.key, tensor.shape(config)
+        if key not in arrays:
+            raise ValueError(f"parameter {key} is missing; the configuration needs it with shape {shape}")
+        actual = tuple(arrays.pop(key).shape)
+        if actual != shape:
+            raise ValueError(f"parameter {key} has shape {actual}, expected {shape}")
+    if arrays:
+        raise ValueError(f"parameters {sorted(arrays)} do not belong to this configuration")
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
     """Raises ValueError when an axis of the mesh does not divide what it cuts; the message names both."""
-    cuts = {"fsdp": ("hidden_size",), "tensor": ("num_kv_heads", "num_heads", "intermediate_size", "vocab_size")}
-    for axis, fields in cuts.items():
+    for axis in AXES:
+        fields = [lengths[0] for logical, lengths in LENGTHS.items() if axis in RULES[logical]]
         for field in fields:
             parts, size = getattr(mesh, axis), getattr(config, field)
             if size % parts:

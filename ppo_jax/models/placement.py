@@ -1,15 +1,18 @@
 """Where each array of a model, and of what is trained on it, lies on the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ppo_jax.models.layout import PARAMETERS
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.layout import TENSORS, Tensor
 from ppo_jax.parallel.mesh import AnyMesh, current_mesh
 from ppo_jax.parallel.sharding import Tree, abstract_mesh, place, spec
 from ppo_jax.types import PyTree
+
+AXES_BY_NAME = {tensor.name: tensor.axes for tensor in TENSORS}
 
 
 def place_on_mesh(tree: Tree) -> Tree:
@@ -32,11 +35,11 @@ def leaf_spec(path: tuple, leaf: Any, mesh: AnyMesh) -> PartitionSpec:
     counters, keys, factored moments) is held whole by every device: it is small.
     """
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-    axes: tuple[str, ...] | None = PARAMETERS.get(names[-1]) if names else None
+    axes = AXES_BY_NAME.get(names[-1], ()) if names else ()
     if len(names) >= 3 and names[-3] == "lora" and names[-1] in ("a", "b"):
-        layers, inputs, outputs = PARAMETERS[names[-2]]
-        axes = (layers, inputs, "rank") if names[-1] == "a" else (layers, "rank", outputs)
-    if axes is None or len(axes) != len(leaf.shape):
+        linear = AXES_BY_NAME.get(names[-2], ())
+        axes = (*linear[:-1], "rank") if names[-1] == "a" else (*linear[:1], "rank", *linear[2:])
+    if len(axes) != len(leaf.shape):
         return PartitionSpec()
     return spec(axes, leaf.shape, mesh)
 
@@ -52,9 +55,9 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     )
 
 
-def parameter_sharding(key: str, shape: Sequence[int], mesh: AnyMesh) -> NamedSharding:
-    """Of the base's parameter `key` ("embedding", "layers.q")."""
-    return NamedSharding(mesh, spec(PARAMETERS[key.rpartition(".")[2]], shape, mesh))
+def parameter_sharding(tensor: Tensor, config: ModelConfig, mesh: AnyMesh) -> NamedSharding:
+    """The sharding of one array of the base."""
+    return NamedSharding(mesh, spec(tensor.axes, tensor.shape(config), mesh))
 
 
 def create(make: Callable[..., Tree], mesh: Mesh, *args: Any) -> Tree:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.files import hf
+from ppo_jax.models.files.artifacts import Base
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.files.hub import resolve
 from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
@@ -23,6 +24,11 @@ class Model(NamedTuple):
     params: PyTree
     tokenizer: Any
     fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+
+    @property
+    def base(self) -> Base:
+        """What an artifact that is trained on it has to say of it."""
+        return Base(self.name, self.fingerprint, self.config)
 
     @property
     def pad_id(self) -> int:

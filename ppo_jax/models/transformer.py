@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import first_layer
+from ppo_jax.models.adapters import first_layer, unembedding
 from ppo_jax.models.attention import attend, rotary, rotate
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.ops.logprobs import unembed
 from ppo_jax.parallel.sharding import constrain, constrain_rows
 from ppo_jax.types import PyTree
 
@@ -61,7 +62,7 @@ def apply(
     """Hidden states of `tokens` under base and adapter, through the final norm.
 
     Args:
-      params: the frozen base (layout: `ModelConfig`).
+      params: the frozen base (its arrays: `models.layout`).
       adapter: what makes the base a role (`models.adapters`); {} for the base itself.
       tokens: token ids; None when `hidden` is given.
       positions: each token's position in its own sequence; -1 marks padding, which no token attends to.
@@ -78,10 +79,7 @@ def apply(
       hidden states, and the updated cache when one was given.
     """
     start, stop = layers or (0, config.num_layers)
-    if not 0 <= start < stop <= config.num_layers:
-        raise ValueError(f"layers [{start}, {stop}) is empty or not within [0, {config.num_layers})")
-    if (hidden is None) == (tokens is None) or (hidden is None) != (start == 0):
-        raise ValueError(f"layers [{start}, {stop}): give tokens when start is 0, else hidden, and not both")
+    _check_input(start, stop, config, tokens, hidden)
     if hidden is None:
         hidden = constrain(adapter.get("embedding", params["embedding"]), "table")[tokens]
     x = constrain(hidden.astype(config.dtype), "residual")
@@ -95,9 +93,7 @@ def apply(
     split = min(max(first, start), stop)
     trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
     step = _layer_step(params["layers"], config, positions, cos_sin, cache, fresh)
-    policies = jax.checkpoint_policies
-    kept = {"none": _not_slices, "dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
-    step = jax.checkpoint(step, policy=kept[config.remat], prevent_cse=False)  # within a scan nothing is shared anyway
+    step = jax.checkpoint(step, policy=SAVED[config.remat], prevent_cse=False)  # in a scan nothing is shared anyway
     stored = None if cache is None else (cache.keys, cache.values)
     for low, high, scanned in ((start, split, {}), (split, stop, trained)):
         if low < high:
@@ -109,6 +105,24 @@ def apply(
         return x
     written = positions.shape[1] if last else 0
     return x, cache._replace(keys=stored[0], values=stored[1], length=cache.length + written)
+
+
+def logits(
+    params: PyTree, adapter: PyTree, config: ModelConfig, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Logits of the next token from final hidden states: hidden @ unembedding.T, accumulated and kept in float32.
+
+    The last step of the model under base and adapter: where a family scales its logits or caps them, by fields of
+    `config`, it is done here.
+    """
+    return unembed(hidden, constrain(unembedding(params, adapter), "table"))
+
+
+def _check_input(start: int, stop: int, config: ModelConfig, tokens: Array | None, hidden: Array | None) -> None:
+    if not 0 <= start < stop <= config.num_layers:
+        raise ValueError(f"layers [{start}, {stop}) is empty or not within [0, {config.num_layers})")
+    if (hidden is None) == (tokens is None) or (hidden is None) != (start == 0):
+        raise ValueError(f"layers [{start}, {stop}): give tokens when start is 0, else hidden, and not both")
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
@@ -124,6 +138,14 @@ def _not_slices(primitive: Any, *_: Any, **__: Any) -> bool:
     Kept, they would be a second copy of the whole frozen base; read again, they cost nothing.
     """
     return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
+
+
+# ModelConfig.remat -> what of a layer is saved for the backward pass.
+SAVED = {
+    "none": _not_slices,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def _layer_step(

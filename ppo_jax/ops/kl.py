@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from ppo_jax.ops.logprobs import LOWEST
 
@@ -27,8 +27,9 @@ def kl_penalty(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"], k
 
     As a penalty on the reward of the token, only k1 has the gradient of the KL in expectation.
     As a term of the loss, differentiated through `logprobs` at tokens drawn from the policy, only k2 has the gradient
-    of the KL in expectation, d * grad log policy(a): the one that k1 has as a penalty on the reward. The gradient of k1
-    is 0 in expectation, that of k3 is biased.
+    of the KL of the same token in expectation, d * grad log policy(a). The gradient of k1 is 0 in expectation, that of
+    k3 is biased. None of them sees that a token decides which states come after it, as k1 in the reward does: the
+    optimum is another one, token by token policy(a|s) ~ reference(a|s) exp(A(s, a) / beta). `response_k2` sees it.
 
     Raises:
       ValueError: unknown kind.
@@ -52,6 +53,23 @@ def kl_penalty(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"], k
             raise ValueError(f"unknown kind of KL penalty {kind!r}; choose one of {', '.join(get_args(Kind))}")
 
 
+def response_k2(
+    logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """(sum_t d_t)^2 / 2 of each response, spread evenly over its tokens; 0 outside the mask. d as in `kl_penalty`.
+
+    As a term of the loss its gradient is sum_t d_t * grad log policy(response): in expectation that of the KL of whole
+    responses, which is also what k1 has as a penalty on the reward.
+
+    References:
+      Tang and Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL", section 3.
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    total = jnp.sum(jnp.where(mask, logprobs - ref_logprobs, 0.0), axis=1, keepdims=True)
+    length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    return jnp.where(mask, 0.5 * jnp.square(total) / length, 0.0)
+
+
 def kl_full(logits: Float[Array, "*B V"], ref_logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """KL(policy || reference) = sum_v p_v (log p_v - log q_v) over the last axis, in nats, exactly (no sampling).
 
@@ -67,7 +85,10 @@ def adaptive_kl(coef: Scalar, observed_kl: Scalar, n: Scalar, target: Scalar, ho
     """Next KL coefficient of the log-space proportional controller.
 
         e     = clip(observed_kl / target - 1, -0.2, 0.2)
-        coef' = coef * (1 + e * n / horizon)
+        coef' = coef * max(1 + e * n / horizon, 0.1)
+
+    The lower bound acts only where n exceeds 4.5 horizons: there the paper's factor would be 0 or negative, and a
+    coefficient that has been 0 stays so.
 
     Args:
       observed_kl, target: nats per response (the sum over its tokens), averaged over responses.
@@ -78,7 +99,7 @@ def adaptive_kl(coef: Scalar, observed_kl: Scalar, n: Scalar, target: Scalar, ho
       Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
     """
     error = jnp.clip(observed_kl / jnp.asarray(target, jnp.float32) - 1, -0.2, 0.2)
-    return coef * (1 + error * n / horizon)
+    return coef * jnp.maximum(1 + error * n / horizon, 0.1)
 
 
 def linear_kl(start: Scalar, end: Scalar, step: Scalar, steps: Scalar) -> Float[Array, ""]:

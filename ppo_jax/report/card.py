@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ppo_jax.models.files import gguf_container
+from ppo_jax.report.templates import render
 from ppo_jax.runs.facts import environment
 from ppo_jax.runs.trained import Trained
 
@@ -28,7 +29,7 @@ class Facts(NamedTuple):
 
 
 def text(found: Trained, facts: Facts) -> str:
-    """The card, Markdown with the hub's front matter."""
+    """The card (card.md), Markdown with the hub's front matter."""
     front: dict[str, Any] = {"library_name": "peft" if facts.format == "peft" else "transformers"}
     front |= {"pipeline_tag": "text-generation", "base_model": facts.base, "tags": ["ppo_jax", "rlhf"]}
     if facts.licence:
@@ -43,21 +44,19 @@ def text(found: Trained, facts: Facts) -> str:
         "Written on": facts.date,
         "Versions": ", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
     }
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-        f"# {facts.title}\n",
-        f"{_what(found, facts)}\n",
-        "| | |\n|---|---|\n" + "".join(f"| {name} | {_cell(value)} |\n" for name, value in rows.items()),
-    ]
-    if found.evaluation:
-        numbers = [(name, value) for name, value in found.evaluation.items() if isinstance(value, int | float)]
-        lines = "".join(f"| {_cell(name)} | {value:.4g} |\n" for name, value in numbers)
-        parts.append(f"## Last evaluation\n\nOn held-out prompts.\n\n| measure | value |\n|---|---|\n{lines}")
-    if how := {name: value for name, value in found.settings.items() if name not in _LEFT_OUT}:
-        dumped = yaml.safe_dump(how, sort_keys=False, allow_unicode=True, width=120)
-        parts.append(f"## Settings of the run\n\n```yaml\n{dumped}```\n")
-    parts.append(f"## Use\n\n```python\n{_use(facts)}```\n")
-    return "\n".join(parts)
+    numbers = {name: value for name, value in (found.evaluation or {}).items() if isinstance(value, int | float)}
+    settings = {name: value for name, value in found.settings.items() if name not in _LEFT_OUT}
+    return render(
+        "card.md",
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=facts.title,
+        what=_what(found, facts),
+        rows=rows,
+        evaluation=numbers,
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120) if settings else "",
+        format=facts.format,
+        base=facts.base,
+    )
 
 
 def licence(base: Path) -> str | None:
@@ -89,23 +88,3 @@ def _reward(settings: Mapping[str, Any]) -> str:
     if names and all(isinstance(name, str) for name in names):
         return ", ".join(f"`{name}`" for name in names)
     return "see the settings below" if given is not None else "not recorded"
-
-
-def _cell(value: Any) -> str:
-    """On one line, within its column."""
-    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
-
-
-def _use(facts: Facts) -> str:
-    head = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(PATH)\n"
-    if facts.format == "merged":
-        return f"{head}\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n{tokenizer}"
-    note = ""
-    if facts.base.endswith(".gguf"):
-        note = f"# The base is a GGUF file; first `ppo-jax export --model {facts.base} --to BASE`.\n"
-    base = "BASE" if note else repr(facts.base)
-    return (
-        f"from peft import PeftModel\n{head}\n{note}base = AutoModelForCausalLM.from_pretrained({base})\n"
-        f"model = PeftModel.from_pretrained(base, PATH)\n{tokenizer}"
-    )

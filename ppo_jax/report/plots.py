@@ -7,50 +7,37 @@ are missing. Matplotlib is imported when the first one is drawn: training does n
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.report.drawing import (
+    BLUE,
+    COLORS,
+    DPI,
+    GREEN,
+    GREY,
+    RED,
+    STYLE,
+    WIDTH,
+    draw_curve,
+    draw_dots,
+    make_panels,
+    number_steps,
+)
+from ppo_jax.report.series import (
+    NO_LABELS,
+    Labels,
+    Records,
+    evaluated_judges,
+    initial_spread,
+    series,
+    values_against_kl,
+)
 from ppo_jax.runs.output import rundir
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Records = Sequence[dict[str, Any]]
-
-BLUE, RED, GREEN, GREY, INK = "#2b5f8f", "#b5482e", "#3d7f6b", "#8a8f98", "#22262b"
-COLORS = (GREEN, RED, "#7a5c99", "#b08a2e", GREY)  # of judges, in turn
-OWN = ("reward", "kl")  # scores of an evaluation that are no judges
-Labels = Mapping[str, str]  # name of a judge -> what people are shown
-NO_LABELS: Labels = {}
-WIDTH, DPI = 5.4, 200  # inches; 1080 pixels, shown at half that
-
-STYLE: dict[Any, Any] = {
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#b9bec5",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e9ebee",
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": "#5b616a",
-    "ytick.color": "#5b616a",
-    "lines.linewidth": 1.6,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "legend.fontsize": 8,
-}
 
 
 class Plot(NamedTuple):
@@ -83,43 +70,18 @@ def draw(run_dir: str | os.PathLike, labels: Labels = NO_LABELS) -> list[Plot]:
     return drawn
 
 
-def series(records: Records, phase: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one metric of one phase, in the order they were written."""
-    points = [(r["step"], float(r[name])) for r in records if r.get("phase") == phase and r.get(name) is not None]
-    points = [(step, value) for step, value in points if math.isfinite(value)]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def judge_names(names: Iterable[str], labels: Labels = NO_LABELS) -> list[str]:
-    """The judges among the names of an evaluation's values (each has a spread, NAME_std); those with a label first."""
-    names = set(names)
-    found = {name.removesuffix("_std") for name in names if name.endswith("_std")} - set(OWN)
-    found |= names & labels.keys()
-    return [*(name for name in labels if name in found), *sorted(found - labels.keys())]
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the `window` (an odd number) values around each one; fewer at the ends."""
-    half = window // 2
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
-# -- the curves ------------------------------------------------------------------------------------------------------
-
-
 def reward_and_kl(records: Records) -> "Figure | None":
     """Reward above, KL below, over updates; held-out evaluations as dots."""
     if not series(records, "ppo", "reward")[0] and not series(records, "eval", "reward")[0]:
         return None
-    figure, (top, bottom) = _panels(2, height=4.0)
-    _curve(top, records, "ppo", "reward", BLUE, "training prompts")
-    _dots(top, records, "reward", BLUE)
+    figure, (top, bottom) = make_panels(2, height=4.0)
+    draw_curve(top, records, "ppo", "reward", BLUE, "training prompts")
+    draw_dots(top, records, "reward", BLUE)
     top.set(title="Reward per response", ylabel="reward score")
-    _curve(bottom, records, "ppo", "kl", RED, "training prompts")
-    _dots(bottom, records, "kl", RED)
+    draw_curve(bottom, records, "ppo", "kl", RED, "training prompts")
+    draw_dots(bottom, records, "kl", RED)
     bottom.set(title="KL from the reference policy", ylabel="nats per response", xlabel="PPO update")
-    _whole_steps(bottom)
+    number_steps(bottom)
     if series(records, "eval", "reward")[0]:
         top.legend(loc="best")
     return figure
@@ -130,19 +92,19 @@ def reward_against_kl(records: Records, labels: Labels = NO_LABELS) -> "Figure |
 
     Judges whose spread is about the reward's, up to a factor of 3, share its axis.
     """
-    train, held_out = _against_kl(records, "ppo", "reward"), _against_kl(records, "eval", "reward")
+    train, held_out = values_against_kl(records, "ppo", "reward"), values_against_kl(records, "eval", "reward")
     if not train and not held_out:
         return None
-    figure, (axes,) = _panels(1, height=4.0)
+    figure, (axes,) = make_panels(1, height=4.0)
     if train:
         axes.plot(*zip(*train, strict=True), ".", color=BLUE, alpha=0.35, ms=5, mew=0, label="training prompts")
-    own = _spread(records, "reward")
+    own = initial_spread(records, "reward")
     lines = [("reward", BLUE, "held-out prompts")]
-    for name, color in zip(_judges(records, labels), itertools.cycle(COLORS), strict=False):
-        if own and 1 / 3 <= _spread(records, name) / own <= 3:
+    for name, color in zip(evaluated_judges(records, labels), itertools.cycle(COLORS), strict=False):
+        if own and 1 / 3 <= initial_spread(records, name) / own <= 3:
             lines.append((name, color, labels.get(name, name)))
     for name, color, label in lines:
-        points = _against_kl(records, "eval", name)
+        points = values_against_kl(records, "eval", name)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, ms=4.5, mec="white", mew=0.8, label=label)
     axes.margins(0.06)
@@ -154,14 +116,16 @@ def reward_against_kl(records: Records, labels: Labels = NO_LABELS) -> "Figure |
 
 def judges(records: Records, labels: Labels = NO_LABELS) -> "Figure | None":
     """Change since the first evaluation of the reward and of what it never saw, in initial standard deviations."""
-    names = [name for name in ("reward", *_judges(records, labels)) if len(series(records, "eval", name)[0]) > 1]
+    names = [
+        name for name in ("reward", *evaluated_judges(records, labels)) if len(series(records, "eval", name)[0]) > 1
+    ]
     if "reward" not in names or len(names) < 2:
         return None
-    figure, (axes,) = _panels(1, height=3.1)
-    scaled = all(_spread(records, name) for name in names)
+    figure, (axes,) = make_panels(1, height=3.1)
+    scaled = all(initial_spread(records, name) for name in names)
     for name, color in zip(names, itertools.chain([BLUE], itertools.cycle(COLORS)), strict=False):
         steps, values = series(records, "eval", name)
-        scale = _spread(records, name) if scaled else 1.0
+        scale = initial_spread(records, name) if scaled else 1.0
         gains = [(value - values[0]) / scale for value in values]
         label = "reward (optimised)" if name == "reward" else labels.get(name, name)
         axes.plot(steps, gains, "o-", color=color, ms=4.5, mec="white", mew=0.8, label=label)
@@ -169,7 +133,7 @@ def judges(records: Records, labels: Labels = NO_LABELS) -> "Figure | None":
     unit = "standard deviations at update 0" if scaled else "own units"
     axes.set(title="Gain of the reward and of independent judges", xlabel="PPO update", ylabel=f"gain ({unit})")
     axes.legend(loc="best")
-    _whole_steps(axes)
+    number_steps(axes)
     return figure
 
 
@@ -178,10 +142,10 @@ def explained_variance(records: Records) -> "Figure | None":
     steps, values = series(records, "ppo", "explained_variance")
     if not values:
         return None
-    figure, (axes,) = _panels(1, height=3.1)
+    figure, (axes,) = make_panels(1, height=3.1)
     # the first updates of a zero-initialised head may be at -50: they would flatten the curve and drag its average
     shown = [{"step": s, "phase": "ppo", "value": max(v, -1.1)} for s, v in zip(steps, values, strict=True)]
-    _curve(axes, shown, "ppo", "value", BLUE)
+    draw_curve(axes, shown, "ppo", "value", BLUE)
     axes.axhline(0, color=GREY, lw=0.9)
     axes.annotate(
         "0: no better than a constant", (0.99, 0), xycoords=("axes fraction", "data"),
@@ -192,7 +156,7 @@ def explained_variance(records: Records) -> "Figure | None":
     below = sum(value < -1.1 for value in values)
     hidden = f" ({below} below −1.1 drawn there)" if below else ""
     axes.set(title=f"Value head: explained variance{hidden}", xlabel="PPO update", ylabel="fraction of variance")
-    _whole_steps(axes)
+    number_steps(axes)
     return figure
 
 
@@ -201,17 +165,17 @@ def response_length(records: Records) -> "Figure | None":
     if not series(records, "ppo", "response_length")[0]:
         return None
     stops = bool(series(records, "ppo", "eos_rate")[0])
-    figure, panels = _panels(2 if stops else 1, height=4.0 if stops else 2.7)
-    _curve(panels[0], records, "ppo", "response_length", BLUE, "training prompts")
-    _dots(panels[0], records, "response_length", BLUE)
+    figure, panels = make_panels(2 if stops else 1, height=4.0 if stops else 2.7)
+    draw_curve(panels[0], records, "ppo", "response_length", BLUE, "training prompts")
+    draw_dots(panels[0], records, "response_length", BLUE)
     panels[0].set(title="Response length", ylabel="tokens per response")
     panels[0].set_ylim(0, 1.15 * panels[0].get_ylim()[1])
     if stops:
-        _curve(panels[1], records, "ppo", "eos_rate", RED, "training prompts")
-        _dots(panels[1], records, "eos_rate", RED)
+        draw_curve(panels[1], records, "ppo", "eos_rate", RED, "training prompts")
+        draw_dots(panels[1], records, "eos_rate", RED)
         panels[1].set(title="Responses that end by themselves", ylabel="fraction with EOS", ylim=(-0.03, 1.03))
     panels[-1].set_xlabel("PPO update")
-    _whole_steps(panels[-1])
+    number_steps(panels[-1])
     if series(records, "eval", "response_length")[0]:
         panels[0].legend(loc="best")
     return figure
@@ -236,11 +200,11 @@ def diagnostics(records: Records) -> "Figure | None":
     figure = Figure(figsize=(2 * WIDTH, 2.15 * rows + 0.1), layout="constrained")
     grid = figure.subplots(rows, 3, squeeze=False).flat
     for axes, (name, title, unit) in zip(grid, present, strict=False):
-        _curve(axes, records, "ppo", name, BLUE)
+        draw_curve(axes, records, "ppo", name, BLUE)
         axes.set(title=title, ylabel=unit, xlabel="PPO update")
         if name == "kl_coef":  # often constant
             axes.set_ylim(0, 1.3 * max(series(records, "ppo", name)[1]) or 1.0)
-        _whole_steps(axes)
+        number_steps(axes)
     for axes in list(grid)[len(present) :]:
         axes.set_visible(False)
     return figure
@@ -248,7 +212,7 @@ def diagnostics(records: Records) -> "Figure | None":
 
 def reward_model(records: Records) -> "Figure | None":
     """Bradley-Terry loss and pairwise accuracy while the reward model is trained."""
-    figure = _training(records, "reward", "Reward model: Bradley-Terry loss", "nats per pair")
+    figure = training_curves(records, "reward", "Reward model: Bradley-Terry loss", "nats per pair")
     if figure is not None:
         for axes, value, label in zip(figure.axes, (math.log(2), 0.5), ("chance (ln 2)", "chance (1/2)"), strict=False):
             axes.axhline(value, color=GREY, lw=0.9, ls=(0, (4, 3)), label=label)
@@ -258,7 +222,25 @@ def reward_model(records: Records) -> "Figure | None":
 
 def sft(records: Records) -> "Figure | None":
     """Cross-entropy while fine-tuning."""
-    return _training(records, "sft", "Supervised fine-tuning: loss", "nats per token")
+    return training_curves(records, "sft", "Supervised fine-tuning: loss", "nats per token")
+
+
+def training_curves(records: Records, phase: str, title: str, unit: str) -> "Figure | None":
+    if not series(records, phase, "loss")[0]:
+        return None
+    accuracy = bool(series(records, phase, "accuracy")[0])
+    figure, panels = make_panels(2 if accuracy else 1, height=4.0 if accuracy else 2.7)
+    draw_curve(panels[0], records, phase, "loss", BLUE, "training batches")
+    panels[0].set(title=title, ylabel=unit)
+    if accuracy:
+        draw_curve(panels[1], records, phase, "accuracy", BLUE, "training pairs")
+        steps, values = series(records, phase, "heldout_accuracy")
+        if steps:
+            panels[1].plot(steps, values, "o-", color=GREEN, ms=4.5, mec="white", mew=0.8, label="held-out pairs")
+        panels[1].set(title="Pairwise accuracy", ylabel="fraction of pairs")
+    panels[-1].set_xlabel("optimiser step")
+    number_steps(panels[-1])
+    return figure
 
 
 CURVES = (
@@ -287,72 +269,3 @@ CURVES = (
     ("sft", "Supervised fine-tuning", "Loss on response tokens only.", sft),
     ("diagnostics", "Optimiser diagnostics", "Training batches, mean over the epochs of each update.", diagnostics),
 )
-
-
-# -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _panels(count: int, height: float) -> tuple["Figure", list["Axes"]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = list(figure.subplots(count, 1, sharex=True, squeeze=False).flat)
-    return figure, panels
-
-
-def _curve(axes: "Axes", records: Records, phase: str, name: str, color: str, label: str | None = None) -> None:
-    """The values as a line; of a long run faint, behind their moving average over 1/20 of it."""
-    steps, values = series(records, phase, name)
-    window = 2 * (len(values) // 40) + 1
-    if window == 1:
-        axes.plot(steps, values, "-" if len(values) > 1 else ".", color=color, label=label)
-        return
-    axes.plot(steps, values, color=color, alpha=0.25, lw=0.9)
-    axes.plot(steps, moving_average(values, window), color=color, label=label and f"{label} (mean of {window})")
-
-
-def _dots(axes: "Axes", records: Records, name: str, color: str) -> None:
-    steps, values = series(records, "eval", name)
-    if steps:
-        axes.plot(steps, values, "o", color="white", mec=color, mew=1.4, ms=5, label="held-out prompts", zorder=3)
-
-
-def _against_kl(records: Records, phase: str, name: str) -> list[tuple[float, float]]:
-    """(sqrt(kl), value) of the records that have both; a sampled KL just below 0 counts as 0."""
-    both = [r for r in records if r.get("phase") == phase and None not in (r.get("kl"), r.get(name))]
-    points = [(math.sqrt(max(0.0, float(r["kl"]))), float(r[name])) for r in both]
-    return [point for point in points if all(map(math.isfinite, point))]
-
-
-def _judges(records: Records, labels: Labels) -> list[str]:
-    return judge_names((name for record in records if record.get("phase") == "eval" for name in record), labels)
-
-
-def _spread(records: Records, name: str) -> float:
-    """Standard deviation of a score over the held-out prompts at the first evaluation; 0 where it is unknown."""
-    _, values = series(records, "eval", f"{name}_std")
-    return values[0] if values else 0.0
-
-
-def _training(records: Records, phase: str, title: str, unit: str) -> "Figure | None":
-    if not series(records, phase, "loss")[0]:
-        return None
-    accuracy = bool(series(records, phase, "accuracy")[0])
-    figure, panels = _panels(2 if accuracy else 1, height=4.0 if accuracy else 2.7)
-    _curve(panels[0], records, phase, "loss", BLUE, "training batches")
-    panels[0].set(title=title, ylabel=unit)
-    if accuracy:
-        _curve(panels[1], records, phase, "accuracy", BLUE, "training pairs")
-        steps, values = series(records, phase, "heldout_accuracy")
-        if steps:
-            panels[1].plot(steps, values, "o-", color=GREEN, ms=4.5, mec="white", mew=0.8, label="held-out pairs")
-        panels[1].set(title="Pairwise accuracy", ylabel="fraction of pairs")
-    panels[-1].set_xlabel("optimiser step")
-    _whole_steps(panels[-1])
-    return figure
-
-
-def _whole_steps(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))

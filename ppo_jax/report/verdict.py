@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.report.plots import NO_LABELS, Labels, Records, judge_names, series
+from ppo_jax.report.series import NO_LABELS, Labels, Records, judge_names, series
 
 
 class Gain(NamedTuple):

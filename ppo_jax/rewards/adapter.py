@@ -10,6 +10,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, score
 from ppo_jax.models.roles import role_hidden
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.scores import to_scores
 from ppo_jax.types import Frozen, Prefix, PyTree, Rollout, Scores
 
 
@@ -54,7 +55,6 @@ def adapter_reward(config: ModelConfig, stop_ids: tuple[int, ...]) -> DeviceRewa
         mask = text_mask(rollout, stop_ids)
         # The prefix was computed with the stop token visible only to itself and later padding: it stays valid.
         shared = None if prefix is None else Prefix(prefix, prefix_layers)
-        scores = score_tokens(frozen.base, frozen.reward, config, rollout.tokens, mask, shared)
-        return Scores(reward=scores, valid=jnp.isfinite(scores), parts={})
+        return to_scores(score_tokens(frozen.base, frozen.reward, config, rollout.tokens, mask, shared))
 
     return reward

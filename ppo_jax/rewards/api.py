@@ -5,28 +5,37 @@ Every wait ends at the batch's deadline, also one for a body that trickles, sinc
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import email.utils
-import html
-import json
 import math
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC
 from functools import partial
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
 
 import httpx
 
-from ppo_jax.data.disk import parse_json
 from ppo_jax.rewards.base import HostReward
-from ppo_jax.rewards.failures import Report, printable
-from ppo_jax.rewards.scores import number, to_scores
+from ppo_jax.rewards.failures import Report
+from ppo_jax.rewards.protocols import (
+    Failed,
+    Read,
+    Row,
+    Show,
+    check_url,
+    hide_token,
+    make_bodies,
+    read_answer,
+    read_ours,
+    read_theirs,
+    show_text,
+    speaks_theirs,
+)
+from ppo_jax.rewards.scores import to_scores
 from ppo_jax.types import Scores
 
 RETRIED = (429, *range(500, 600))
@@ -39,23 +48,23 @@ class APIConfig:
     """How an HTTP reward service is called."""
 
     protocol: Literal["auto", "ppo_jax", "llamafactory"] = "auto"
-    """auto: LLaMA-Factory's where the path ends in /score/evaluation, else ours."""
+    """The service speaks this protocol; auto is LLaMA-Factory's where the path ends in /score/evaluation, else ours."""
     model: str = "reward"
-    """Sent as "model"."""
+    """Requests carry this name as their field "model"."""
     rows_per_request: int = 16
-    """Texts per request."""
+    """A request carries at most this many texts."""
     connections: int = 4
-    """Requests at once."""
+    """At most this many requests run at once."""
     connect_timeout: float = 5.0
-    """Seconds until a connection stands."""
+    """A connection must stand within this many seconds."""
     read_timeout: float = 30.0
-    """Seconds of silence while an answer is awaited."""
+    """A request fails after this many seconds of silence while an answer is awaited."""
     deadline: float = 120.0
-    """Seconds for a whole batch with all retries; rows not scored by then have failed."""
+    """A whole batch with all retries may take this many seconds; rows not scored by then have failed."""
     retries: int = 5
-    """Further tries of one request after a connection error, a 429 or a 5xx."""
+    """A request is tried again at most this many times after a connection error, a 429 or a 5xx."""
     backoff: float = 0.5
-    """Seconds before the first further try, twice as many before each next one, less up to a half by chance."""
+    """The second try comes after this many seconds, each next one after twice as many, less up to a half by chance."""
 
     def __post_init__(self) -> None:
         for name, least in {"rows_per_request": 1, "connections": 1, "retries": 0}.items():
@@ -68,18 +77,6 @@ class APIConfig:
             raise ValueError(f"backoff={self.backoff} must lie in [0, 3600] seconds")
 
 
-class _Failed(Exception):
-    """Why a request has no scores. cause: for the count; detail: for the first time; wait: None (final) or seconds."""
-
-    def __init__(self, cause: str, detail: str = "", wait: float | None = None) -> None:
-        super().__init__(cause)
-        self.cause, self.detail, self.wait = cause, detail, wait
-
-
-# What one row became: its score, or (cause, detail).
-_Row = float | tuple[str, str]
-
-
 def api_reward(url: str, config: APIConfig, report: Report, token: str | None = None) -> HostReward:
     """The scores of a service at `url`; `report` hears the causes of rows that have none.
 
@@ -89,9 +86,9 @@ def api_reward(url: str, config: APIConfig, report: Report, token: str | None = 
     Raises:
       ValueError: the URL is not one, or holds a password; or the token cannot be sent.
     """
-    url, theirs = check_url(url), _theirs(url, config)
+    url, theirs = check_url(url), speaks_theirs(url, config.protocol)
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"} | _authorization(token)
-    show = partial(_show, token=token)
+    show = partial(show_text, token=token)
     service: list[_Service] = []  # made at the first batch, so that a reward that is never called starts nothing
 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
@@ -99,36 +96,18 @@ def api_reward(url: str, config: APIConfig, report: Report, token: str | None = 
             return to_scores([])
         if not service:
             service.append(_Service(url, config, headers, show))
-        bodies = _bodies(prompts, responses, metadata, config, theirs)
-        rows = service[0].batch(bodies, _read_theirs if theirs else _read_ours)
+        bodies = make_bodies(prompts, responses, metadata, config.model, config.rows_per_request, theirs)
+        rows = service[0].batch(bodies, read_theirs if theirs else read_ours)
         failed: dict[str, tuple[int, str]] = {}
         for row in rows:
             if isinstance(row, tuple):
                 count, detail = failed.get(row[0], (0, row[1]))
                 failed[row[0]] = (count + 1, detail)
         for cause, (count, detail) in failed.items():
-            report(_hide(cause, token), count, _hide(detail, token))
+            report(hide_token(cause, token), count, hide_token(detail, token))
         return to_scores([math.nan if isinstance(row, tuple) else row for row in rows])
 
     return reward
-
-
-def check_url(url: str) -> str:
-    """`url` if a service may be there; ValueError otherwise."""
-    try:
-        parts, _ = urlsplit(url), httpx.URL(url)
-        plain = url.isascii() and url.isprintable() and " " not in url
-        usable = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except (ValueError, httpx.InvalidURL):
-        usable = False
-    if not usable:
-        raise ValueError("the reward's URL must look like http://HOST:PORT/PATH or https://HOST/PATH")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(
-            f"the reward's URL (host {parts.hostname}) holds a user or a password, which would be saved with the run: "
-            "name a bearer token's variable or file instead"
-        )
-    return url
 
 
 def retry_after(value: str, now: float) -> float | None:
@@ -151,7 +130,7 @@ def retry_after(value: str, now: float) -> float | None:
 class _Service:
     """The event loop in its thread, and the connections that live on it."""
 
-    def __init__(self, url: str, config: APIConfig, headers: dict[str, str], show: "_Show") -> None:
+    def __init__(self, url: str, config: APIConfig, headers: dict[str, str], show: Show) -> None:
         self.url, self.config, self.show = url, config, show
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="reward-api", daemon=True).start()
@@ -162,7 +141,7 @@ class _Service:
         self.free = asyncio.Semaphore(config.connections)
         weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
 
-    def batch(self, bodies: list[tuple[int, bytes]], read: "_Read") -> list[_Row]:
+    def batch(self, bodies: list[tuple[int, bytes]], read: Read) -> list[Row]:
         future = asyncio.run_coroutine_threadsafe(self._batch(bodies, read), self.loop)
         try:
             return future.result()
@@ -170,7 +149,7 @@ class _Service:
             future.cancel()
             raise
 
-    async def _batch(self, bodies: list[tuple[int, bytes]], read: "_Read") -> list[_Row]:
+    async def _batch(self, bodies: list[tuple[int, bytes]], read: Read) -> list[Row]:
         end = self.loop.time() + self.config.deadline
         last: dict[int, str] = {}  # request -> its last failure, for those that the deadline ends
         tasks = [
@@ -182,7 +161,7 @@ class _Service:
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=1.0)
-        found: list[_Row] = []
+        found: list[Row] = []
         for index, (task, (rows, _)) in enumerate(zip(tasks, bodies, strict=True)):
             if task.done() and not task.cancelled():
                 error = task.exception()  # of a kind that nobody thought of: these rows failed, the run did not
@@ -197,18 +176,18 @@ class _Service:
         self,
         body: bytes,
         rows: int,
-        read: "_Read",
+        read: Read,
         end: float,
         last: dict[int, str],
         index: int,
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """The rows of one request, after as many tries as it takes and is allowed."""
         for tried in range(self.config.retries + 1):
             try:
                 async with self.free:
                     answer = await self._once(body, rows)
-                return read(_json(answer, self.show), rows, self.show)
-            except _Failed as failure:
+                return read(read_answer(answer, self.show), rows, self.show)
+            except Failed as failure:
                 if failure.wait is None:
                     return [(failure.cause, failure.detail)] * rows
                 last[index] = failure.cause
@@ -223,7 +202,7 @@ class _Service:
         raise AssertionError("unreachable")
 
     async def _once(self, body: bytes, rows: int) -> tuple[bytes, str]:
-        """(body, content type) of a 200; `_Failed` for everything else."""
+        """(body, content type) of a 200; `Failed` for everything else."""
         limit = BYTES + BYTES_PER_ROW * rows
         headers = {"Content-Type": "application/json"}
         try:
@@ -236,27 +215,21 @@ class _Service:
                         break
         except httpx.TransportError as error:
             cause = self.show(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-            raise _Failed(f"the service cannot be reached: {cause}", wait=0.0) from None
+            raise Failed(f"the service cannot be reached: {cause}", wait=0.0) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"the request failed: {type(error).__name__}", self.show(str(error))) from None
+            raise Failed(f"the request failed: {type(error).__name__}", self.show(str(error))) from None
         kind = response.headers.get("Content-Type", "").split(";")[0].strip()
         if status != 200:
             detail = self.show(bytes(found).decode("utf-8", "replace"))
             wait = None
             if status in RETRIED:
                 wait = retry_after(response.headers.get("Retry-After", ""), time.time()) or 0.0
-            raise _Failed(f"the service answered HTTP {status}", detail, wait)
+            raise Failed(f"the service answered HTTP {status}", detail, wait)
         if len(found) > limit:
-            raise _Failed("the answer is too large", f"more than {limit} bytes for {rows} rows")
+            raise Failed("the answer is too large", f"more than {limit} bytes for {rows} rows")
         if encoding.strip().lower() not in ("", "identity"):
-            raise _Failed(f"the answer is compressed ({self.show(encoding)}), which was not asked for")
+            raise Failed(f"the answer is compressed ({self.show(encoding)}), which was not asked for")
         return bytes(found), kind
-
-
-def _theirs(url: str, config: APIConfig) -> bool:
-    if config.protocol != "auto":
-        return config.protocol == "llamafactory"
-    return urlsplit(url).path.rstrip("/").endswith("/score/evaluation")
 
 
 def _authorization(token: str | None) -> dict[str, str]:
@@ -265,94 +238,3 @@ def _authorization(token: str | None) -> dict[str, str]:
     if not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ValueError("the bearer token is empty or has characters that an HTTP header cannot carry")
     return {"Authorization": f"Bearer {token}"}
-
-
-def _hide(text: str, token: str | None) -> str:
-    """`text` without the token, which a service may echo: as it is, or as JSON, HTML and URLs write it."""
-    if not token:
-        return text
-    quoted = json.dumps(token)[1:-1]
-    forms = {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, "[token]")
-    return text
-
-
-def _show(text: str, limit: int = 160, token: str | None = None) -> str:
-    """Foreign text for the log. The token goes first: of one that was cut off, most would be shown."""
-    return printable(_hide(text, token), limit)
-
-
-_Show = Callable[..., str]  # (text, limit)
-_Read = Callable[[Any, int, _Show], list[_Row]]  # (answer, rows, show) -> rows
-
-
-def _bodies(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    metadata: Sequence[dict[str, Any]],
-    config: APIConfig,
-    theirs: bool,
-) -> list[tuple[int, bytes]]:
-    """(rows, JSON) of each request."""
-    samples: list[Any]
-    if theirs:
-        name, samples = "messages", [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    else:
-        name, samples = "samples", []
-        for prompt, response, facts in zip(prompts, responses, metadata, strict=True):
-            samples.append({"prompt": prompt, "response": response, "metadata": facts})
-    size = config.rows_per_request
-    pieces = [samples[start : start + size] for start in range(0, len(samples), size)]
-    try:
-        texts = [json.dumps({"model": config.model, name: piece}, allow_nan=False) for piece in pieces]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the metadata of a prompt cannot be sent as JSON: {error}") from None
-    return [(len(piece), text.encode()) for piece, text in zip(pieces, texts, strict=True)]
-
-
-def _json(answer: tuple[bytes, str], show: _Show) -> Any:
-    body, kind = answer
-    try:
-        return parse_json(body)
-    except ValueError:  # not UTF-8, not JSON, nested a thousand deep
-        named = show(kind, 40) or "no content type"
-        detail = show(body.decode("utf-8", "replace"), 80)
-        raise _Failed(
-            f"the answer is not JSON ({named})", f"it begins: {detail}" if detail else "it is empty"
-        ) from None
-
-
-def _list(answer: Any, rows: int) -> list[Any]:
-    scores = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(scores, list):
-        raise _Failed('the answer has no list "scores"')
-    if len(scores) != rows:
-        raise _Failed("the answer has a wrong number of scores", f"{len(scores)} for {rows} rows")
-    return scores
-
-
-def _read_theirs(answer: Any, rows: int, show: _Show = printable) -> list[_Row]:
-    return [_number(value) for value in _list(answer, rows)]
-
-
-def _read_ours(answer: Any, rows: int, show: _Show = printable) -> list[_Row]:
-    found: list[_Row] = []
-    for entry in _list(answer, rows):
-        if isinstance(entry, dict) and "error" in entry:
-            found.append(("the service could not score the row", show(str(entry["error"]))))
-        elif isinstance(entry, dict) and "score" in entry:
-            found.append(_number(entry["score"]))
-        else:
-            found.append(('an entry has neither "score" nor "error"', ""))
-    return found
-
-
-def _number(value: Any) -> _Row:
-    score, wrong = number(value)
-    if wrong is None:
-        return score
-    with contextlib.suppress(TypeError, ValueError):
-        if isinstance(value, str) and not math.isfinite(float(value)):
-            wrong = "the text NaN or Infinity in place of a number"
-    return (f"a score is {wrong}", "")

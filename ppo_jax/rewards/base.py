@@ -1,11 +1,12 @@
-"""Where rewards come from: one protocol on the device, one on the host.
+"""What a reward is: a function on the device, one on the host, or the sum of both; and the record that a run takes.
 
 A device reward is a pure function that is traced into the iteration; a host reward is any Python that reads text.
-Both return `Scores`; a row that could not be scored is invalid, never 0.
+Both return `Scores`; a row that could not be scored is invalid, never 0 (rewards/scores.py).
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -39,24 +40,30 @@ class HostReward(Protocol):
         ...
 
 
-class ChosenReward(NamedTuple):
-    """A reward as `runs.Setup` takes it: on the device or on the host."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reward:
+    """Where a run's scores come from: `device`, `host`, or both, whose scores are added (`combine.sum_scores`).
 
-    device: DeviceReward | None
-    params: PyTree  # `Frozen.reward` of the device reward
-    host: HostReward | None
-    failures: FailureLog  # what the host reward tells of rows that it could not score
-    notices: tuple[str, ...]  # what the user has to be told once
-    meta: dict[str, Any]  # of a reward model, where it is the only source: accuracy, ...
-    name: str  # what must stay the same when the run is resumed; a service may have moved
+    `Reward(device=f, params=p)`, `Reward(host=g)`; from what a user names, `rewards.options.choose_reward` makes one.
+    """
 
+    device: DeviceReward | None = None
+    """Scores the rollout inside jit."""
+    host: HostReward | None = None
+    """Scores texts."""
+    params: PyTree = None
+    """Arrays of the device function, which it finds in `Frozen.reward`."""
+    layers: int | None = None
+    """How many layers of the policy's base a LoRA reward model reads; None: all of them, or not on that base."""
+    name: str = ""
+    """What it is, where its arrays do not tell: a run resumes with a reward of the same name only."""
+    failures: FailureLog = dataclasses.field(default_factory=FailureLog)
+    """What the host function tells of rows that it could not score, and why."""
+    notices: tuple[str, ...] = ()
+    """What the user has to be told once, at the start."""
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What training said of a reward model that is the only source: accuracy, ..."""
 
-class LoadedReward(NamedTuple):
-    """A reward model as PPO uses it. Exactly one of `device_reward` and `host_reward` is given."""
-
-    kind: Literal["lora", "full", "retokenised"]
-    device_reward: DeviceReward | None
-    reward_params: PyTree  # `Frozen.reward` of the device reward
-    host_reward: HostReward | None
-    notice: str  # what the user has to be told once; "" if nothing
-    meta: dict[str, Any]  # what training said of it: accuracy, ...
+    def __post_init__(self) -> None:
+        if self.device is None and self.host is None:
+            raise ValueError("a run needs a reward: give a device function, a host function, or both for their sum")

@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ppo_jax.parallel.processes import own_rows
-from ppo_jax.rewards.base import DeviceReward, HostReward
-from ppo_jax.rewards.scores import to_scores
+from ppo_jax.rewards.base import DeviceReward, HostReward, Reward
+from ppo_jax.rewards.scores import only_finite, to_scores
 from ppo_jax.types import Frozen, Rollout, Scores
 
 
@@ -51,29 +51,66 @@ class SplitReward:
         return Scores(reward, valid.astype(bool), dict(zip(names, parts, strict=True)), per_token)
 
 
-def weighted_sum(rewards: Mapping[str, tuple[HostReward, float]]) -> HostReward:
-    """r = sum_i w_i r_i over the rewards {name: (r_i, w_i)}, called in this order with the same texts.
+def sum_scores(weighted: Sequence[tuple[str, Scores, float]]) -> Scores:
+    """r = sum_i w_i r_i over scores (name_i, r_i, w_i) of the same rows, on the device or on the host.
 
-    A row is valid only if every r_i is; an invalid one is NaN. `parts` holds each r_i before its weight under its name
-    (logged as reward/NAME), and parts of its own as NAME/PART. Rewards of single tokens are weighed and summed too.
+    A row is valid only if every r_i is, at any weight; an invalid one is NaN. `parts` holds each r_i before its weight
+    under its name (logged as reward/NAME; under "" it is left out), and parts of its own as NAME/PART. Rewards of
+    single tokens are weighed and summed too.
     """
+    total: Any = None
+    valid: Any = None
+    tokens: Any = None
+    parts: dict[str, Any] = {}
+    for name, given, weight in weighted:
+        scores = only_finite(given)
+        reward: Any = scores.reward
+        term = weight * (reward if isinstance(reward, jax.Array) else reward.astype(np.float64))
+        total, valid = (term, scores.valid) if total is None else (total + term, valid & scores.valid)
+        if scores.tokens is not None:
+            extra = weight * scores.tokens
+            tokens = extra if tokens is None else tokens + extra
+        parts |= {name: reward} if name else {}
+        parts |= {f"{name}/{inner}" if name else inner: part for inner, part in scores.parts.items()}
+    return to_scores(total, parts, tokens, valid)
+
+
+def add_scores(device: Scores | None, host: Scores | None) -> Scores:
+    """What the functions of a `Reward` gave, of which there are one or both: their sum, with the parts of each."""
+    given = [scores for scores in (device, host) if scores is not None]
+    return given[0] if len(given) == 1 else sum_scores([("", scores, 1.0) for scores in given])
+
+
+def weighted_sum(rewards: Mapping[str, tuple[HostReward, float]]) -> HostReward:
+    """The sum (`sum_scores`) of rewards {name: (r_i, w_i)}, called in this order with the same texts."""
 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-        total = np.zeros(len(responses), np.float64)
-        parts: dict[str, np.ndarray] = {}
-        tokens: Any = None
-        for name, (one, weight) in rewards.items():
-            scores = one(prompts, responses, metadata)
-            good = np.asarray(scores.valid, bool) & np.isfinite(scores.reward)
-            part = np.where(good, scores.reward, np.nan)
-            total = total + weight * part  # NaN * 0 is NaN: a failed part fails the row at any weight
-            if scores.tokens is not None:
-                extra = weight * np.asarray(scores.tokens, np.float64)
-                tokens = extra if tokens is None else tokens + extra
-            parts |= {name: part} | {f"{name}/{inner}": np.asarray(x) for inner, x in scores.parts.items()}
-        return to_scores(total, parts)._replace(tokens=tokens)
+        return sum_scores(
+            [(name, one(prompts, responses, metadata), weight) for name, (one, weight) in rewards.items()]
+        )
 
     return reward
+
+
+def device_sum(rewards: Mapping[str, tuple[DeviceReward, float]]) -> DeviceReward:
+    """The sum (`sum_scores`) of rewards {name: (r_i, w_i)}; `frozen.reward` is {name: the arrays of r_i}."""
+
+    def reward(frozen: Frozen, rollout: Rollout, prefix: Any, prefix_layers: int) -> Scores:
+        terms = []
+        for name, (one, weight) in rewards.items():
+            own = frozen._replace(reward=frozen.reward[name])
+            terms.append((name, one(own, rollout, prefix, prefix_layers), weight))
+        return sum_scores(terms)
+
+    return reward
+
+
+def sum_rewards(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
+    """The sum (`sum_scores`) of rewards {name: (r_i, w_i)}: on the device what can be there, the rest on the host."""
+    device = {name: (one.device, weight) for name, (one, weight) in rewards.items() if one.device is not None}
+    host = {name: (one.host, weight) for name, (one, weight) in rewards.items() if one.host is not None}
+    arrays = {name: one.params for name, (one, _) in rewards.items() if name in device}
+    return Reward(device_sum(device) if device else None, weighted_sum(host) if host else None, arrays or None)
 
 
 def scaled(reward: DeviceReward, weight: float) -> DeviceReward:

@@ -30,11 +30,11 @@ class FunctionConfig:
     per_sample: bool = False
     """Call f(prompt, response, metadata) -> number for each row; else f(prompts, responses, metadata) -> numbers."""
     threads: int = 4
-    """Calls at once, where it is called per sample."""
+    """At most this many calls run at once, where the function is called per sample."""
     timeout: float = 60.0
-    """Seconds that one call may take."""
+    """One call may take at most this many seconds."""
     deadline: float = 300.0
-    """Seconds that a whole batch may take; rows not scored by then have failed."""
+    """A whole batch may take this many seconds; rows not scored by then have failed."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
@@ -21,18 +22,18 @@ from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
-from ppo_jax.rewards.base import LoadedReward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
 from ppo_jax.types import PyTree
 
 
 def load_reward(
     path: str | Path, policy_model: Model, stop_ids: tuple[int, ...] | None = None, micro_batch: int = 16
-) -> LoadedReward:
-    """The reward model in a directory, ready for `runs.Setup`: `device_reward` and `reward_params`, or `host_reward`.
+) -> Reward:
+    """The reward model in a directory, ready for a run: a device function and its arrays, or a host function.
 
     A LoRA artifact must have been trained on the policy's base, and costs its adapter and head alone. A model of its
-    own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: `notice`
+    own runs on the device where its tokenizer is the policy's; else it reads text, which is tokenised again: a notice
     says so. It lies on the current mesh like the policy's base, and is run in that one's dtype.
 
     Args:
@@ -49,8 +50,8 @@ def load_reward(
     if (where / artifacts.DESCRIPTION).is_file():
         found = artifacts.load(where, "reward")
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
-        device_reward = adapter_reward(found.trunk(policy_model.config), stop_ids)
-        return LoadedReward("lora", device_reward, RewardRole(found.adapter, found.head), None, "", found.meta)
+        device, role = adapter_reward(found.trunk(policy_model.config), stop_ids), RewardRole(found.adapter, found.head)
+        return Reward(device, params=role, layers=found.layers, metadata=found.meta)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
     check_vocabulary(model.config, tokenizer)
@@ -58,8 +59,8 @@ def load_reward(
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         micro_batch = -(-micro_batch // parts) * parts
     if same_tokens(policy_model.tokenizer, tokenizer):
-        params = FullReward(model.params, model.head)
-        return LoadedReward("full", model_reward(model.config, stop_ids, micro_batch), params, None, "", model.meta)
+        device = model_reward(model.config, stop_ids, micro_batch)
+        return Reward(device, params=FullReward(model.params, model.head), metadata=model.meta)
     notice = (
         f"the reward model {path} has another tokenizer than {policy_model.name}: responses are scored as text, which "
         "is tokenised again. A chat template's markers in the prompts reach it as the text that they are"
@@ -67,7 +68,8 @@ def load_reward(
     scorer = _scorer(
         str(path), model.params, RewardRole({}, model.head), model.config, tokenizer, 0, (micro_batch,), {}
     )
-    return LoadedReward("retokenised", None, None, text_reward(scorer.score_rows, scorer.encode), notice, model.meta)
+    host = text_reward(scorer.score_rows, scorer.encode)
+    return Reward(host=host, notices=(notice,), metadata=model.meta)
 
 
 class Scorer(NamedTuple):
@@ -79,20 +81,15 @@ class Scorer(NamedTuple):
     max_length: int  # longest text in tokens; of a longer one the last are read
     score_rows: ScoreRows
     meta: dict[str, Any]
+    ends: tuple[int, ...] = ()  # end tokens, of which none is read at the end of a text, as in training
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token rows of prompt + response, tokenised apart as in training; [] for a text without tokens."""
-        if not prompts:
-            return []
-        sides = [self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in (prompts, responses)]
-        return [self._row([*before, *after]) for before, after in zip(*sides, strict=True)]
+        """Token rows of prompt + response, as in training (`data.tokens`); [] for a text without tokens."""
+        return [self._row(row) for row, _ in token_rows(prompts, responses, self.tokenizer)]
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
-        if not texts:
-            return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [self._row(row, max_length) for row in rows]
+        return [self._row(row, max_length) for row in tokenise(texts, self.tokenizer)]
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """The score of each response; NaN for a text without tokens."""
@@ -100,7 +97,7 @@ class Scorer(NamedTuple):
 
     def _row(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
         bos = self.bos
-        text = list(ids[len(bos) :] if list(ids[: len(bos)]) == bos else ids)  # a chat template writes its own BOS
+        text = without_ends(with_bos(ids, bos), self.ends, len(bos))[len(bos) :]
         if not text:
             return []
         room = min(max_length or self.max_length, self.max_length) - len(bos)
@@ -198,7 +195,5 @@ def _scorer(
     if not 0 <= max_length <= config.max_positions or max_length == 1:
         raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
     max_length = max_length or config.max_positions
-    first = list(tokenizer("a")["input_ids"])[:1]
-    bos = first if first == [tokenizer.bos_token_id] else []
     score_rows = row_scorer(params, role, config, max_length, batch_sizes)
-    return Scorer(name, tokenizer, bos, max_length, score_rows, meta)
+    return Scorer(name, tokenizer, leading_bos(tokenizer), max_length, score_rows, meta, end_ids(tokenizer))

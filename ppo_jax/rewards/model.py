@@ -20,6 +20,7 @@ from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.adapter import RewardRole, score_tokens, text_mask
 from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.rewards.scores import to_scores
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
 
 # Token rows -> their scores in order; NaN for a row without tokens.
@@ -60,8 +61,7 @@ def model_reward(config: ModelConfig, stop_ids: tuple[int, ...], micro_batch: in
     def reward(frozen: Frozen, rollout: Rollout, prefix: Float[Array, "B S D"] | None, prefix_layers: int) -> Scores:
         mask = text_mask(rollout, stop_ids)
         tokens = jnp.where(mask, rollout.tokens, 0)  # the policy's pad and stop ids may be unknown to this model
-        scores = full_scores(frozen.reward, config, tokens, mask, micro_batch)
-        return Scores(reward=scores, valid=jnp.isfinite(scores), parts={})
+        return to_scores(full_scores(frozen.reward, config, tokens, mask, micro_batch))
 
     return reward
 
@@ -145,7 +145,6 @@ def text_reward(score_rows: ScoreRows, encode: Callable[[Sequence[str], Sequence
     """
 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-        scores = score_rows(encode(prompts, responses))
-        return Scores(reward=scores, valid=np.isfinite(scores), parts={})  # type: ignore[arg-type]  # numpy
+        return to_scores(score_rows(encode(prompts, responses)))
 
     return reward

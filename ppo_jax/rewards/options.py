@@ -21,17 +21,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward, check_url
-from ppo_jax.rewards.base import ChosenReward, HostReward
-from ppo_jax.rewards.combine import scaled, weighted_sum
+from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
+from ppo_jax.rewards.base import HostReward, Reward
+from ppo_jax.rewards.combine import scaled, sum_rewards
 from ppo_jax.rewards.failures import FailureLog, Report
 from ppo_jax.rewards.function import FunctionConfig, function_reward
 from ppo_jax.rewards.importing import load_function
-from ppo_jax.rewards.loading import Scorer, find_reward, load_reward, load_scorer
-from ppo_jax.rewards.model import row_scorer, text_reward
+from ppo_jax.rewards.loading import find_reward, load_reward
+from ppo_jax.rewards.protocols import check_url
 from ppo_jax.types import Scores
 
 FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
@@ -42,24 +40,22 @@ class RewardOptions:
     """How the sources of the reward are called and summed."""
 
     weights: tuple[float, ...] = ()
-    """One per source, for their sum; by default 1 each. Each is logged before its weight, as reward/NAME."""
+    """A sum weighs each source by one of these, by default by 1. Each is logged before its weight, as reward/NAME."""
     token_env: str = ""
-    """Environment variable with the bearer token of the service; the token itself is never saved or logged."""
+    """This environment variable holds the bearer token of the service; the token itself is never saved or logged."""
     token_file: Path | None = None
-    """File with that token, instead."""
+    """This file holds the bearer token instead."""
     api: APIConfig = APIConfig()
-    """Calls of HTTP services."""
+    """These options say how HTTP services are called."""
     function: FunctionConfig = FunctionConfig()
-    """Calls of Python functions."""
+    """These options say how Python functions are called."""
 
 
-def choose_reward(
-    sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]
-) -> ChosenReward:
+def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]) -> Reward:
     """The reward that a user named.
 
-    One reward model whose tokens are the policy's runs on the device. In a sum everything runs on the host, and reward
-    models read the text again (a LoRA one still on the policy's base in memory).
+    Reward models whose tokens are the policy's run on the device, on the tokens that were sampled; everything else
+    reads text, on the host. A sum of both kinds has both functions.
 
     Args:
       model: the policy's base.
@@ -74,25 +70,17 @@ def choose_reward(
     failures, token = FailureLog(), read_token(options)
     urls = [source for source in sources if kind_of(source) == "url"]
     notices = _check_token(urls, token)
-    if len(sources) == 1 and kind_of(sources[0]) == "directory":
-        found = _explained(sources[0], lambda: load_reward(sources[0], model, stop_ids))
-        notices += (found.notice,) if found.notice else ()
-        device, host = found.device_reward, found.host_reward
-        if device is not None:
-            device = device if weights[0] == 1 else scaled(device, weights[0])
-            name = f"{weights[0]:g} x a reward model"  # which one its arrays tell
-            return ChosenReward(device, found.reward_params, None, failures, notices, found.meta, name)
-        assert host is not None
-        host, meta = _reported(host, sources[0], failures), found.meta
-        hosts = [host]
-    else:
-        meta = {}
-        hosts = [_host(source, options, token, model, failures) for source in sources]
-    if len(hosts) == 1 and weights[0] == 1:
-        return ChosenReward(None, None, hosts[0], failures, notices, meta, name)
-    parts = list(zip(part_names(sources), zip(hosts, weights, strict=True), strict=True))
-    summed = weighted_sum(dict(parts))  # the names differ, so none is lost
-    return ChosenReward(None, None, summed, failures, notices, meta, name)
+    names = part_names(sources)  # they differ, so none is lost
+    found = [_load(source, options, token, model, stop_ids, failures) for source in sources]
+    chosen, weight = found[0], weights[0]
+    if len(found) == 1 and chosen.device is not None:
+        name = f"{weight:g} x a reward model"  # which one its arrays tell
+        chosen = dataclasses.replace(chosen, device=chosen.device if weight == 1 else scaled(chosen.device, weight))
+    elif len(found) > 1 or weight != 1:
+        chosen = sum_rewards(dict(zip(names, zip(found, weights, strict=True), strict=True)))
+    notices += tuple(notice for one in found for notice in one.notices)
+    metadata = found[0].metadata if len(found) == 1 else {}
+    return dataclasses.replace(chosen, name=name, failures=failures, notices=notices, metadata=metadata)
 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:
@@ -185,29 +173,18 @@ def _check_token(urls: Sequence[str], token: str | None) -> tuple[str, ...]:
     return ()
 
 
-def _host(source: str, options: RewardOptions, token: str | None, model: Model, report: Report) -> HostReward:
-    """One source as a reward on the host."""
+def _load(
+    source: str, options: RewardOptions, token: str | None, model: Model, stop_ids: tuple[int, ...], report: FailureLog
+) -> Reward:
+    """One source, without its weight."""
     kind = kind_of(source)
     if kind == "url":
-        return api_reward(source, options.api, report, token)
+        return Reward(host=api_reward(source, options.api, report, token))
     if kind == "function":
-        return function_reward(load_function(source, options.function.per_sample), options.function, report)
-    scorer = _explained(source, lambda: _scorer(source, model))
-    return _reported(text_reward(scorer.score_rows, scorer.encode), source, report)
-
-
-def _scorer(source: str, model: Model) -> Scorer:
-    """A reward model that reads text; a LoRA one shares the policy's base."""
-    where = find_reward(source)
-    if not (where / artifacts.DESCRIPTION).is_file():
-        return load_scorer(source)
-    found = artifacts.load(where, "reward")
-    artifacts.check_base(found, model.fingerprint, model.config)
-    role, length = RewardRole(found.adapter, found.head), model.config.max_positions
-    first = list(model.tokenizer("a")["input_ids"])[:1]
-    bos = first if first == [model.tokenizer.bos_token_id] else []
-    rows = row_scorer(model.params, role, found.trunk(model.config), length)
-    return Scorer(source, model.tokenizer, bos, length, rows, found.meta)
+        function = load_function(source, options.function.per_sample)
+        return Reward(host=function_reward(function, options.function, report))
+    found: Reward = _explained(source, lambda: load_reward(source, model, stop_ids))
+    return found if found.host is None else dataclasses.replace(found, host=_reported(found.host, source, report))
 
 
 def _reported(reward: HostReward, source: str, report: Report) -> HostReward:

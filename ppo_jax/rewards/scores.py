@@ -1,13 +1,72 @@
-"""From numbers to `Scores`: the one place that decides what is finite and what is valid."""
+"""What happens to a failed score: it is decided here, and nowhere else.
+
+A score has failed where the reward says so (`Scores.valid` is False), where it is no finite float32 (NaN, infinity, too
+large, no number at all), or where a reward of one of its tokens is not finite. Then
+
+    the row is invalid      `valid` is False and `reward` is NaN; it is never 0, and no number stands in for it
+    nothing is learnt       it is masked out of loss, whitening and baselines (train/experience.py), of the running
+                            statistics (ops/rewards.py) and of every mean in the log (train/metrics.py)
+    it is counted           as `invalid_scores`, and its cause is named once (rewards/failures.py)
+    too many stop the run   (train/loop.py, --loop.max-failed)
+
+`to_scores` is the rule, for arrays of the device and of the host. Every reward of ours ends in it, and what other
+people's rewards return goes through it before it is used: `only_finite`, or `as_scores` for what comes from the host.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.types import Scores
+
+
+def to_scores(reward: Any, parts: Mapping[str, Any] | None = None, tokens: Any = None, valid: Any = None) -> Scores:
+    """Scores of rows: valid where `reward` [B] is finite in float32; NaN and invalid elsewhere.
+
+    Arrays of JAX stay on the device, so it may be traced; everything else becomes a numpy array.
+
+    Args:
+      parts: named components [B], for the log.
+      tokens: rewards of single tokens [B, T]; a row of which one is not finite is invalid.
+      valid: [B], False where the reward itself says that it failed; None: it does not say.
+    """
+    xp: Any = jnp if isinstance(reward, jax.Array) else np
+    with np.errstate(over="ignore"):
+        reward = xp.asarray(reward).astype(np.float32)
+        named = {name: xp.asarray(part, np.float32) for name, part in (parts or {}).items()}
+        tokens = None if tokens is None else xp.asarray(tokens, np.float32)
+    good = xp.isfinite(reward)
+    if valid is not None:
+        good = good & xp.asarray(valid, bool)
+    if tokens is not None:
+        good = good & xp.isfinite(tokens).all(axis=1)
+    return Scores(xp.where(good, reward, np.float32(np.nan)), good, named, tokens)
+
+
+def only_finite(scores: Scores) -> Scores:
+    """The same scores, invalid where they are not finite, whatever the reward said of them."""
+    return to_scores(scores.reward, scores.parts, scores.tokens, scores.valid)
+
+
+def as_scores(scores: Scores, rows: int, length: int | None = None) -> Scores:
+    """A host reward's answer as the device expects it (`only_finite`); ValueError when it is not one number per row.
+
+    Rewards of single tokens, where there are some, are [rows, length].
+    """
+    columns = {"reward": scores.reward, "valid": scores.valid, **scores.parts}
+    for name, column in columns.items():
+        if np.shape(column) != (rows,):
+            raise ValueError(f"the reward returned {name} of shape {np.shape(column)} for {rows} responses")
+    tokens = scores.tokens
+    if tokens is not None and (np.ndim(tokens) != 2 or np.shape(tokens) != (rows, length or np.shape(tokens)[1])):
+        raise ValueError(
+            f"the reward returned tokens of shape {np.shape(tokens)} for {rows} responses of {length} slots"
+        )
+    return jax.tree.map(jnp.asarray, only_finite(jax.tree.map(np.asarray, scores)))
 
 
 def number(value: Any) -> tuple[float, str | None]:
@@ -15,7 +74,7 @@ def number(value: Any) -> tuple[float, str | None]:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # a NumPy, JAX or torch scalar
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan, f"{type(value).__name__} in place of a number"
+        return math.nan, _named(value)
     if value != value:
         return math.nan, "NaN"
     if not abs(value) <= float(np.finfo(np.float32).max):
@@ -23,42 +82,11 @@ def number(value: Any) -> tuple[float, str | None]:
     return float(value), None
 
 
-def to_scores(rows: Sequence[float] | np.ndarray, parts: Mapping[str, np.ndarray] | None = None) -> Scores:
-    """Scores of a host reward (numpy arrays), valid where finite in float32; a failed row is NaN."""
-    with np.errstate(over="ignore"):
-        reward: Any = np.asarray(rows).astype(np.float32)
-    valid: Any = np.isfinite(reward)
-    named: Any = {name: np.asarray(part, np.float32) for name, part in (parts or {}).items()}
-    return Scores(np.where(valid, reward, np.float32(np.nan)), valid, named)  # type: ignore[arg-type]
-
-
-def only_finite(scores: Scores) -> Scores:
-    """A score that is not finite is invalid, whatever the reward said of it."""
-    finite = jnp.isfinite(scores.reward)
-    if scores.tokens is not None:
-        finite &= jnp.isfinite(scores.tokens).all(axis=1)
-    return scores._replace(valid=scores.valid.astype(bool) & finite)
-
-
-def as_scores(scores: Scores, rows: int, length: int | None = None) -> Scores:
-    """A host reward's answer in the dtypes that the device expects; ValueError when it is not one number per row.
-
-    Rewards of single tokens, where there are some, are [rows, length].
-
-    A score that is not finite is invalid, whatever the reward said of it.
-    """
-    columns = {"reward": scores.reward, "valid": scores.valid, **scores.parts}
-    for name, column in columns.items():
-        if np.shape(column) != (rows,):
-            raise ValueError(f"the reward returned {name} of shape {np.shape(column)} for {rows} responses")
-    tokens = None
-    if scores.tokens is not None:
-        if np.ndim(scores.tokens) != 2 or np.shape(scores.tokens) != (rows, length or np.shape(scores.tokens)[1]):
-            raise ValueError(
-                f"the reward returned tokens of shape {np.shape(scores.tokens)} for {rows} responses of {length} slots"
-            )
-        tokens = jnp.asarray(scores.tokens, jnp.float32)
-    reward = np.asarray(scores.reward, np.float32)
-    parts = {name: jnp.asarray(part, jnp.float32) for name, part in scores.parts.items()}
-    valid = np.asarray(scores.valid, bool) & np.isfinite(reward)
-    return Scores(jnp.asarray(reward), jnp.asarray(valid), parts, tokens)
+def _named(value: Any) -> str:
+    """What stands in place of a number. JSON has no NaN, so services write it as text."""
+    try:
+        if isinstance(value, str) and not math.isfinite(float(value)):
+            return "the text NaN or Infinity in place of a number"
+    except ValueError:
+        pass
+    return f"{type(value).__name__} in place of a number"

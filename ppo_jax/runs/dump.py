@@ -1,4 +1,4 @@
-"""What a run leaves of the batch that training stopped at: arrays without pickle, and the texts to read."""
+"""The dump of the batch that training stopped at: arrays without pickle, and the texts to read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import numpy as np
 
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.parallel import processes
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Setup, decode_responses
@@ -24,7 +25,7 @@ Dump = Callable[[int, TrainState, Hyper], str]
 
 
 def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int], Prompts]) -> Dump:
-    """dump(step, state, hyper): samples the batch of iteration `step` again and writes it into `faults/`.
+    """Return dump(step, state, hyper), which samples the batch of iteration `step` again and writes it into `faults/`.
 
     All optimizer steps of that iteration were skipped, so the policy in `state` is the one that wrote the batch, and
     its key is fold_in(state.key, step): the tokens are the same. Two files per update: .npz with tokens, masks,
@@ -37,8 +38,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
-        if scores is None:
-            scores = _host_scores(setup, asked, texts, rows)
+        scores = add_scores(scores, _host_scores(setup, asked, texts, rows))
         path = directory / rundir.FAULTS / f"update-{step + 1}"
         arrays = {name: value for name, value in rollout._asdict().items() if value is not None}
         arrays |= {"ref_logprobs": reference, "reward": scores.reward, "valid": scores.valid}
@@ -68,9 +68,9 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
 
 
 def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | None]]:
-    """The first half of an iteration, with the reference's log-probs."""
+    """Compile the first half of an iteration, with the reference's log-probs."""
     ppo = setup.ppo
-    algorithm = Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.device_reward)
+    algorithm = Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device)
 
     def run(
         state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper
@@ -84,11 +84,12 @@ def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | Non
     return jax.jit(run)
 
 
-def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores:
-    """The host's reward, asked again; NaN where it fails altogether, since this must not hide why the run stopped."""
-    assert setup.host_reward is not None
+def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores | None:
+    """Ask the host's reward again; NaN where it fails altogether, since this must not hide why the run stopped."""
+    if setup.reward.host is None:
+        return None
     try:
-        return as_scores(setup.host_reward(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
+        return as_scores(setup.reward.host(prompts, responses, [setup.prompts.metadata[i] for i in rows]), len(rows))
     except Exception:
         nothing = np.full(len(rows), np.nan, np.float32)
         return Scores(jnp.asarray(nothing), jnp.zeros(len(rows), bool), {})

@@ -1,5 +1,6 @@
 """Evaluations of a run: the held-out prompts in pieces, rewards, judges, KL; records, samples, a table on screen."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import numpy as np
 
 from ppo_jax.data import left_pad
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.parallel import processes
-from ppo_jax.rewards.combine import SplitReward
+from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Setup, decode_responses
-from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.evaluate import Evaluate, Evaluation, make_evaluate
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import Algorithm
+from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.state import TrainState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
@@ -38,7 +41,7 @@ def make_evaluator(
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
 ) -> Callable[[int, TrainState], dict[str, float] | None]:
-    """evaluate(step, state): scores the held-out prompts, writes samples and phase "eval", fills `evaluations`.
+    """Return evaluate(step, state), which scores held-out prompts, writes samples and "eval", fills `evaluations`.
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
     same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
@@ -46,7 +49,7 @@ def make_evaluator(
     failure of the disk through.
     """
     ppo = setup.ppo
-    run = make_evaluate(Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.device_reward))
+    run = _compile_evaluate(setup.model.config, ppo, setup.reward.device)
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
@@ -67,10 +70,10 @@ def make_evaluator(
             result = processes.fetch(run(state.policy, frozen, prompts, jax.random.fold_in(key, number), setup.hyper))
             result = jax.tree.map(lambda x, used=used: x[:used], result)
             texts = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
-            pieces.append(columns_of(setup, result, rows[:used], texts))
+            pieces.append(collect_columns(setup, result, rows[:used], texts))
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        values = summary(columns)
+        values = summarise(columns)
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
         scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
@@ -83,8 +86,14 @@ def make_evaluator(
     return evaluate
 
 
+@functools.lru_cache(maxsize=8)
+def _compile_evaluate(config: ModelConfig, ppo: PPOConfig, reward: DeviceReward | None) -> Evaluate:
+    """One program for all runs of this process that evaluate alike: the members of a population."""
+    return make_evaluate(Algorithm(config, ppo, make_optimizer(ppo.optimizer), reward))
+
+
 def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """What an interrupted run had already evaluated."""
+    """Read what an interrupted run had already evaluated."""
     return {
         record["step"]: {name: value for name, value in record.items() if name not in writers.RESERVED}
         for record in read_jsonl(directory / rundir.METRICS)
@@ -92,16 +101,15 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
-    """Of the held-out prompts `rows`, one number per response and score."""
-    scores = result.scores
-    prompts = [setup.held_out.texts[i] for i in rows]
-    if scores is None:
-        assert setup.host_reward is not None
-        given = SplitReward(setup.host_reward)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
-        scores = as_scores(given, len(responses))
-    valid = np.asarray(only_finite(scores).valid)
-    columns = {"valid": valid, "reward": np.where(valid, np.asarray(scores.reward), np.nan)}
+def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+    """Collect one number per response and score, for the held-out prompts `rows`."""
+    prompts, from_host = [setup.held_out.texts[i] for i in rows], None
+    if setup.reward.host is not None:
+        given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        from_host = as_scores(given, len(responses))
+    scores = only_finite(add_scores(result.scores, from_host))
+    valid = np.asarray(scores.valid)
+    columns = {"valid": valid, "reward": np.asarray(scores.reward)}
     columns |= {f"reward/{name}": np.where(valid, np.asarray(part), np.nan) for name, part in scores.parts.items()}
     columns |= {name: np.asarray(judge(result.rollout, prompts, responses)) for name, judge in setup.judges.items()}
     columns["kl"] = np.asarray(result.kl)
@@ -110,8 +118,8 @@ def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Se
     return columns
 
 
-def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means and deviations. Rewards and their parts are those of the rows that were scored. Everything else is of all
+def summarise(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Compute means and deviations. Rewards and their parts are those of the rows that were scored. All else is of all
     rows: a KL or a judge that is not a number there is a defect, and shows as one."""
     valid = columns["valid"]
     scores = {
@@ -130,7 +138,7 @@ def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _mean(column: np.ndarray) -> float:
-    """NaN where there is nothing, as where every reward failed."""
+    """Take the mean; NaN where there is nothing, as where every reward failed."""
     return float(np.mean(column, dtype=np.float64)) if column.size else float("nan")
 
 
@@ -139,7 +147,7 @@ def _std(column: np.ndarray) -> float:
 
 
 def _show(directory: Path, step: int, screen: Screen) -> None:
-    """Samples before and after, as a table; read from the file, since an earlier process may have written the first."""
+    """Show samples before and after; read from the file, since an earlier process may have written the first."""
     try:
         found = read_jsonl(directory / rundir.SAMPLES)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run leaves for others: policies as artifacts, and merged models."""
+"""The exports of a run: policies as artifacts, and merged models."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.artifacts import BEST, CRITIC, EMA, EXPORT, POLICY
 from ppo_jax.models.pretrained import Model
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointError
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.train.state import TrainState
@@ -22,7 +23,7 @@ def export_policies(
     best: Mapping[str, Any],
     notify: Callable[[str], None],
 ) -> Result:
-    """Saves the last policy, and the best one where that is another; what the run returns."""
+    """Save the last policy, and the best one where that is another; return what the run returns."""
     updates = setup.loop.updates
     after = evaluations.get(updates, {})
     _save_policy(directory / EXPORT / POLICY, setup, state.policy, {"updates": updates, "evaluation": after})
@@ -34,7 +35,7 @@ def export_policies(
     if 0 < step < updates:
         try:
             part, _ = store.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
-        except (store.CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
+        except (CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
             notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
             return Result(state.policy, evaluations.get(0, {}), after)
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
@@ -43,18 +44,7 @@ def export_policies(
 
 
 def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:
-    model = setup.model
-    artifacts.save(
-        path,
-        "policy",
-        policy.adapter,
-        policy.value_head,
-        facts,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        overwrite=True,
-    )
+    artifacts.save(path, "policy", policy.adapter, policy.value_head, setup.model.base, facts, overwrite=True)
 
 
 def save_role(
@@ -66,21 +56,19 @@ def save_role(
     meta: dict,
     layers: int | None = None,
 ) -> None:
-    """An artifact of this model, replacing the one that an interrupted run may have left. All processes call it."""
+    """Save an artifact of this model in place of what an interrupted run may have left. All processes call it."""
     artifacts.save(
         path,
         kind,
         adapter,
         head,
+        model.base,
         meta,
-        config=model.config,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
         layers=layers,
         overwrite=True,
     )
 
 
 def write_model(path: Path, model: Model, adapter: PyTree) -> None:
-    """Writes base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
+    """Write base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
     hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)

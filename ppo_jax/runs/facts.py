@@ -1,4 +1,4 @@
-"""What a run is, in JSON values: for its checkpoints, its report, and the card of its export."""
+"""The facts of a run, in JSON values: for its checkpoints, its report, and the card of its export."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ import numpy as np
 
 from ppo_jax.data.disk import strict
 from ppo_jax.models.adapters import Lora
-from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.checksums import array_sum
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Setup
 from ppo_jax.types import Policy, PyTree
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the report and for checkpoints."""
+    """Collect versions and machine, for the report and for checkpoints."""
     names = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     device = jax.devices()[0]
     return {
@@ -30,16 +30,17 @@ def environment() -> dict[str, Any]:
 
 
 def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
-    """What a run is, as JSON values: what a checkpoint has to agree with before the run goes on from it.
+    """Collect, as JSON values, what a checkpoint has to agree with before the run goes on from it.
 
     What the arrays of a state do not tell is named here: the scales of LoRAs, the compute dtype.
     """
-    reward = "on the host" if setup.device_reward is None else "on the device"
+    sides = {"on the device": setup.reward.device, "on the host": setup.reward.host}
+    where = " and ".join(side for side, function in sides.items() if function is not None)
     around = environment()
     found = {
         "base": {"name": setup.model.name, "fingerprint": setup.model.fingerprint},
-        "reward": {"where": reward, "name": setup.reward_name, "arrays": _digest(setup.reward_params)},
-        "lora_scales": _scales({"policy": policy, "reward": setup.reward_params}),
+        "reward": {"where": where, "name": setup.reward.name, "arrays": _digest(setup.reward.params)},
+        "lora_scales": _scales({"policy": policy, "reward": setup.reward.params}),
         "compute": {name: getattr(setup.model.config, name) for name in ("dtype", "remat", "attention")},
         "prompts": _rows_digest(setup.prompts.rows),
         "prompt_texts": _text_digest(setup.prompts),
@@ -63,9 +64,9 @@ def _mesh() -> str:
 
 
 def _digest(tree: PyTree) -> str:
-    """Of the bytes of a tree's arrays, in their order."""
-    sums = [store.array_sum(leaf) for leaf in jax.tree.leaves(tree)]
-    return f"{len(sums)} arrays, {store.array_sum(np.array(sums, np.uint32)):08x}"
+    """Hash the bytes of a tree's arrays, in their order."""
+    sums = [array_sum(leaf) for leaf in jax.tree.leaves(tree)]
+    return f"{len(sums)} arrays, {array_sum(np.array(sums, np.uint32)):08x}"
 
 
 def _rows_digest(rows: Sequence[Sequence[int]]) -> str:
@@ -73,7 +74,7 @@ def _rows_digest(rows: Sequence[Sequence[int]]) -> str:
 
 
 def _text_digest(prompts: PromptSet) -> str:
-    """Of what a reward on the host is given: texts and metadata."""
+    """Hash what a reward on the host is given: texts and metadata."""
     total = 0
     for row in zip(prompts.texts, prompts.metadata, strict=True):
         total = zlib.crc32(json.dumps(row, sort_keys=True, default=str).encode(), total)
@@ -81,7 +82,7 @@ def _text_digest(prompts: PromptSet) -> str:
 
 
 def _scales(tree: PyTree) -> dict[str, float]:
-    """{path: alpha / rank} of the LoRAs in a tree."""
+    """Collect {path: alpha / rank} of the LoRAs in a tree."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Lora))
     loras = [(path, node) for path, node in nodes if isinstance(node, Lora)]
     return {jax.tree_util.keystr(path, simple=True, separator="."): float(lora.scale) for path, lora in loras}

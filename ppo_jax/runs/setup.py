@@ -1,4 +1,4 @@
-"""What a PPO run is about: the records that the command line, the experiments and `runs.run_ppo` share."""
+"""The records that describe a PPO run, which the command line, the experiments and `runs.run_ppo` share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.base import ChosenReward, DeviceReward, HostReward
-from ppo_jax.rewards.failures import FailureLog
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.train.host import response_texts
@@ -21,7 +20,7 @@ Judge = Callable[[Rollout, Sequence[str], Sequence[str]], np.ndarray]
 
 
 class Setup(NamedTuple):
-    """What a run is about. Exactly one of the two rewards is given."""
+    """What a run is about."""
 
     model: Model
     adapter: PyTree  # the policy's, at the start
@@ -31,15 +30,11 @@ class Setup(NamedTuple):
     hyper: Hyper
     loop: LoopConfig
     seed: int
-    device_reward: DeviceReward | None = None
-    reward_params: PyTree = None  # `Frozen.reward`
-    host_reward: HostReward | None = None
-    failures: FailureLog | None = None  # what the host reward tells of rows that it could not score
+    reward: Reward
     pretrain: Sequence[Sequence[int]] = ()  # texts whose next-token loss is mixed in (PPO-ptx), as token rows
     judges: Mapping[str, Judge] = {}
     labels: Mapping[str, str] = {}  # what people are shown in place of a judge's name
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
-    reward_name: str = ""  # what the reward is, where its arrays do not tell: a run resumes with the same one only
 
 
 class Result(NamedTuple):
@@ -51,27 +46,16 @@ class Result(NamedTuple):
 
 
 def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
-    """The text of every response."""
+    """Decode the text of every response."""
     return response_texts(
         np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
     )
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
-    """Sampling with the model's stop tokens, unless it names some, and pad id; ValueError where it names another."""
+    """Add the model's stop tokens, unless some are named, and its pad id; raise ValueError where another is named."""
     if sampling.pad_id not in (Sampling.pad_id, model.pad_id):
         raise ValueError(
             f"sampling.pad_id={sampling.pad_id} has no effect: {model.name} pads with {model.pad_id}; leave it out"
         )
     return dataclasses.replace(sampling, stop_ids=sampling.stop_ids or model.stop_ids, pad_id=model.pad_id)
-
-
-def with_reward(setup: Setup, chosen: ChosenReward) -> Setup:
-    """`setup` with this reward in place of what it had."""
-    return setup._replace(
-        device_reward=chosen.device,
-        reward_params=chosen.params,
-        host_reward=chosen.host,
-        failures=chosen.failures,
-        reward_name=chosen.name,
-    )

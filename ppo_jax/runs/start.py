@@ -1,11 +1,7 @@
-"""Where a run starts: a fresh state, or the newest whole checkpoint."""
+"""What a PPO run starts from: its batches of prompts, and a fresh state."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-import jax.numpy as jnp
 
 from ppo_jax.data import prompt_batches, sft_batches
 from ppo_jax.models.adapters import init_adapter
@@ -13,9 +9,6 @@ from ppo_jax.models.files import artifacts
 from ppo_jax.models.placement import create_on_mesh
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.runs.checkpoints import resuming, store
-from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Setup
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
 from ppo_jax.types import Prompts, Texts
@@ -43,10 +36,16 @@ def make_fresh_state(setup: Setup, optimizer: Any) -> TrainState:
         fresh = lambda k, base: init_adapter(k, base, model.config, ppo.critic.adapter)  # noqa: E731
         critic = create_on_mesh(fresh, key, model.params)
     if ppo.critic.init == "reward":
-        if not isinstance(setup.reward_params, RewardRole):
+        if not isinstance(setup.reward.params, RewardRole):
             raise ValueError('ppo.critic.init="reward" needs a LoRA reward model on the same base as the only reward')
-        value_head = value_head_of_reward(setup.reward_params.head)
-        critic = setup.reward_params.adapter if ppo.critic.own else None
+        if (read := setup.reward.layers or model.config.num_layers) != model.config.num_layers:
+            raise ValueError(
+                f'ppo.critic.init="reward" needs a reward model that reads all {model.config.num_layers} layers of the '
+                f"base; this one reads {read}, so its adapter and head would meet other layers and states than in "
+                'training. Train one with --reward.depth 0, or leave ppo.critic.init at "zero"'
+            )
+        value_head = value_head_of_reward(setup.reward.params.head)
+        critic = setup.reward.params.adapter if ppo.critic.own else None
     elif ppo.critic.init != "zero":
         found = artifacts.load(ppo.critic.init, "policy")
         artifacts.check_base(found, model.fingerprint, model.config)
@@ -55,46 +54,3 @@ def make_fresh_state(setup: Setup, optimizer: Any) -> TrainState:
     return init_state(
         key, setup.adapter, model.config, optimizer, setup.hyper.kl_coef, critic=critic, value_head=value_head, ema=ema
     )
-
-
-def start_or_resume(
-    directory: Path,
-    resume: bool | resuming.Resume,
-    state: TrainState,
-    setup: Setup,
-    facts: Mapping[str, Any],
-    screen: Screen,
-) -> tuple[TrainState, int | None, dict[str, Any]]:
-    """The state to go on from, the update of its checkpoint (None: `state` as given), the best evaluation so far."""
-    found = None if resume in (False, "no") else _restored(directory, state, setup, facts, screen)
-    if found is None:
-        return state, None, {}
-    state, best = found.state, dict(found.meta.get("best", {}))
-    if best and best["metric"] != setup.loop.best_metric:
-        screen.message(
-            f"the best checkpoint was chosen by {best['metric']}, from here on by {setup.loop.best_metric or 'none'}; "
-            "earlier evaluations do not count"
-        )
-        state, best = dataclasses.replace(state, best=jnp.full_like(state.best, -jnp.inf)), {}
-    return state, found.step, best
-
-
-def _restored(
-    directory: Path, state: TrainState, setup: Setup, facts: Mapping[str, Any], screen: Screen
-) -> resuming.Restored | None:
-    """The newest whole checkpoint, if any; drops what the run wrote after it."""
-    checkpoints = directory / rundir.CHECKPOINTS
-    latest, updates = store.latest_step(checkpoints), setup.loop.updates
-    if latest is not None and latest > updates:
-        raise ValueError(
-            f"{checkpoints} is at update {latest}, beyond --loop.updates {updates}: give at least {latest}, or another "
-            "run directory"
-        )
-    found = resuming.restore(directory, state, facts, screen.message)
-    if found is None:
-        resuming.drop_later_records(directory, -1)  # stopped before its first checkpoint: all is done again
-        return None
-    # Update 0 is saved where the first evaluation was given up or not yet followed by an update: it is made again.
-    resuming.drop_later_records(directory, found.step or -1)
-    screen.message(f"resumed at update {found.step}")
-    return found

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.adapters import AdapterConfig, Lora
@@ -20,6 +19,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import config, rundir, writers
 from ppo_jax.types import PyTree
 
@@ -43,7 +43,7 @@ class Trained(NamedTuple):
 def find(
     run: str | Path, step: int | None = None, model: str | None = None, options: ModelOptions | None = None
 ) -> Trained:
-    """The newest policy of a run, or that of update `step`, with its base.
+    """Find the newest policy of a run, or that of update `step`, with its base.
 
     A run directory's export/policy counts unless a newer checkpoint is whole; `run` may also be an artifact itself.
 
@@ -75,20 +75,20 @@ def find(
 
 
 def settings(run: Path) -> dict[str, Any]:
-    """The content of a run's config.yaml; {} where there is none."""
+    """Read the content of a run's config.yaml; {} where there is none."""
     file = run / rundir.CONFIG
     if not file.is_file():
         return {}
     try:
         if file.stat().st_size > _LARGEST_TEXT:
             raise ValueError(f"{file.stat().st_size} bytes")
-        return config.plain(file.read_text(encoding="utf-8"), str(file))
+        return config.read_mapping(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text: {error}") from error
 
 
 def _stored(where: Path, step: int | None) -> artifacts.Artifact | None:
-    """The artifact that serves; None: a checkpoint does."""
+    """Find the artifact that serves; None: a checkpoint does."""
     if (where / artifacts.DESCRIPTION).is_file():
         if step is not None:
             raise ValueError(f"{where} is a single adapter, not a run: --step {step} has nothing to choose from")
@@ -123,7 +123,7 @@ def _updates(found: artifacts.Artifact) -> int | None:
 
 
 def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
-    """The policy of one checkpoint, or of the newest that is whole."""
+    """Read the policy of one checkpoint, or of the newest that is whole."""
     folder = where / rundir.CHECKPOINTS
     load = functools.lru_cache(maxsize=1)(lambda name: load_model(name, options))  # once for all checkpoints of a base
     if step is not None:
@@ -132,17 +132,17 @@ def _from_checkpoint(where: Path, step: int | None, model: str | None, options: 
     for number in reversed(store.all_steps(folder)):
         try:
             return _read(where, number, model, load)
-        except store.DamagedCheckpoint as error:
+        except DamagedCheckpoint as error:
             warnings.warn(f"damaged checkpoint: {error}", stacklevel=2)
             damaged.append(str(error))
-    raise store.CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
+    raise CheckpointError(f"{folder}: no checkpoint can be read:\n  " + "\n  ".join(damaged))
 
 
 def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model]) -> Trained:
     folder = where / rundir.CHECKPOINTS
     at, meta = folder / str(step), store.read_meta(folder, step)
     named = meta.get("facts", {}).get("base", {})
-    known = config.plain(meta["config"], f"{at}: config") if meta.get("config") else settings(where)
+    known = config.read_mapping(meta["config"], f"{at}: config") if meta.get("config") else settings(where)
     name = model or named.get("name")
     if not name:
         raise ValueError(f"{at} does not name its base; give it with --model")
@@ -164,9 +164,12 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
     if any(".lora." in path for path in paths):
         if not isinstance(known.get("policy"), dict):
             raise ValueError(f"{at}: policy.alpha, the scale of its LoRA, is not in {where / rundir.CONFIG}")
-        scales = config.from_yaml(AdapterConfig, yaml.safe_dump(known["policy"]), f"{where / rundir.CONFIG}: policy")
+        try:
+            scales = config.from_plain(AdapterConfig, known["policy"])
+        except config.FieldError as error:
+            raise ValueError(f"{where / rundir.CONFIG}: policy.{error}") from error
     if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
-        raise store.CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
+        raise CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
     adapter = _restored(folder, _tree(shapes, scales.alpha), step)
     return Trained(
         base,
@@ -181,7 +184,7 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
 
 
 def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
-    """The adapter, read straight onto the current mesh, or onto the default device."""
+    """Read the adapter straight onto the current mesh, or onto the default device."""
     mesh = current_mesh()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     layout = jax.tree.map(lambda x: device, shapes) if mesh is None else shardings(shapes, mesh)
@@ -190,7 +193,7 @@ def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
 
 
 def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
-    """The adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
+    """Build the adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.removeprefix(_PREFIX).split(".")
@@ -200,7 +203,7 @@ def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
         node[name] = leaf
     for name, pair in tree.get("lora", {}).items():
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
-            raise store.CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
+            raise CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
         tree["lora"][name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
     return tree
 

@@ -40,11 +40,11 @@ class DPOConfig(OfflineConfig):
     """How direct preference optimisation is done, and for how long."""
 
     learning_rate: float = 5e-5
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     beta: float = 0.1
-    """Strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
+    """Beta is the strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = 0.0
-    """Probability that a label is the wrong way round (conservative DPO, Mitchell 2023); below 0.5."""
+    """A label is the wrong way round with this probability (conservative DPO, Mitchell 2023); it is below 0.5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.ops.kl import kl_penalty
 from ppo_jax.rollout import generate
-from ppo_jax.train.experience import cut_responses, reference_logprobs, score_rollout, share_prefix
+from ppo_jax.train.experience import cut_responses, policy_logprobs, reference_logprobs, score_rollout, share_prefix
 from ppo_jax.train.options import Algorithm
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, Rollout, Scores
 
@@ -39,7 +39,7 @@ def make_evaluate(algorithm: Algorithm) -> Evaluate:
         collected = share_prefix(algorithm, policy, frozen, rollout)
         scores = None if reward is None else score_rollout(reward, frozen, collected)
         reference = reference_logprobs(config, frozen, collected, hyper, ppo.logprob_chunk)
-        kl = kl_penalty(rollout.policy_logprobs, reference, "k1")
+        kl = kl_penalty(policy_logprobs(algorithm, rollout), reference, "k1")
         return Evaluation(rollout, scores, jnp.sum(jnp.where(rollout.response_mask, kl, 0.0), axis=1))
 
     return jax.jit(evaluate)

@@ -68,6 +68,11 @@ def cut_responses(rollout: Rollout, stop_ids: tuple[int, ...], config: ModelConf
     return rollout._replace(response_mask=mask, terminated=rollout.terminated | ended)
 
 
+def policy_logprobs(algorithm: Algorithm, rollout: Rollout) -> Float[Array, "B T"]:
+    """log pi_old(a_t | s_t) of the distribution that counts as the policy (PPOConfig.behaviour)."""
+    return rollout.logprobs if algorithm.ppo.behaviour == "filtered" else rollout.policy_logprobs
+
+
 def kl_coefficient(algorithm: Algorithm, state: TrainState, hyper: Hyper) -> Float[Array, ""]:
     """beta of this iteration."""
     match algorithm.ppo.kl.control:
@@ -184,7 +189,7 @@ def make_experience(
     """
     ppo, rollout = algorithm.ppo, collected.rollout
     mask = rollout.response_mask & scores.valid[:, None]
-    logprobs = rollout.logprobs if ppo.behaviour == "filtered" else rollout.policy_logprobs
+    logprobs = policy_logprobs(algorithm, rollout)
     kl = reference.kl_full
     if kl is None:
         # With the KL in the loss, "full" needs no estimate here; the log shows k1.
@@ -213,7 +218,7 @@ def make_experience(
         batch = batch._replace(weights=jnp.where(mask, jnp.minimum(ratio, hyper.importance_cap), 0.0))
     if ppo.kl.place == "loss":
         batch = batch._replace(ref_logprobs=reference.logprobs, ref_hidden=reference.hidden)
-    return Experience(batch=batch, rewards=rewards, kl=kl, scores=scores)
+    return Experience(batch=batch, rewards=rewards, kl=kl, scores=scores, totals=response_totals(shaped, mask))
 
 
 def estimate_advantages(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ppo_jax.train.optimizer import clip_scale, scale_gradient, step
 from ppo_jax.train.options import Algorithm
 from ppo_jax.train.state import Groups, TrainState, groups
-from ppo_jax.types import Hyper, Metrics, Policy
+from ppo_jax.types import Hyper, Metrics, Minibatch, Policy
 
 
 class Norms(NamedTuple):
@@ -23,8 +23,9 @@ class Norms(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a step is taken: if all three hold."""
+    """Whether a step is taken: if all hold."""
 
+    scored: Bool[Array, ""]  # some token counts: without one the gradient says nothing, and momentum must not act alone
     finite: Bool[Array, ""]  # loss and gradient
     close: Bool[Array, ""]  # the approximate KL to the old policy is at most hyper.target_kl
     sane: Bool[Array, ""]  # the mean ratio is at most hyper.ratio_threshold
@@ -36,12 +37,13 @@ def measure_norms(grads: Policy) -> Norms:
     return Norms(policy, critic, jnp.sqrt(jnp.square(policy) + jnp.square(critic)))
 
 
-def judge_step(metrics: Metrics, norms: Norms, hyper: Hyper) -> Verdict:
-    """What the metrics of a loss say of its step; what a loss does not measure holds nobody up."""
+def judge_step(minibatch: Minibatch, metrics: Metrics, norms: Norms, hyper: Hyper) -> Verdict:
+    """What a minibatch and the metrics of its loss say of the step; what a loss does not measure holds nobody up."""
     nothing = (jnp.zeros(()), jnp.ones(()))
     kl, ratio = (_mean(metrics.get(name, nothing)) for name in ("approx_kl", "ratio"))
     finite = jnp.isfinite(norms.whole) & jnp.isfinite(metrics.get("loss", nothing)[0])
-    return Verdict(finite, kl <= hyper.target_kl, ratio <= hyper.ratio_threshold)
+    scored = jnp.any(minibatch.loss_mask)
+    return Verdict(scored, finite, kl <= hyper.target_kl, ratio <= hyper.ratio_threshold)
 
 
 def apply_gradients(algorithm: Algorithm, state: TrainState, grads: Policy, norms: Norms, hyper: Hyper) -> TrainState:
@@ -79,12 +81,13 @@ def apply_gradients(algorithm: Algorithm, state: TrainState, grads: Policy, norm
 
 def step_metrics(algorithm: Algorithm, norms: Norms, verdict: Verdict) -> Metrics:
     """What the log says of one step, taken or left out."""
-    finite, close, sane = verdict
+    scored, finite, close, sane = verdict
     one, happened = jnp.ones(()), finite.astype(jnp.float32)
     metrics: Metrics = {
         "grad_norm": (jnp.where(finite, norms.whole, 0.0), happened),
         "policy_grad_norm": (jnp.where(finite, norms.policy, 0.0), happened),
         "nonfinite_updates": (1 - happened, one),
+        "unscored_updates": ((finite & ~scored).astype(jnp.float32), one),
         "early_stops": ((finite & ~close).astype(jnp.float32), one),
         "ratio_skips": ((finite & close & ~sane).astype(jnp.float32), one),
     }

@@ -1,10 +1,10 @@
-"""The host's loop around an iteration: schedule, time, evaluate, write, save. Files and screens come as functions."""
+"""The host's loop of all stages: step, time, write, evaluate, save, stop. Files and screens are behind its hooks."""
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,10 @@ import optax
 
 from ppo_jax.ops.means import means
 from ppo_jax.rewards.failures import GivenUp, next_streak, too_many
-from ppo_jax.train.state import Iteration, TrainState
-from ppo_jax.types import Frozen, Hyper, Prompts
+from ppo_jax.types import FloatOrOff, Hyper, Metrics, Off
+
+State = TypeVar("State", bound=Any)
+Step: TypeAlias = Callable[[State, int], tuple[State, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +23,34 @@ class LoopConfig:
     """How long a run is and what happens when."""
 
     updates: int = 40
-    """PPO iterations."""
+    """The run has this many PPO iterations."""
     batch_size: int = 64
-    """Prompts per iteration, with ppo.group_size responses each."""
+    """An iteration has this many prompts, with ppo.group_size responses each."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls from hyper.learning_rate over the run; linear and cosine end at 0."""
+    """The learning rate falls in this way from hyper.learning_rate over the run; linear and cosine end at 0."""
     warmup: int = 0
-    """Iterations in which the learning rate first rises linearly."""
+    """The learning rate first rises linearly for this many iterations."""
     eval_every: int = 10
-    """Iterations between evaluations on held-out prompts; always before the first and after the last. 0: only those."""
+    """Evaluations on held-out prompts are so many iterations apart, with one before and one after; 0 leaves those
+    two."""
     checkpoint_every: int = 10
-    """Iterations between checkpoints; the last one is always saved. 0: only that."""
+    """Checkpoints are this many iterations apart; the last one is always saved. 0 leaves only that."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """This many of the newest checkpoints are kept."""
     keep_every: int = 0
-    """Checkpoints at multiples of this stay as well. 0: none."""
-    best_metric: str = "reward"
-    """The checkpoint of the evaluation with the highest value of this stays; -name: the lowest; "": off."""
+    """Checkpoints at multiples of this stay as well; 0 means none."""
+    best_metric: Annotated[str, Off("")] = "reward"
+    """The checkpoint of the evaluation with the highest value of this stays; -name: the lowest; "" is off."""
     max_nonfinite: int = 20
-    """Optimizer steps in a row that may be skipped because loss or gradient was not finite; then the run stops."""
-    max_kl: float = math.inf
-    """KL to the reference (nats per response, mean of a batch) beyond which the run stops. Infinity: off."""
-    max_failed: float = 0.2
-    """Fraction of a batch's rewards that may fail; where more did in several batches in a row the run stops. 1: off."""
+    """At most this many steps in a row are skipped because loss or gradient was not finite; then the run stops."""
+    max_kl: FloatOrOff = math.inf
+    """The run stops beyond this KL to the reference (nats per response, mean of a batch); inf is off."""
+    max_failed: Annotated[float, Off(1.0)] = 0.2
+    """This fraction of a batch's rewards may fail; the run stops when more did in several batches. 1 is off."""
     max_failed_batches: int = 3
-    """How many such batches in a row."""
-    wandb: str = ""
-    """Project of Weights & Biases that the metrics are also sent to. "": off."""
+    """The run stops after this many batches in a row with more failed rewards than max_failed."""
+    wandb: Annotated[str, Off("")] = ""
+    """Metrics are also sent to this project of Weights & Biases; "" is off."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -88,90 +91,110 @@ def learning_rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
     return lambda step: peak * (step + 1) / loop.warmup if step < loop.warmup else float(fall(step - loop.warmup))
 
 
-def train(
-    state: TrainState,
-    frozen: Frozen,
-    iteration: Iteration,
-    prompts: Callable[[int], Prompts],
-    hyper: Hyper,
-    loop: LoopConfig,
-    *,
-    write: Callable[[int, Mapping[str, float]], None],
-    evaluate: Callable[[int, TrainState], Mapping[str, float] | None],
-    save: Callable[[int, TrainState, bool], None],
-    stop: Callable[[int], str | None] = lambda step: None,
-    dump: Callable[[int, TrainState, Hyper], str] = lambda step, state, hyper: "",
-    causes: Callable[[], str] = lambda: "",
-) -> TrainState:
-    """Runs iterations state.step .. loop.updates - 1 and returns the last state.
+def schedule_hyper(hyper: Hyper, loop: LoopConfig) -> Callable[[int], Hyper]:
+    """step -> the scalars of that step: `hyper` with the learning rate that the schedule gives it."""
+    rate = learning_rate(hyper.learning_rate, loop)
+    return lambda step: hyper._replace(learning_rate=rate(step))
+
+
+class Hooks(Protocol):
+    """What happens around the steps of `train`; files, screens and signals are behind it."""
+
+    def write(self, done: int, values: Mapping[str, float]) -> None:
+        """Records the metrics of the step by which `done` are done."""
+
+    def evaluate(self, done: int, state: Any) -> Mapping[str, float] | None:
+        """Measures the state after `done` steps; None: it was given up, because the run is to stop."""
+
+    def save(self, done: int, state: Any, due: bool) -> None:
+        """Takes the state after `done` steps; with `due` it is to be on disk. The next step is donated its buffers."""
+
+    def stop(self, done: int) -> str | None:
+        """Why the run is to stop after `done` steps, or None; asked once after every step."""
+
+    def dump(self, number: int, state: Any) -> str:
+        """Writes down the batch of step `number`, which left `state`; returns where, for the message.
+
+        Called only where every optimizer step of it was skipped, so that the parameters in `state` are those that the
+        batch was made with.
+        """
+
+    def causes(self) -> str:
+        """What made rewards fail so far, for the message."""
+
+
+def train(state: State, step: Step[State], loop: LoopConfig, hooks: Hooks) -> State:
+    """Runs steps state.step .. loop.updates - 1 and returns the last state.
 
     Args:
-      prompts: step -> batch; a pure function of the step, so that `state.step` is the data cursor.
-      write: called after every iteration with the number of iterations done and the metrics, which have gained
-        `seconds` and `tokens_per_second` (of responses).
-      evaluate: called when due, before the checkpoint of that step, which so knows of it. None: it was given up
-        because the run is to stop.
-      save: called after every iteration, with True when a checkpoint is due. Neither may keep the state, since the next
-        iteration is donated its buffers.
-      stop: asked once after every iteration: why the run is to stop, or None.
-      dump: writes down the batch of iteration `step`, which left `state`; returns where, for the message. Called only
-        where every optimizer step of it was skipped, so that the policy in `state` is the one that wrote the batch.
-      causes: of the rewards that failed so far, for the message.
+      state: has `step`, which is the data cursor, `nonfinite` and `best`; with rewards that may fail also `failing`.
+      step: (state, its number) -> (state, metrics); a pure function but for what it is donated. For the record the
+        metrics gain `seconds` and, where there are responses, `tokens_per_second` of these.
+
+    Evaluations come before the checkpoint of their step, which so knows of them.
 
     Raises:
-      Interrupted: `stop` gave a reason.
+      Interrupted: `hooks.stop` gave a reason.
       Exploded: the KL passed `loop.max_kl`.
-      Stopped: too many updates in a row were not finite, or too many rewards failed.
+      Stopped: too many steps in a row were not finite, or too many rewards failed.
     """
-    rate = learning_rate(hyper.learning_rate, loop)
-    start, failing = int(state.step), int(state.failing)
+    start = int(state.step)
     if start == 0:
-        measured = evaluate(0, state)
+        measured = hooks.evaluate(0, state)
         if measured is None:  # it is due again where the run goes on from update 0
-            save(0, state, True)
-            raise Interrupted(f"stopped by {stop(0)} in the first evaluation")
+            hooks.save(0, state, True)
+            raise Interrupted(f"stopped by {hooks.stop(0)} in the first evaluation")
         state, _ = assess(state, measured, loop)
-    for step in range(start, loop.updates):
+    for number in range(start, loop.updates):
         began = time.perf_counter()
-        now = hyper._replace(learning_rate=rate(step))
         try:
-            state, metrics = iteration(state, frozen, prompts(step), now)
+            state, metrics = step(state, number)
         except GivenUp:
-            save(step, state, True)
-            raise Interrupted(f"stopped by {stop(step)} after update {step}") from None
-        values = means(metrics)
-        seconds = time.perf_counter() - began
-        tokens = float(metrics["response_length"][0])
-        done = step + 1
-        write(done, values | {"seconds": seconds, "tokens_per_second": tokens / seconds})
+            hooks.save(number, state, True)
+            raise Interrupted(f"stopped by {hooks.stop(number)} after update {number}") from None
+        values, done = means(metrics), number + 1
+        hooks.write(done, values | _pace(metrics, time.perf_counter() - began))
         fault = _not_finite(done, int(state.nonfinite), loop)
         if not fault and values.get("kl", 0.0) > loop.max_kl:
             raise Exploded(_exploded(done, values["kl"], loop))
-        before, failing = failing, next_streak(failing, values.get("invalid_scores", 0.0), loop.max_failed)
-        if failing != before:
-            state = dataclasses.replace(state, failing=jnp.full_like(state.failing, failing))
+        state, failing = _count_failing(state, values, loop)
         if unscored := failing >= loop.max_failed_batches and not fault:
-            fault = too_many(done, failing, values["invalid_scores"], loop.max_failed, causes())
-        reason, best = stop(done), False
+            fault = too_many(done, failing, values["invalid_scores"], loop.max_failed, hooks.causes())
+        reason, best = hooks.stop(done), False
         if not fault and not reason and evaluation_due(done, loop):
-            measured = evaluate(done, state)
+            measured = hooks.evaluate(done, state)
             state, best = assess(state, measured, loop)
-            reason = stop(done) if measured is None else None
+            reason = hooks.stop(done) if measured is None else None
         due = done == loop.updates or bool(loop.checkpoint_every and done % loop.checkpoint_every == 0)
-        save(done, state, due or best or bool(fault) or bool(reason))
+        hooks.save(done, state, due or best or bool(fault) or bool(reason))
         if fault:
             if not unscored:
-                same = values["nonfinite_updates"] == 1  # the policy that wrote the batch
-                fault += dump(step, state, now) if same else ". No batch is dumped: the policy has changed since"
+                same = values["nonfinite_updates"] == 1  # the parameters that the batch was made with
+                fault += hooks.dump(number, state) if same else ". No batch is dumped: the policy has changed since"
             raise Stopped(fault)
         if reason:
             raise Interrupted(f"stopped by {reason} after update {done}")
     return state
 
 
-def assess(
-    state: TrainState, values: Mapping[str, float] | None, loop: LoopConfig
-) -> tuple[TrainState, bool]:  # fmt: skip
+def _pace(metrics: Metrics, seconds: float) -> dict[str, float]:
+    if "response_length" not in metrics:
+        return {"seconds": seconds}
+    return {"seconds": seconds, "tokens_per_second": float(metrics["response_length"][0]) / seconds}
+
+
+def _count_failing(state: State, values: Mapping[str, float], loop: LoopConfig) -> tuple[State, int]:
+    """The state that knows how many batches in a row had too many rewards that failed, and that number."""
+    if "invalid_scores" not in values:
+        return state, 0
+    before = int(state.failing)
+    failing = next_streak(before, values["invalid_scores"], loop.max_failed)
+    if failing != before:
+        state = dataclasses.replace(state, failing=jnp.full_like(state.failing, failing))
+    return state, failing
+
+
+def assess(state: State, values: Mapping[str, float] | None, loop: LoopConfig) -> tuple[State, bool]:
     """The state that knows of an evaluation, and whether that was the best so far. Twice is the same as once."""
     name = loop.best_metric.removeprefix("-")
     value = (values or {}).get(name)

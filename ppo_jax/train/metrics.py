@@ -22,7 +22,7 @@ def experience_metrics(
     Args:
       raw: the scores as the reward gave them (those of `experience` are adjusted).
     """
-    ppo, batch, valid = algorithm.ppo, experience.batch, experience.scores.valid
+    batch, valid = experience.batch, experience.scores.valid
     mask = batch.loss_mask
     one = jnp.ones(())
     rows, tokens = jnp.sum(valid, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
@@ -61,6 +61,19 @@ def experience_metrics(
     }
     metrics |= extremes("reward", raw.reward) | extremes("response_length", lengths)
     metrics |= _kl(batch.logprobs, ref_logprobs, mask, rows, tokens)
+    metrics |= {f"reward/{name}": per_row(part) for name, part in raw.parts.items()}
+    metrics |= _of_choices(algorithm, experience, rollout, rows, tokens)
+    return metrics
+
+
+def _of_choices(algorithm: Algorithm, experience: Experience, rollout: Rollout, rows: Array, tokens: Array) -> Metrics:
+    """What is logged only where the algorithm's choices give it a meaning."""
+    ppo, batch, mask, measured = algorithm.ppo, experience.batch, experience.batch.loss_mask, jnp.minimum(rows, 1)
+
+    def per_token(x: Array) -> tuple[Array, Array]:
+        return jnp.sum(jnp.where(mask, x, 0.0)), tokens
+
+    metrics: Metrics = {}
     if ppo.kl.estimator == "full" and ppo.kl.place == "reward":
         total, _ = per_token(experience.kl)
         metrics |= {"kl_full": (total, rows), "kl_full_per_token": (total, tokens)}
@@ -69,7 +82,6 @@ def experience_metrics(
         unexplained = masked_var(batch.returns - batch.values, mask) / total_var
         metrics["value"] = per_token(batch.values)
         metrics["explained_variance"] = ((1 - unexplained) * measured, measured)
-    metrics |= {f"reward/{name}": per_row(part) for name, part in raw.parts.items()}
     if ppo.sampling.filtered:
         # > 0: the filters made sampled tokens more likely than the policy would have.
         metrics["behaviour_mismatch"] = per_token(rollout.logprobs - rollout.policy_logprobs)

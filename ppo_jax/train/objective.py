@@ -11,7 +11,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.models.transformer import apply, positions_from_mask
-from ppo_jax.ops.kl import kl_penalty
+from ppo_jax.ops.kl import kl_penalty, response_k2
 from ppo_jax.ops.logprobs import LOWEST, hidden_kl, hidden_logprobs, hidden_logprobs_and_entropy
 from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss, token_weights
 from ppo_jax.ops.sampling import filter_logits
@@ -94,7 +94,10 @@ def ppo_loss(
     )
     loss = policy_loss - hyper.entropy_coef * jnp.sum(weights * outputs.entropy) / jnp.maximum(count, 1)
     metrics |= _extremes(outputs.logprobs - batch.logprobs, outputs.mask)
-    metrics |= {"policy_loss": mean(policy_loss), "entropy": (jnp.sum(outputs.entropy), tokens)}
+    metrics |= {
+        "policy_loss": mean(policy_loss),
+        "entropy": (jnp.sum(outputs.entropy), jnp.sum(outputs.mask, dtype=jnp.float32)),
+    }
     if ppo.behaviour == "filtered" and ppo.sampling.filtered:
         outside = batch.loss_mask & ~outputs.mask
         metrics["outside_filter"] = (jnp.sum(outside, dtype=jnp.float32), tokens)
@@ -160,6 +163,8 @@ def _kl_terms(
     assert batch.ref_logprobs is not None
     # Outside the mask a log-prob may be -1e30 (a filter), whose exponential has no gradient to be masked afterwards.
     logprobs = jnp.where(outputs.mask, outputs.logprobs, batch.ref_logprobs)
+    if ppo.kl.per == "response":
+        return response_k2(logprobs, batch.ref_logprobs, outputs.mask)
     return kl_penalty(logprobs, batch.ref_logprobs, ppo.kl.estimator)
 
 

@@ -48,19 +48,19 @@ class OfflineConfig:
     """How a policy is trained on fixed data, and for how long."""
 
     epochs: float = 1.0
-    """Passes over the data, unless `steps` says otherwise."""
+    """The data are passed over this many times, unless `steps` says otherwise."""
     steps: int = 0
-    """Optimizer steps; 0: as many as `epochs` needs."""
+    """Training takes this many optimizer steps; 0 means as many as `epochs` needs."""
     batch_size: int = 16
-    """Demonstrations, or pairs, per optimizer step."""
+    """An optimizer step has this many demonstrations, or pairs."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; must divide batch_size. Changes memory, not the result."""
+    """An optimizer step has this many micro-batches, a divisor of batch_size. It changes memory, not the result."""
     learning_rate: float = 1e-4
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     max_grad_norm: float = 1.0
-    """Global-norm clip."""
+    """The gradient is clipped to this global norm."""
     logprob_chunk: int = 256
-    """Positions whose logits are held at once; 0: all of a micro-batch."""
+    """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
         check_least(self, steps=0, batch_size=1, accumulate=1, logprob_chunk=0)

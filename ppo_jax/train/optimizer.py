@@ -23,19 +23,19 @@ class OptimizerConfig:
     """How gradients become steps. The learning rate and the clips are traced (Hyper)."""
 
     kind: Literal["adamw", "adafactor"] = "adamw"
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018: factored second
-    moments, no first moment, updates clipped at RMS 1)."""
+    """Steps are Adam's with decoupled weight decay (Loshchilov & Hutter 2019), or Adafactor's (Shazeer & Stern 2018:
+    factored second moments, no first moment, updates clipped at RMS 1)."""
     b1: float = 0.9
-    """Decay of the first moment (adamw)."""
+    """The first moment decays by this factor (adamw)."""
     b2: float = 0.999
-    """Decay of the second moment (adamw)."""
+    """The second moment decays by this factor (adamw)."""
     eps: float = 1e-8
-    """Added to the root of the second moment (adamw)."""
+    """This is added to the root of the second moment (adamw)."""
     eps_placement: Literal["pytorch", "tensorflow1"] = "pytorch"
-    """m_hat / (sqrt(v_hat) + eps), or TensorFlow 1's sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), whose early
-    steps are smaller (Huang et al. 2024, "The N Implementation Details of RLHF with PPO", detail 12)."""
+    """A step is m_hat / (sqrt(v_hat) + eps), or TensorFlow 1's sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), whose
+    early steps are smaller (Huang et al. 2024, "The N Implementation Details of RLHF with PPO", detail 12)."""
     weight_decay: float = 0.0
-    """Times learning rate and parameter, subtracted at each step."""
+    """This, times learning rate and parameter, is subtracted at each step."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "adafactor"):

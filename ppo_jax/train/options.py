@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import optax
 from jaxtyping import Array, Float
@@ -17,7 +17,7 @@ from ppo_jax.parallel.mesh import MeshConfig
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import OptimizerConfig
-from ppo_jax.types import Hyper, Metrics
+from ppo_jax.types import Hyper, Metrics, Off
 
 # (policy, algorithm, frozen, minibatch, counts, hyper) -> loss, metrics: as `objective.ppo_loss`
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
@@ -39,21 +39,31 @@ class KLConfig:
     """The KL penalty towards the reference."""
 
     estimator: Kind | Literal["full"] = "k1"
-    """Per-token estimate (Schulman 2020): k1 is the log-ratio; full sums over the vocabulary, one more pass. In the
-    reward only k1 has the gradient of the KL: full does not depend on the token drawn, so only later ones count."""
+    """The KL is estimated per token (Schulman 2020): k1 is the log-ratio; full sums over the vocabulary, one more pass.
+    In the reward only k1 has the gradient of the KL: full does not depend on the token drawn, so only later ones
+    count."""
     place: Literal["reward", "loss"] = "reward"
-    """Subtracted from the reward of each token (Ziegler et al. 2019), or a term of the loss (Shao et al. 2024)."""
+    """The penalty is subtracted from each token's reward (Ziegler et al. 2019), or a term of the loss (Shao et al.
+    2024), where k2 and full have the gradient of the KL of the same token only: another optimum (`kl.per`)."""
+    per: Literal["token", "response"] = "token"
+    """With k2 in the loss this squares each token's log-ratio, or a response's sum of them, whose gradient is that of
+    the KL of whole responses, as k1 has it in the reward (with a higher variance)."""
     control: Literal["fixed", "adaptive", "linear"] = "fixed"
-    """Of the coefficient hyper.kl_coef: steered to hyper.kl_target (Ziegler et al. 2019), or linear to kl_coef_end."""
+    """The coefficient hyper.kl_coef stays, is steered to hyper.kl_target (Ziegler et al. 2019), or goes linearly to
+    hyper.kl_coef_end."""
 
     def __post_init__(self) -> None:
         check_choices(self, place=Literal["reward", "loss"], control=Literal["fixed", "adaptive", "linear"])
+        check_choices(self, per=Literal["token", "response"])
+        if self.per == "response" and (self.place, self.estimator) != ("loss", "k2"):
+            raise ValueError("kl.per=response is for kl.place=loss with kl.estimator=k2; leave it at token")
         if self.estimator not in (*get_args(Kind), "full"):
             raise ValueError(f"kl.estimator={self.estimator!r} must be one of {', '.join(get_args(Kind))}, full")
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(
                 f"kl.estimator={self.estimator} cannot be a term of the loss: its gradient is not that of the KL (0 in "
-                "expectation for k1). Choose k2 (the gradient of k1 in the reward), full, or k3 (biased)"
+                "expectation for k1). Choose k2 (with kl.per=response the gradient of k1 in the reward), full, or k3 "
+                "(biased)"
             )
 
 
@@ -62,13 +72,13 @@ class ScoreConfig:
     """What happens to scores before they become rewards: normalised, clipped (hyper.score_clip), penalised."""
 
     normalise: Literal["off", "scale", "shift"] = "off"
-    """By the running moments of all scores so far: divided by their std; shift also subtracts their mean."""
+    """Scores are divided by the running std of all scores so far (scale); shift also subtracts their mean."""
     missing_eos: Literal["off", "subtract", "replace"] = "off"
-    """What hyper.missing_eos does to the score of a response that was cut by length."""
+    """The score of a response cut by length loses hyper.missing_eos (subtract), or becomes minus that (replace)."""
     whiten_rewards: Literal["off", "scale", "shift"] = "off"
-    """Shaped rewards divided by their std over the batch (the mean stays); shift also subtracts their mean."""
+    """Shaped rewards are divided by their std over the batch (the mean stays); shift also subtracts their mean."""
     truncate_ids: tuple[int, ...] = ()
-    """Token ids after whose first occurrence the rest of a response is dropped, before it is scored and trained."""
+    """A response is cut off after the first of these token ids, before it is scored and trained."""
 
     def __post_init__(self) -> None:
         three = Literal["off", "scale", "shift"]
@@ -80,13 +90,15 @@ class CriticConfig:
     """Where values come from (advantage gae only)."""
 
     own: bool = False
-    """An adapter of its own on the shared base, and a second pass; else the values are read from the policy's trunk."""
+    """Give the critic an adapter of its own on the base, and a second pass; else values are read from the policy's
+    trunk."""
     adapter: AdapterConfig = AdapterConfig()
-    """That adapter."""
+    """These options describe the adapter of a critic of its own."""
     init: str = "zero"
-    """Start from "zero", from "reward" (adapter and head of a LoRA reward model), or a run's export/critic (path)."""
+    """The critic starts from "zero", "reward" (adapter and head of a LoRA reward model), or a run's export/critic
+    (path)."""
     bootstrap_truncated: bool = False
-    """A response cut by length goes on with the critic's value (one more pass); else it ends there like any other."""
+    """Let a response cut by length go on with the critic's value (one more pass); else it ends there like any other."""
 
     def __post_init__(self) -> None:
         if not self.own and self.adapter != AdapterConfig():
@@ -102,37 +114,39 @@ class PPOConfig:
     """Static choices of the algorithm."""
 
     sampling: Sampling = Sampling()
-    """How responses are generated."""
+    """These options say how responses are generated."""
     epochs: int = 4
-    """Passes over each rollout."""
+    """Each rollout is passed over this many times."""
     num_minibatches: int = 4
-    """Optimizer steps per epoch; must divide the responses of a batch."""
+    """An epoch has this many optimizer steps, a divisor of the responses of a batch."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; must divide the minibatch. Changes memory, not the result."""
+    """An optimizer step has this many micro-batches, a divisor of the minibatch. It changes memory, not the result."""
     advantage: Advantage = "gae"
-    """gae needs the critic; rloo, grpo, dr_grpo (grpo without the std), reinforce (running baseline) and reinforce++
-    need none."""
+    """Advantages come from gae, which needs the critic, or from rloo, grpo, dr_grpo (grpo without the std), reinforce
+    (running baseline) or reinforce++, which need none."""
     group_size: int = 1
-    """Responses sampled for each prompt; rloo and both grpo need at least 2."""
+    """Each prompt gets this many responses; rloo and both grpo need at least 2."""
     whiten_advantages: bool = True
-    """Over all response tokens of the batch: gae, reinforce and reinforce++ (group-relative ones have a scale)."""
+    """Whiten over all response tokens of the batch, with gae, reinforce, reinforce++ (group-relative ones have a
+    scale)."""
     aggregation: Aggregation = "token-mean"
-    """How the tokens of responses of different lengths enter the loss."""
+    """The tokens of responses of different lengths enter the loss in this way."""
     behaviour: Literal["ignore", "importance", "filtered"] = "ignore"
-    """When filters make the behaviour differ from the policy: ignore it (logged); weigh tokens by
-    min(policy / behaviour, hyper.importance_cap); or treat the filtered distribution as the policy."""
+    """Filters make the behaviour differ from the policy: ignore it (logged); weigh tokens by min(policy / behaviour,
+    hyper.importance_cap); or treat the filtered distribution as the policy."""
     kl: KLConfig = KLConfig()
-    """The penalty towards the reference."""
+    """These options describe the penalty towards the reference."""
     score: ScoreConfig = ScoreConfig()
-    """From scores to rewards."""
+    """These options say how scores become rewards."""
     critic: CriticConfig = CriticConfig()
-    """Where values come from."""
+    """These options say where values come from."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become steps."""
-    ema_decay: float = 0.0
-    """Of a running average of the policy's parameters over optimizer steps (in the state as `ema`); 0: off."""
+    """These options say how gradients become steps."""
+    ema_decay: Annotated[float, Off(0.0)] = 0.0
+    """A running average of the policy's parameters over optimizer steps (`ema` in the state) decays by this; 0 is
+    off."""
     logprob_chunk: int = 0
-    """Positions whose logits are held at once in the loss; 0: all of a micro-batch."""
+    """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "num_minibatches", "accumulate", "group_size"):
@@ -194,6 +208,12 @@ def check_scalars_of(ppo: PPOConfig, hyper: Hyper) -> None:
     for name in ("critic_lr_scale", "critic_max_grad_norm", "critic_warmup"):
         if not ppo.has_critic and getattr(hyper, name) != getattr(default, name):
             raise ValueError(f"hyper.{name} needs advantage=gae; advantage={ppo.advantage} has no critic")
+    for name, reads in (("gamma", ("gae", "reinforce++")), ("lam", ("gae",))):
+        if ppo.advantage not in reads and getattr(hyper, name) != getattr(default, name):
+            raise ValueError(
+                f"hyper.{name}={getattr(hyper, name)} has no effect under advantage={ppo.advantage}, which compares "
+                f"whole responses; leave it at {getattr(default, name)}, or choose {' or '.join(reads)}"
+            )
 
 
 def check_hyper(hyper: Hyper) -> Hyper:

@@ -13,6 +13,7 @@ finite, has stopped or has finished touches no other, and is replaced (`put`) wi
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from ppo_jax.parallel.members import feed_members, member_shardings, over_member
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.parallel.processes import fetch
 from ppo_jax.rewards.base import HostReward
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
-from ppo_jax.train.experience import share_prefix
+from ppo_jax.train.experience import score_rollout, share_prefix
 from ppo_jax.train.host import response_texts
 from ppo_jax.train.options import Algorithm
 from ppo_jax.train.ppo import collect, iterate, learn
@@ -65,12 +67,14 @@ def learn_members(
     active: Bool[Array, " K"],
     pretrain: Texts | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """From scores to the next states of the active members."""
+    """From the host's scores, and those on the device where there are both, to the next states of the active members."""
 
     def one(
         state: TrainState, frozen: Frozen, rollout: Rollout, scores: Scores, hyper: Hyper, pretrain: Texts | None
     ) -> tuple[TrainState, Metrics]:
         collected = share_prefix(algorithm, state.policy, frozen, rollout, pretrain)
+        if algorithm.reward is not None:
+            scores = add_scores(score_rollout(algorithm.reward, frozen, collected), scores)
         return learn(algorithm, state, frozen, collected, scores, hyper)
 
     step = over_members(one, active.shape[0], shared=(1,))
@@ -109,6 +113,7 @@ def make_host_members(
     def iteration(
         states: TrainState, frozen: Frozen, prompts: Prompts, hypers: Hyper, active: Array
     ) -> tuple[TrainState, Metrics]:
+        times = [time.perf_counter()]
         rollouts = first(states, frozen, prompts, hypers)
         tokens, mask, rows, alive = map(
             np.asarray, fetch((rollouts.tokens, rollouts.response_mask, rollouts.index, active))
@@ -116,9 +121,17 @@ def make_host_members(
         places = np.flatnonzero(alive).tolist()
         responses = [r for i in places for r in response_texts(tokens[i], mask[i], decode, stop_ids)]
         asked = [texts[i][row] for i in places for row in rows[i]]
+        times.append(time.perf_counter())
         given = reward(asked, responses, [metadata[i][row] for i in places for row in rows[i]])
         scores = _scatter(as_scores(given, len(responses), mask.shape[2]), places, mask.shape)
-        return second(states, frozen, rollouts, feed_members(scores), hypers, active, prompts.pretrain)
+        times.append(time.perf_counter())
+        states, metrics = jax.block_until_ready(
+            second(states, frozen, rollouts, feed_members(scores), hypers, active, prompts.pretrain)
+        )
+        times.append(time.perf_counter())
+        parts = zip(("rollout_seconds", "reward_seconds", "learn_seconds"), np.diff(times), strict=True)
+        ones = np.ones(len(alive), np.float32)
+        return states, metrics | {name: (np.float32(seconds) * ones, ones) for name, seconds in parts}
 
     return iteration
 

@@ -32,6 +32,7 @@ from ppo_jax.ops.means import merge_metrics, no_metrics
 from ppo_jax.parallel.members import branch
 from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import only_finite
 from ppo_jax.rollout import generate
 from ppo_jax.train.experience import (
@@ -42,7 +43,6 @@ from ppo_jax.train.experience import (
     make_experience,
     next_kl_coefficient,
     prepare_scores,
-    response_totals,
     score_rollout,
     share_prefix,
 )
@@ -91,13 +91,12 @@ def learn(
     _, key = jax.random.split(jax.random.fold_in(state.key, state.step))
     state, losses = update_epochs(algorithm, state, frozen, experience.batch, key, hyper)
     metrics = experience_metrics(algorithm, experience, rollout, raw, reference.logprobs, hyper) | losses
-    totals = response_totals(experience.rewards, experience.batch.loss_mask)
     state = dataclasses.replace(
         state,
         step=state.step + 1,
         kl_coef=next_kl_coefficient(algorithm, hyper, metrics),
         moments=moments,
-        baseline=state.baseline.update(totals, scores.valid & jnp.isfinite(totals)),
+        baseline=state.baseline.update(experience.totals, scores.valid & jnp.isfinite(experience.totals)),
     )
     return state, metrics
 
@@ -147,8 +146,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam.
 
-    The step is left out, and counted, when the loss or a gradient is not finite, when the mean ratio exceeds
-    hyper.ratio_threshold, or when the approximate KL to the old policy exceeds hyper.target_kl.
+    The step is left out, and counted, when no row of the minibatch has a valid score (whatever its pretraining texts
+    say), when the loss or a gradient is not finite, when the mean ratio exceeds hyper.ratio_threshold, or when the
+    approximate KL to the old policy exceeds hyper.target_kl.
     """
     counts = count_units(algorithm, minibatch)
 
@@ -158,9 +158,9 @@ def update(
 
     grads, metrics = accumulate(gradient, state.policy, minibatch, algorithm.ppo.accumulate)
     norms = measure_norms(grads)
-    verdict = judge_step(metrics, norms, hyper)
+    verdict = judge_step(minibatch, metrics, norms, hyper)
     taken = jax.lax.cond(
-        verdict.finite & verdict.close & verdict.sane,
+        verdict.scored & verdict.finite & verdict.close & verdict.sane,
         lambda state: apply_gradients(algorithm, state, grads, norms, hyper),
         lambda state: state,
         state,
@@ -198,6 +198,7 @@ def make_host_iteration(
     config: ModelConfig,
     ppo: PPOConfig,
     optimizer: optax.GradientTransformation,
+    reward: DeviceReward | None = None,
     *,
     loss: Loss | None = None,
     advantage: Estimator | None = None,
@@ -205,10 +206,11 @@ def make_host_iteration(
     """The iteration in two jitted halves, for rewards that are computed on the host in between.
 
     Returns collect(state, frozen, prompts, hyper) -> rollout, and
-    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state.
-    `loss` and `advantage` as for `make_iteration`.
+    learn(state, frozen, rollout, scores, hyper, pretrain=None) -> (state, metrics), which is donated the state. It
+    adds what `reward` says on the device, where there is one, to the host's scores. `loss` and `advantage` as for
+    `make_iteration`.
     """
-    algorithm = Algorithm(config, ppo, optimizer, None, loss, advantage)
+    algorithm = Algorithm(config, ppo, optimizer, reward, loss, advantage)
 
     def second(
         state: TrainState,
@@ -219,6 +221,8 @@ def make_host_iteration(
         pretrain: Texts | None = None,
     ) -> tuple[TrainState, Metrics]:
         collected = share_prefix(algorithm, state.policy, frozen, rollout, pretrain)
+        if reward is not None:
+            scores = add_scores(score_rollout(reward, frozen, collected), scores)
         return learn(algorithm, state, frozen, collected, scores, hyper)
 
     return jax.jit(partial(collect, algorithm)), jax.jit(second, donate_argnums=0)

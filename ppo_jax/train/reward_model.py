@@ -11,7 +11,7 @@ random head distorts good features (Kumar et al. 2022, "Fine-Tuning can Distort 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.train.comparisons import Comparisons
 from ppo_jax.train.offline import check_least, check_positive, descended, learn
-from ppo_jax.types import Metrics, Prefix, PyTree
+from ppo_jax.types import Metrics, Off, Prefix, PyTree
 
 Loss = Literal["pairwise", "best"]
 
@@ -38,31 +38,33 @@ class RewardConfig:
     """Static choices of a reward model and its training."""
 
     kind: Literal["lora", "full"] = "lora"
-    """LoRA and a head on the frozen base, which PPO shares; or a model of its own (a learning rate of 1e-5 suits)."""
+    """The model is LoRA and a head on the frozen base, which PPO shares, or one of its own (try a learning rate of
+    1e-5)."""
     depth: int = 0
-    """Layers of the base that the reward model reads; 0: all. Sentiment, for one, is as readable half-way up."""
+    """The reward model reads this many layers of the base; 0 means all. Sentiment is as readable half-way up."""
     lora_layers: int = 6
-    """How many of those layers, counted from the top, carry LoRA; 0: the head alone is trained."""
+    """LoRA is carried by this many of the layers it reads, counted from the top; 0 trains the head alone."""
     rank: int = 8
-    """LoRA rank."""
+    """A LoRA update has this rank."""
     alpha: float = 16.0
-    """LoRA scale is alpha / rank."""
+    """A LoRA update is scaled by alpha / rank."""
     batch_size: int = 50
-    """Texts per optimizer step (a pair counts two, a choice of n counts n)."""
+    """An optimizer step has this many texts (a pair counts two, a choice of n counts n)."""
     epochs: int = 1
-    """Passes over the texts after the head has been fitted."""
+    """The texts are passed over this many times after the head has been fitted."""
     learning_rate: float = 3e-4
-    """Adam, falling linearly to 0."""
+    """Adam starts at this learning rate, which falls linearly to 0."""
     max_grad_norm: float = 1.0
-    """Global-norm clip."""
+    """The gradient is clipped to this global norm."""
     head_l2: float = 1e-2
-    """L2 penalty of the head's fit, on standardised features."""
+    """The head's fit has this L2 penalty, on standardised features."""
     head_steps: int = 300
-    """Adam steps of the head's fit; 0: adapter and head are trained together from a random head."""
-    centring: float = 0.0
-    """Weight of mean (better + worse)^2, which holds scores around 0 while adapter and head are trained; 0: off."""
+    """The head's fit takes at most this many L-BFGS steps; 0 trains adapter and head together from a random head."""
+    centring: Annotated[float, Off(0.0)] = 0.0
+    """The loss holds scores around 0 by this weight of mean (better + worse)^2, while adapter and head are trained; 0
+    is off."""
     normalise: bool = True
-    """Shift and scale the scores to mean 0 and std 1 on reference texts; by default those that were trained on."""
+    """Shift and scale the scores to mean 0 and std 1 on reference texts, by default on the training texts."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
@@ -215,45 +217,66 @@ def fit_head(
     l2: float,
     steps: int,
     margin: Float[np.ndarray, " M"] | float = 0.0,
-    learning_rate: float = 1e-2,
     loss: Loss = "pairwise",
 ) -> PyTree:
-    """RewardHead parameters that minimise a loss of comparisons on fixed features, by full-batch Adam.
+    """RewardHead parameters that minimise a loss of comparisons on fixed features, by L-BFGS.
 
-        L(w . z) + l2 |w|^2,      z = features / their std,      L: see `comparison_loss`
+        L(w . z) + l2 |w|^2,      z = (features - their mean) / their std,      L: see `comparison_loss`
 
-    Convex, so the start does not matter. Scaling is folded back: the head reads raw features. The score's mean
-    over the features is moved to 0 with the head's bias, which no comparison determines.
+    Convex, so with l2 > 0 the optimum is one, and it is reached unless `steps` end before (a gradient of 1e-6 of the
+    first one's ends the fit). Scaling is folded back: the head reads raw features. The score's mean over the features
+    is moved to 0 with the head's bias, which no comparison determines.
     """
     scale = jnp.asarray(1.0 / (features.std(axis=0) + 1e-6))
-    optimizer = optax.adam(optax.linear_schedule(learning_rate, 0.0, max(steps, 1)))
     rows, group = np.unique(better, return_inverse=True)  # for `best`: the comparisons of one row belong together
-
-    def objective(w: Array, z: Array, i: Array, j: Array, margin: Array) -> Array:
-        scores = z @ w
-        penalty = l2 * jnp.sum(jnp.square(w))
-        if loss == "pairwise":
-            return bradley_terry_loss(scores[i], scores[j], margin)[0] + penalty
-        behind = scores[j] - scores[i] + margin
-        top = jnp.maximum(jax.ops.segment_max(behind, group, len(rows)), 0)
-        terms = top + jnp.log(jnp.exp(-top) + jax.ops.segment_sum(jnp.exp(behind - top[group]), group, len(rows)))
-        return jnp.mean(terms) + penalty
+    margins = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), better.shape)
 
     @jax.jit
     def fit(z: Array, i: Array, j: Array, margin: Array) -> Array:
-        def step(carry: tuple, _: None) -> tuple:
-            w, opt_state = carry
-            updates, opt_state = optimizer.update(jax.grad(objective)(w, z, i, j, margin), opt_state)
-            return (optax.apply_updates(w, updates), opt_state), None
+        def objective(w: Array) -> Array:
+            scores = z @ w
+            penalty = l2 * jnp.sum(jnp.square(w))
+            if loss == "pairwise":
+                return bradley_terry_loss(scores[i], scores[j], margin)[0] + penalty
+            behind = scores[j] - scores[i] + margin
+            top = jnp.maximum(jax.ops.segment_max(behind, group, len(rows)), 0)
+            terms = top + jnp.log(jnp.exp(-top) + jax.ops.segment_sum(jnp.exp(behind - top[group]), group, len(rows)))
+            return jnp.mean(terms) + penalty
 
-        w = jnp.zeros(z.shape[1])
-        return jax.lax.scan(step, (w, optimizer.init(w)), length=steps)[0][0]
+        return minimise(objective, jnp.zeros(z.shape[1]), steps)
 
-    z = jnp.asarray(features) * scale
-    margins = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), better.shape)
+    z = (jnp.asarray(features) - features.mean(axis=0)) * scale
     kernel = fit(z, jnp.asarray(better), jnp.asarray(worse), margins) * scale
     mean = jnp.mean(jnp.asarray(features) @ kernel)
     return {"reward": {"kernel": kernel[:, None]}, "gain": jnp.ones(()), "bias": -mean}
+
+
+def minimise(
+    objective: Callable[[Array], Array], start: Float[Array, " D"], steps: int, tolerance: float = 1e-6
+) -> Float[Array, " D"]:
+    """The minimum of a smooth convex function by L-BFGS: at most `steps` steps, fewer once the gradient is small.
+
+    Small is `tolerance` times the gradient at `start`.
+
+    References:
+      Liu and Nocedal 1989, "On the limited memory BFGS method for large scale optimization".
+    """
+    optimizer = optax.lbfgs()
+    measure = optax.value_and_grad_from_state(objective)
+    first = optax.tree.norm(jax.grad(objective)(start))
+
+    def unfinished(carry: tuple) -> Array:
+        step, _, state = carry
+        gradient = optax.tree.norm(optax.tree.get(state, "grad"))
+        return (step < steps) & ((step == 0) | (gradient > tolerance * first))
+
+    def improve(carry: tuple) -> tuple:
+        step, w, state = carry
+        value, gradient = measure(w, state=state)
+        updates, state = optimizer.update(gradient, state, w, value=value, grad=gradient, value_fn=objective)
+        return step + 1, optax.apply_updates(w, updates), state
+
+    return jax.lax.while_loop(unfinished, improve, (0, start, optimizer.init(start)))[1]
 
 
 def normalise_head(head: PyTree, scores: Float[np.ndarray, " N"]) -> PyTree:

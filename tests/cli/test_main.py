@@ -23,6 +23,7 @@ from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.layout import init_params
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.plain_yaml import ConfigError
 from ppo_jax.runs.prompts import split_held_out
 from tests.data.tokenizer import EOS
 from tests.small import SAMPLED, save_sampled
@@ -262,7 +263,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (ValueError("m"), 2),
         (FileNotFoundError("m"), 2),
-        (config.ConfigError("m"), 2),
+        (ConfigError("m"), 2),
         (OSError(28, "No space left on device"), 1),
         (FloatingPointError("m"), 1),
         (store.CheckpointSaveError("m"), 1),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.cli import main as cli
-from ppo_jax.data.disk import swap
+from ppo_jax.data.disk import replaced_directory, swap
 from ppo_jax.models.adapters import init_lora
 from ppo_jax.models.files import artifacts, classifiers, hf
 from ppo_jax.models.heads import RewardHead
@@ -24,8 +24,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def artifact(path: Path, seed: int) -> None:
     adapter = init_lora(jax.random.key(seed), CONFIG, rank=2, alpha=2.0)
-    facts = {"config": CONFIG, "base": "base", "base_fingerprint": "f" * 64}
-    artifacts.save(path, "policy", adapter, {}, {}, overwrite=True, **facts)
+    artifacts.save(path, "policy", adapter, {}, artifacts.Base("base", "f" * 64, CONFIG), overwrite=True)
 
 
 def classifier(path: Path, seed: int) -> None:
@@ -42,7 +41,11 @@ def export(path: Path, seed: int) -> None:
         raise OSError("the command failed")
 
 
-@pytest.mark.parametrize("save", [artifact, classifier, export])
+def model(path: Path, seed: int) -> None:
+    hf.save(path, CONFIG, random_params(CONFIG, seed), make_tokenizer(), overwrite=True)
+
+
+@pytest.mark.parametrize("save", [artifact, classifier, export, model])
 def test_what_is_there_stays_where_the_new_one_cannot_be_put(
     save: Callable[[Path, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +67,26 @@ def test_what_is_there_stays_where_the_new_one_cannot_be_put(
     save(target, 2)
     assert content(target) != before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_model_that_is_replaced_keeps_what_else_lies_beside_it(tmp_path: Path) -> None:
+    model(tmp_path / "m", 1)
+    (tmp_path / "m" / "README.md").write_text("mine")
+    (tmp_path / "m" / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "m" / "notes" / "deep" / "a").write_text("mine too")
+    (tmp_path / "m" / "model-00001-of-00002.safetensors").write_text("a shard of the old one")
+    model(tmp_path / "m", 2)
+    model(tmp_path / "fresh", 2)
+    mine = {"README.md": b"mine", "notes/deep/a": b"mine too"}
+    assert content(tmp_path / "m") == content(tmp_path / "fresh") | mine
+
+
+def test_a_link_stays_a_link_to_what_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with replaced_directory(tmp_path / "link") as partial:
+        (partial / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "a").read_text() == "new"
 
 
 def test_an_interruption_between_the_two_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

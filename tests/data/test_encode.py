@@ -1,6 +1,8 @@
 """Token rows, worked out by hand on a tokenizer with one token per character."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft, render
 from tests.data.tokenizer import BOS, EOS, ids, make_tokenizer
@@ -88,6 +90,24 @@ def test_too_long_sft() -> None:
     assert (dropped.rows, dropped.starts, dropped.kept, dropped.too_long) == ([[BOS, *ids("ab"), EOS]], [2], [1], 1)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_text_that_spells_bos_or_eos_gets_no_second_one(bos: bool) -> None:
+    tokenizer, front = make_tokenizer(bos), [BOS] * bos
+    assert encode_prompts(["<s>ab", "ab"], make_tokenizer(bos=True), 9).rows == [[BOS, *ids("ab")]] * 2
+    plain = encode_sft([SFTRecord("a", "b", "f:1"), SFTRecord(None, "ab", "f:2")], tokenizer, 9)
+    spelt = encode_sft([SFTRecord("<s>" * bos + "a", "b</s>", "f:1"), SFTRecord(None, "<s>" * bos + "ab</s>", "f:2")],
+                       tokenizer, 9)  # fmt: skip
+    assert spelt == plain and plain.rows == [[*front, *ids("ab"), EOS]] * 2
+    in_chat = encode_sft([SFTRecord(CHAT, "c</s></s>", "f:1")], tokenizer, 99)
+    assert in_chat.rows == [[*CHAT_IDS, *ids("c"), EOS]]
+    for end, tail in ((True, [EOS]), (False, [])):
+        pairs = encode_pairs([PairRecord("a", "b</s>", "c", 0.0, "f:1")], tokenizer, 9, eos=end)
+        assert (pairs.chosen, pairs.rejected) == ([[*front, *ids("ab"), *tail]], [[*front, *ids("ac"), *tail]])
+    # An EOS that the prompt ends with is the prompt's, and so is one within an answer the answer's.
+    row = encode_sft([SFTRecord("a</s>", "</s>", "f:1"), SFTRecord("a", "b</s>c", "f:2")], tokenizer, 9).rows
+    assert row == [[*front, *ids("a"), EOS, EOS], [*front, *ids("ab"), EOS, *ids("c"), EOS]]
+
+
 def test_no_eos() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
@@ -119,6 +139,37 @@ def test_too_long_pairs() -> None:
     dropped = encode_pairs(records, make_tokenizer(), 5, "drop")
     assert (dropped.margins, dropped.kept, dropped.too_long) == ([2.0], [1], 1)
     cut = encode_pairs(records, make_tokenizer(), 5, "truncate_left")
-    assert cut.chosen[0] == [*ids("abc"), EOS] and cut.rejected[0] == [*ids("cdef"), EOS]
+    # The prompt goes from both, though the chosen answer would leave room for it.
+    assert cut.chosen[0] == [*ids("c"), EOS] and cut.rejected[0] == [*ids("cdef"), EOS]
+    assert list(cut.starts) == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match=r"1 of 2 .* the longest has 7 \(f:1\)"):
         encode_pairs(records, make_tokenizer(), 5)
+
+
+@given(
+    st.integers(0, 6), st.integers(1, 6), st.integers(1, 6), st.integers(3, 9), st.sampled_from([False, True]),
+    st.sampled_from(["text", "chat"]),
+)  # fmt: skip
+def test_a_pair_that_is_cut_has_one_prompt(prompt: int, chosen: int, rejected: int, room: int, bos: bool, kind: str):
+    """The end of the prompt, the same of both; each answer whole, or the end of it where it has no room by itself."""
+    tokenizer, answers = make_tokenizer(bos), ("x" * chosen, "y" * rejected)
+    asked = "abcdef"[:prompt] or None
+    if kind == "chat":
+        asked = [{"role": "user", "content": asked or "a"}]
+    record = PairRecord(asked, *answers, 0.0, "f:1")
+    cut = encode_pairs([record], tokenizer, room, "truncate_left", eos=False)
+    whole = encode_pairs([record], tokenizer, 999, eos=False)
+    sides = (cut.chosen[0], cut.rejected[0]), (whole.chosen[0], whole.rejected[0]), cut.starts[0], whole.starts[0]
+    fronts = []
+    for row, full, start, first, answer in zip(*sides, answers, strict=True):
+        assert len(row) <= room
+        front = [BOS] * (bos and full[0] == BOS)
+        if start < 0:  # the answer has no room
+            assert len(answer) + len(front) > room and row == [*front, *ids(answer)[-(room - len(front)) :]]
+            continue
+        assert row[start:] == ids(answer) and row[: len(front)] == front
+        assert row[len(front) : start] == full[first - (start - len(front)) : first]
+        fronts.append(row[:start])
+    assert len(fronts) < 2 or fronts[0] == fronts[1]
+    longest = max(map(len, (whole.chosen[0], whole.rejected[0])))
+    assert max(map(len, (cut.chosen[0], cut.rejected[0]))) == min(longest, room)  # no more goes than has to

@@ -37,6 +37,15 @@ def test_ratings_and_choices_are_encoded_as_pairs_are(tmp_path: Path) -> None:
     assert encode_ratings(rated, tokenizer, 99).ratings == [4, -0.5]
 
 
+def test_an_answer_that_spells_eos_is_rated_where_it_is_scored_in_use(tmp_path: Path) -> None:
+    """PPO reads a response without the token that ended it, so no rated text has one either."""
+    tokenizer = make_tokenizer(bos=True)
+    rated = read_ratings(lines(tmp_path, {"prompt": "<s>a", "response": "b</s>", "rating": 1}))
+    assert encode_ratings(rated, tokenizer, 9).rows == [[BOS, *ids("ab")]]
+    chosen = read_choices(lines(tmp_path, {"prompt": "a", "responses": ["b</s>", "c"], "best": 0}))
+    assert encode_choices(chosen, tokenizer, 9).groups == [[[BOS, *ids("ab")], [BOS, *ids("ac")]]]
+
+
 def test_long_texts_are_cut_dropped_or_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(bos=True)
     records = read_choices(
@@ -45,6 +54,10 @@ def test_long_texts_are_cut_dropped_or_refused(tmp_path: Path) -> None:
     assert encode_choices(records, tokenizer, 4, "drop") == ([[[BOS, *ids("a")], [BOS, *ids("b")]]], [1], 1)
     cut = encode_choices(records, tokenizer, 4, "truncate_left")
     assert cut.groups[0] == [[BOS, *ids("abc")], [BOS, *ids("def")]] and cut.too_long == 1
+    asked = read_choices(lines(tmp_path, {"prompt": "xyz", "responses": ["a", "bc", "d"], "best": 0}))
+    cut = encode_choices(asked, tokenizer, 5, "truncate_left")
+    assert cut.groups == [[[BOS, *ids("yz" + answer)] for answer in ("a", "bc", "d")]]
+    records = read_choices(lines(tmp_path, {"responses": ["abc", "abcdef"], "best": 0}))
     with pytest.raises(ValueError, match="longer than 4 tokens"):
         encode_choices(records, tokenizer, 4)
     rated = read_ratings(lines(tmp_path, {"response": "abcdef", "rating": 1}, {"response": "a", "rating": 2}))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.rewards import api
+from ppo_jax.rewards.protocols import Failed, read_answer, read_ours, read_theirs, show_text
 from tests.fuzz.inputs import damaged, hostile, mutated, to_json
 
 OURS = {"scores": [{"score": 1.5}, {"error": "x"}, {"score": -2}]}
@@ -19,15 +19,15 @@ CAUSE = 400  # characters of a cause and of a detail, which end up in a log
 def rows_of(read: Any, body: bytes, count: int) -> list | None:
     """What `_Service._request` makes of a body; None where the whole request failed, with a printable cause."""
     try:
-        rows = read(api._json((body, "application/json"), api._show), count, api._show)
-    except api._Failed as failure:
+        rows = read(read_answer((body, "application/json"), show_text), count, show_text)
+    except Failed as failure:
         assert failure.wait is None and len(failure.cause) < CAUSE and len(failure.detail) < CAUSE
         assert failure.cause.isprintable() and failure.detail.isprintable()
         return None
     return rows
 
 
-@pytest.mark.parametrize(("read", "good"), [(api._read_ours, OURS), (api._read_theirs, THEIRS)], ids=["ours", "theirs"])
+@pytest.mark.parametrize(("read", "good"), [(read_ours, OURS), (read_theirs, THEIRS)], ids=["ours", "theirs"])
 @settings(max_examples=300)
 @given(data=st.data())
 def test_replies(read: Any, good: dict, data: st.DataObject) -> None:
@@ -47,6 +47,6 @@ def test_replies(read: Any, good: dict, data: st.DataObject) -> None:
 
 
 def test_a_good_reply_keeps_every_score() -> None:
-    assert rows_of(api._read_theirs, json.dumps(THEIRS).encode(), 3) == [1.5, 0.0, -2.25]
-    ours = rows_of(api._read_ours, json.dumps(OURS).encode(), 3)
+    assert rows_of(read_theirs, json.dumps(THEIRS).encode(), 3) == [1.5, 0.0, -2.25]
+    ours = rows_of(read_ours, json.dumps(OURS).encode(), 3)
     assert ours is not None and (ours[0], ours[2]) == (1.5, -2.0)

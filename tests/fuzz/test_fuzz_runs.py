@@ -19,6 +19,7 @@ from ppo_jax.runs import trained
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
 from tests import finished_run
+from tests.checkpoints import read_arrays
 from tests.finished_run import LORA, MODEL, policy
 from tests.fuzz.inputs import damaged, mutated, outcome, to_json
 from tests.models.tiny import equal
@@ -86,7 +87,7 @@ def test_a_damaged_checkpoint_is_noticed_or_whole(saved: Path, data: st.DataObje
     found = outcome(lambda: store.restore(path, STATE), str(path))
     if not isinstance(found, Exception):
         assert found[1] == 2 and same(found[0])
-    arrays = outcome(lambda: store.read_arrays(path, ["w"]), str(path))
+    arrays = outcome(lambda: read_arrays(path, ["w"]), str(path))
     if not isinstance(arrays, Exception):
         assert equal(jnp.asarray(arrays["w"]), STATE["w"])
     meta = outcome(lambda: store.read_meta(path), str(path))

@@ -10,8 +10,7 @@ import pytest
 
 from ppo_jax.models.adapters import init_lora
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layout import biased_linears, init_params, linear_shapes
-from ppo_jax.models.transformer import apply, positions_from_mask, rms_norm
+from ppo_jax.models.transformer import apply, logits, positions_from_mask, rms_norm
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, LLAMA3, random_params
 
@@ -221,39 +220,24 @@ def test_bfloat16_follows_float32() -> None:
     assert 1e-4 < error.max() < 0.06  # a few times 2^-8, and not float32 in disguise
 
 
-def test_initial_parameters() -> None:
-    config = dataclasses.replace(
-        CONFIG, head_dim=10, tie_embeddings=False, attention_bias=True, output_bias=True, mlp_bias=True
-    )
-    init = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)
-    params = init(jax.random.key(0), config)
-    flat = {"embedding": params["embedding"], "unembedding": params["unembedding"], **params["layers"]}
-    for name, (inputs, outputs) in linear_shapes(config).items():
-        assert flat[name].shape == (3, inputs, outputs)
-        assert not flat[f"{name}_bias"].any() and flat[f"{name}_bias"].shape == (3, outputs)
-    for name in ("embedding", "unembedding", *linear_shapes(config)):  # at least 1,920 draws each
-        assert flat[name].std() == pytest.approx(0.02, rel=0.1) and abs(flat[name].mean()) < 0.002
-    for norm in (params["final_norm"], flat["attention_norm"], flat["mlp_norm"]):
-        np.testing.assert_array_equal(norm, 1)
-    same_shape = [flat["gate"][0], flat["gate"][1], flat["up"][0]]
-    assert all(
-        np.corrcoef(np.ravel(a), np.ravel(b))[0, 1] < 0.1 for a, b in zip(same_shape, same_shape[1:], strict=False)
-    )
-    assert np.abs(params["embedding"] - params["unembedding"]).max() > 0.02
-    other = init(jax.random.key(1), config)
-    assert np.abs(other["layers"]["q"] - flat["q"]).max() > 0.02
-    assert "unembedding" not in jax.eval_shape(lambda: init_params(jax.random.key(0), CONFIG))
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_hidden_times_the_roles_own_unembedding(tied: bool) -> None:
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params, other = random_params(config), random_params(config, seed=1)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 32)), jnp.float32)
+    name = "embedding" if tied else "unembedding"
+    for adapter, table in (({}, params[name]), ({name: other[name]}, other[name])):
+        found = logits(params, adapter, config, hidden)
+        assert found.shape == (2, 3, 67) and found.dtype == jnp.float32
+        np.testing.assert_allclose(found, np.asarray(hidden) @ np.asarray(table).T, rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_the_flags_say_is_biased() -> None:
-    assert biased_linears(CONFIG) == ()
-    for flag, names in (
-        ("attention_bias", ("q", "k", "v")), ("output_bias", ("o",)), ("mlp_bias", ("gate", "up", "down"))
-    ):  # fmt: skip
-        config = dataclasses.replace(CONFIG, **{flag: True})
-        assert biased_linears(config) == names
-        stored = jax.eval_shape(lambda c=config: init_params(jax.random.key(0), c))["layers"]
-        assert {name for name in stored if name.endswith("_bias")} == {f"{name}_bias" for name in names}
+def test_logits_of_bfloat16_are_kept_in_float32() -> None:
+    """1 + 2^-9 has no bfloat16: products are added up, and handed over, in float32."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    table = jnp.zeros((67, 32), jnp.bfloat16).at[5, :2].set(jnp.array([1.0, 2.0**-9], jnp.bfloat16))
+    found = logits({"embedding": table}, {}, config, jnp.ones((1, 32), jnp.bfloat16))
+    assert found[0, 5] == 1 + 2**-9 and not found[0, 6]
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

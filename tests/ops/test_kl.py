@@ -88,6 +88,14 @@ def test_adaptive_kl_over_a_sequence():
     np.testing.assert_allclose(seen, [0.201024, 0.1999947571, 0.2005067437, 0.2005067437], rtol=1e-6)
 
 
+@pytest.mark.parametrize("n", [5, 5.5, 100])
+def test_the_adaptive_coefficient_never_turns_negative_or_stays_at_0(n: float):
+    """With n / horizon = 5 and an error of -0.2 the paper's factor is 0."""
+    coef = adaptive_kl(0.2, 0.0, n, 6.0, 1.0)
+    assert float(coef) == pytest.approx(0.02)
+    assert float(adaptive_kl(0.2, 0.0, 4.0, 6.0, 1.0)) == pytest.approx(0.04)  # below that the formula as it is
+
+
 def test_adaptive_kl_is_traceable():
     traced = jax.jit(adaptive_kl)(0.2, 9.0, 256, 6.0, 10_000.0)
     assert float(traced) == pytest.approx(0.201024)

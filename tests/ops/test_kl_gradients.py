@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.ops.kl import kl_full, kl_penalty
+from ppo_jax.ops.kl import kl_full, kl_penalty, response_k2
 from ppo_jax.ops.losses import clipped_policy_loss
 
 ACTIONS = 8
@@ -88,3 +88,35 @@ def test_k3_is_biased_both_as_loss_and_as_reward():
     np.testing.assert_allclose(reward_k1(theta, ref)[:2], 0.274653 * sign, rtol=1e-5)
     np.testing.assert_allclose(loss_k3(theta, ref)[:2], 0.25 * sign, rtol=1e-5)
     np.testing.assert_allclose(reward_k3(theta, ref)[:2], 0.024653 * sign, rtol=1e-3)
+
+
+def test_k2_of_whole_responses_has_the_gradient_of_their_kl_and_k2_of_tokens_has_not():
+    """Two tokens of three, all nine responses enumerated: the second token's distribution depends on the first."""
+    rng = np.random.default_rng(3)
+    first, second = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=(3, 3)))
+    reference = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=(3, 3)))
+
+    def logprobs(params):
+        one, two = jax.nn.log_softmax(params[0]), jax.nn.log_softmax(params[1], axis=-1)
+        return jnp.stack([jnp.repeat(one, 3), two.reshape(-1)], axis=1)  # [9, 2]
+
+    policy, mask = (first, second), jnp.ones((9, 2), bool)
+    drawn = jnp.exp(jnp.sum(logprobs(policy), axis=1))  # how often each response is sampled; not differentiated
+
+    def exact(params):
+        ours = jnp.sum(logprobs(params), axis=1)
+        return jnp.sum(jnp.exp(ours) * (ours - jnp.sum(logprobs(reference), axis=1)))
+
+    wanted = jax.grad(exact)(policy)
+    whole = jax.grad(lambda p: jnp.sum(drawn[:, None] * response_k2(logprobs(p), logprobs(reference), mask)))(policy)
+    tokens = jax.grad(lambda p: jnp.sum(drawn[:, None] * kl_penalty(logprobs(p), logprobs(reference), "k2")))(policy)
+    for found, expected in zip(whole, wanted, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(tokens[1], wanted[1], atol=1e-6)  # the last token has no later ones
+    assert np.abs(tokens[0] - wanted[0]).max() > 0.01
+
+
+def test_k2_of_responses_ignores_what_no_mask_covers():
+    logprobs = jnp.asarray([[0.5, jnp.nan], [1.0, 2.0]])
+    mask = jnp.asarray([[True, False], [True, True]])
+    np.testing.assert_allclose(response_k2(logprobs, jnp.zeros((2, 2)), mask), [[0.125, 0], [2.25, 2.25]])

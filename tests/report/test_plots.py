@@ -7,6 +7,7 @@ import matplotlib.image
 import pytest
 
 from ppo_jax.report import plots
+from ppo_jax.report.series import moving_average, series
 from ppo_jax.runs.output import writers
 
 
@@ -25,13 +26,13 @@ def line(axes, index=0):
 
 def test_series_leaves_out_nulls_and_infinities():
     rows = records(reward=lambda i: [1.0, None, "Infinity", 2.0][i - 1])
-    assert plots.series(rows, "ppo", "reward") == ([1, 4], [1.0, 2.0])
-    assert plots.series(rows, "eval", "reward") == ([], [])
+    assert series(rows, "ppo", "reward") == ([1, 4], [1.0, 2.0])
+    assert series(rows, "eval", "reward") == ([], [])
 
 
 def test_moving_average_by_hand():
     # ends: (1 + 2) / 2 and (6 + 12) / 2
-    assert plots.moving_average([1.0, 2.0, 6.0, 12.0], 3) == [1.5, 3.0, 20 / 3, 9.0]
+    assert moving_average([1.0, 2.0, 6.0, 12.0], 3) == [1.5, 3.0, 20 / 3, 9.0]
 
 
 def test_reward_against_sqrt_kl():

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.rewards import api
+from ppo_jax.rewards import api, protocols
 from ppo_jax.rewards.api import APIConfig, retry_after
 from tests.rewards import faulty_server as faulty
 from tests.rewards.caller import PROMPTS, RESPONSES, SECRET, Caller, check
@@ -159,13 +159,13 @@ def test_a_date_that_overflows_is_no_date(server: Server):
 
 def test_what_nobody_thought_of_fails_the_rows_of_its_request_by_name(server: Server, monkeypatch: pytest.MonkeyPatch):
     """A defect of the client itself, here in how it reads the second answer."""
-    calls, read = [], api._list
+    calls, read = [], protocols._scores
 
     def defect(answer: Any, rows: int) -> list[Any]:
         calls.append(1)
         return read(answer, rows) if len(calls) != 2 else 1 // 0
 
-    monkeypatch.setattr(api, "_list", defect)
+    monkeypatch.setattr(protocols, "_scores", defect)
     caller = Caller(server.url, token=SECRET)
     check(caller(), failed=[2, 3])
     assert caller.log.counts == {"the request failed: ZeroDivisionError": 2}

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.rewards import api
-from ppo_jax.rewards.api import APIConfig, api_reward, check_url
+from ppo_jax.rewards import protocols
+from ppo_jax.rewards.api import APIConfig, api_reward
 from ppo_jax.rewards.failures import FailureLog
+from ppo_jax.rewards.protocols import check_url
 from tests.rewards import faulty_server as faulty
 from tests.rewards.caller import SECRET, Caller, check
 from tests.rewards.faulty_server import Server, serving
@@ -121,10 +122,10 @@ JSON = st.recursive(
 @given(JSON | st.builds(lambda scores: {"scores": scores}, st.lists(JSON, min_size=2, max_size=2)))
 def test_any_answer_is_two_rows_or_a_named_failure(answer: Any):
     """No answer becomes anything but finite scores and named failures."""
-    for read in (api._read_ours, api._read_theirs):
+    for read in (protocols.read_ours, protocols.read_theirs):
         try:
             rows = read(answer, 2)
-        except api._Failed as failure:
+        except protocols.Failed as failure:
             assert failure.cause
             continue
         assert len(rows) == 2

@@ -1,10 +1,12 @@
 """A reward out of several."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.rewards.combine import scaled, weighted_sum
+from ppo_jax.rewards.base import Reward
+from ppo_jax.rewards.combine import add_scores, scaled, sum_rewards, weighted_sum
 from ppo_jax.types import Frozen, Rollout, Scores
 
 
@@ -55,6 +57,26 @@ def test_parts_of_parts_keep_their_names():
     scores = weighted_sum({"outer": (inner, 3.0)})(*TEXTS)
     assert sorted(scores.parts) == ["outer", "outer/x"]
     assert scores.reward[0] == 6 and scores.parts["outer"][0] == 2 and scores.parts["outer/x"][0] == 1
+
+
+def test_a_sum_of_rewards_runs_each_where_it_can_run():
+    """2 a + b on the device, 3 c on the host; a row of which a part failed, on either side, is no score."""
+    nothing = Rollout(*(jnp.zeros(()) for _ in Rollout._fields))
+    table = lambda frozen, *_: Scores(frozen.reward, jnp.ones(3, bool), {})
+    a = Reward(table, params=jnp.array([1.0, 2.0, jnp.nan]))
+    b = Reward(table, params=jnp.array([0.5, 0.25, 1.0]))
+    c = Reward(host=fixed([1, NAN, 3], [True, False, True], own=[7, 8, 9]))
+    whole = sum_rewards({"a": (a, 2.0), "b": (b, 1.0), "c": (c, 3.0)})
+    device = jax.jit(lambda frozen: whole.device(frozen, nothing, None, 0))(Frozen({}, whole.params))
+    np.testing.assert_array_equal(device.reward, [2.5, 4.25, NAN])
+    np.testing.assert_array_equal(device.parts["a"], [1, 2, NAN])
+    host = whole.host(["p"] * 3, ["r"] * 3, [{}] * 3)
+    both = add_scores(device, host)
+    np.testing.assert_array_equal(both.reward, [5.5, NAN, NAN])
+    np.testing.assert_array_equal(both.valid, [True, False, False])
+    assert both.parts.keys() == {"a", "b", "c", "c/own"}
+    assert add_scores(device, None) is device and add_scores(None, host) is host
+    assert sum_rewards({"a": (a, 1.0)}).host is None and sum_rewards({"c": (c, 1.0)}).device is None
 
 
 @pytest.mark.parametrize("weight", [2.0, -0.5])

@@ -22,9 +22,10 @@ from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, make_mesh
 from ppo_jax.rewards import loading
-from ppo_jax.rewards.base import LoadedReward
+from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.loading import export_reward, find_reward, load_reward, load_scorer
-from ppo_jax.rewards.model import model_reward
+from ppo_jax.rewards.model import FullReward, model_reward
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.types import Frozen, Rollout
 from tests.data.tokenizer import CHARACTERS, EOS, ids, make_tokenizer
@@ -60,10 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reward",
         adapter,
         head,
+        artifacts.Base(path / "base", fingerprint_of(path / "base"), CONFIG),
         {"accuracy": 0.9},
-        config=CONFIG,
-        base=path / "base",
-        base_fingerprint=fingerprint_of(path / "base"),
         layers=2,
     )
     export_reward(path / "run", path / "merged")
@@ -88,13 +87,13 @@ def rollout(slots: int = 64) -> Rollout:
     return Rollout(jnp.asarray(tokens), *masks, zeros, zeros, zeros, jnp.ones(len(TEXTS), bool), jnp.arange(len(TEXTS)))
 
 
-def run(found: LoadedReward, policy: Model) -> np.ndarray:
-    if found.host_reward is not None:
-        scores = as_scores(found.host_reward(PROMPTS, RESPONSES, [{}] * len(TEXTS)), len(TEXTS))
+def run(found: Reward, policy: Model) -> np.ndarray:
+    if found.host is not None:
+        scores = as_scores(found.host(PROMPTS, RESPONSES, [{}] * len(TEXTS)), len(TEXTS))
     else:
-        assert found.device_reward is not None
-        reward = jax.jit(partial(found.device_reward, prefix=None, prefix_layers=0))
-        scores = reward(Frozen(policy.params, found.reward_params), rollout())
+        assert found.device is not None
+        reward = jax.jit(partial(found.device, prefix=None, prefix_layers=0))
+        scores = reward(Frozen(policy.params, found.params), rollout())
     assert np.asarray(scores.valid).all()
     return np.asarray(scores.reward)
 
@@ -102,8 +101,9 @@ def run(found: LoadedReward, policy: Model) -> np.ndarray:
 def test_lora_merged_and_plain_scores_are_equal(world: Path, policy: Model) -> None:
     """Switched in on the policy's base; merged into a model of its own; both as functions of text; padded anyhow."""
     lora, full = load_reward(world / "run", policy), load_reward(world / "merged", policy, micro_batch=2)
-    assert (lora.kind, full.kind) == ("lora", "full") and lora.notice == full.notice == ""
-    assert lora.meta == full.meta == {"accuracy": 0.9}
+    assert isinstance(lora.params, RewardRole) and isinstance(full.params, FullReward)
+    assert lora.host is full.host is None and lora.notices == full.notices == ()
+    assert lora.metadata == full.metadata == {"accuracy": 0.9}
     expected = run(lora, policy)
     assert np.ptp(expected) > 0.3
     np.testing.assert_allclose(run(full, policy), expected, rtol=1e-5, atol=1e-5)
@@ -130,7 +130,7 @@ def test_on_a_mesh_a_model_of_its_own_lies_as_the_base_does(
         ours = load_model(world / "base", ModelOptions(dtype))
         full = load_reward(world / "merged", ours, micro_batch=3)
         assert batches == [8]
-        q = full.reward_params.params["layers"]["q"]
+        q = full.params.params["layers"]["q"]
         assert q.dtype == dtype and q.sharding == ours.params["layers"]["q"].sharding
         assert {size for name, size in sizes if "q_proj" in name} == {16 * 16 // 4}  # of one layer, by a quarter
         np.testing.assert_allclose(run(full, ours), expected, rtol=tolerance, atol=tolerance)
@@ -160,8 +160,8 @@ def test_another_tokenizer_means_text_and_says_so_once(world: Path, policy: Mode
     embedding = model.params["embedding"].at[order].set(model.params["embedding"][: len(order)])
     classifiers.save(tmp_path / "rm", model.config, model.params | {"embedding": embedding}, model.head, theirs)
     found = load_reward(tmp_path / "rm", policy, micro_batch=2)
-    assert found.kind == "retokenised" and found.device_reward is None
-    assert "another tokenizer" in found.notice and "tokenised again" in found.notice
+    assert found.device is None and found.params is None
+    assert "another tokenizer" in found.notices[0] and "tokenised again" in found.notices[0]
     expected = run(load_reward(world / "run", policy), policy)
     np.testing.assert_allclose(run(found, policy), expected, rtol=1e-4, atol=1e-5)
     wrong = load_scorer(tmp_path / "rm").score_rows([ids(p + r) for p, r in TEXTS])  # the policy's ids mean nothing
@@ -183,14 +183,14 @@ def test_a_lora_reward_costs_its_adapter_and_head_alone(world: Path, policy: Mod
     before = live_bytes()
     found = load_reward(world / "run", policy)
     cost = live_bytes() - before
-    assert cost == size(found.reward_params) == size((found.reward_params.adapter, found.reward_params.head))
+    assert cost == size(found.params) == size((found.params.adapter, found.params.head))
     assert cost < size(policy.params) / 4
     run(found, policy)
     assert live_bytes() - before == cost
     del found
     assert live_bytes() == before
     full = load_reward(world / "merged", policy)  # the other kind does cost a model
-    assert live_bytes() - before == size(full.reward_params) > 0.5 * size(policy.params)
+    assert live_bytes() - before == size(full.params) > 0.5 * size(policy.params)
 
 
 def test_long_texts_keep_bos_and_their_end(world: Path) -> None:
@@ -200,6 +200,9 @@ def test_long_texts_keep_bos_and_their_end(world: Path) -> None:
     with_bos = scorer._replace(bos=[0])
     assert with_bos.encode(["<s>abcdefgh", "<s>", ""], ["ijkl", "", ""]) == [[0, *ids("defghijkl")], [], []]
     assert with_bos.encode_texts(["ab"], max_length=1) == [[0, *ids("b")]]
+    # A service is given texts that spell their end; they are read as in training, without it.
+    assert scorer.encode(["a", "a"], ["b</s>", "</s>"]) == [ids("ab"), ids("a")]
+    assert scorer.encode_texts(["ab</s></s>", "</s>"]) == [ids("ab"), []]
     with pytest.raises(ValueError, match="max_length=49 must be from 2 to the model's 48"):
         load_scorer(world / "merged", max_length=49)
 

@@ -18,12 +18,13 @@ from ppo_jax.models.files import artifacts
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import APIConfig
-from ppo_jax.rewards.base import ChosenReward
+from ppo_jax.rewards.base import Reward
+from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.function import FunctionConfig
 from ppo_jax.rewards.importing import load_function
 from ppo_jax.rewards.options import RewardOptions, choose_reward, kind_of, part_names
 from ppo_jax.runs.output import config
-from ppo_jax.types import Frozen, Rollout
+from ppo_jax.types import Frozen, Rollout, Scores
 from tests.data.tokenizer import EOS, ids, make_tokenizer
 from tests.models.tiny import CONFIG, random_params
 from tests.rewards.faulty_server import score, serving, status
@@ -50,6 +51,9 @@ def number(prompts, responses, metadata):
 def one(prompt, response, metadata):
     return len(prompt) + metadata["n"] / 8
 
+def nothing(prompts, responses, metadata):
+    return [0.0 for _ in prompts]
+
 def failing(prompts, responses, metadata):
     return [None for _ in prompts]
 
@@ -70,7 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def choose(*sources: str, **options) -> ChosenReward:
+def choose(*sources: str, **options) -> Reward:
     return choose_reward(sources, RewardOptions(**options), MODEL, MODEL.stop_ids)
 
 
@@ -82,15 +86,18 @@ def reward_model(folder: Path) -> Path:
     head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG_40.hidden_size)))["params"]
     head = jax.tree.map(lambda x: x + 0.3, head)
     artifacts.save(
-        folder / "rm" / "export" / "reward", "reward", adapter, head, {"accuracy": 0.75},
-        config=CONFIG_40, base="tiny", base_fingerprint=MODEL.fingerprint,
+        folder / "rm" / "export" / "reward", "reward", adapter, head, MODEL.base, {"accuracy": 0.75}
     )  # fmt: skip
     return folder / "rm"
 
 
-def on_device(chosen: ChosenReward) -> np.ndarray:
-    """Scores of TEXTS by a device reward: left-padded prompts, right-padded responses, a stop token at the end."""
+def on_device(chosen: Reward, hidden: int | None = None) -> Scores:
+    """Scores of TEXTS by a device reward: left-padded prompts, right-padded responses, a stop token at the end.
+
+    hidden: an id in place of the first response token, such as one that no text has.
+    """
     prompts, responses = [[0, *ids("ab")][1:], [0, *ids("c")]], [[*ids("de"), EOS, 0], [*ids("fgh"), EOS]]
+    responses[0][0] = responses[0][0] if hidden is None else hidden
     zeros = jnp.zeros((2, 4))
     mask = jnp.array([[True, True, True, False], [True] * 4])
     fields = dict(
@@ -101,7 +108,7 @@ def on_device(chosen: ChosenReward) -> np.ndarray:
     )  # fmt: skip
     rollout = Rollout(**{name: value for name, value in fields.items() if name in Rollout._fields})
     assert chosen.device is not None
-    return np.asarray(chosen.device(Frozen(MODEL.params, chosen.params), rollout, None, 0).reward)
+    return chosen.device(Frozen(MODEL.params, chosen.params), rollout, None, 0)
 
 
 # -- each kind ---------------------------------------------------------------------------------------------------------
@@ -131,30 +138,47 @@ def test_a_service_with_a_token_of_the_environment_or_of_a_file(folder: Path, mo
 
 def test_a_reward_model_runs_on_the_device(reward_model: Path):
     chosen = choose("rm")
-    assert chosen.host is None and chosen.meta == {"accuracy": 0.75}
-    scores = on_device(chosen)
+    assert chosen.host is None and chosen.metadata == {"accuracy": 0.75}
+    scores = np.asarray(on_device(chosen).reward)
     assert abs(scores[0] - scores[1]) > 1e-3
-    np.testing.assert_allclose(on_device(choose("rm", weights=(-2.0,))), -2 * scores, rtol=1e-6)
-    np.testing.assert_allclose(on_device(choose("rm/export/reward")), scores)
+    np.testing.assert_allclose(on_device(choose("rm", weights=(-2.0,))).reward, -2 * scores, rtol=1e-6)
+    np.testing.assert_allclose(on_device(choose("rm/export/reward")).reward, scores)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_sum_of_all_kinds_logs_each_part(reward_model: Path):
-    """A reward model in a sum reads the text on the host, and gives what it gives on the device."""
-    model_scores = on_device(choose("rm"))
+    model_scores = np.asarray(on_device(choose("rm")).reward)
     with serving() as server:
         chosen = choose("rm", server.url, "scores.py:length", weights=(0.5, 1.0, -2.0))
-        found = chosen.host(*TEXTS)
+        found = add_scores(on_device(chosen), chosen.host(*TEXTS))
     service = np.array([score("abde"), score("cfgh")])
-    np.testing.assert_allclose(found.parts["rm"], model_scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.parts["rm"], model_scores)
     np.testing.assert_allclose(found.parts["127.0.0.1"], service, rtol=1e-6)
     np.testing.assert_array_equal(found.parts["length"], [1, 1.5])
     expected = 0.5 * model_scores + service - 2 * np.array([1, 1.5])
     np.testing.assert_allclose(found.reward, expected, rtol=1e-5)
-    assert found.valid.all() and chosen.device is None and chosen.meta == {}
+    assert found.valid.all() and chosen.metadata == {}
     assert re.fullmatch(r"0.5 x model [0-9a-f]{16} \+ 1 x a service \+ -2 x scores.py:length", chosen.name)
+
+
+def test_a_reward_that_is_always_0_changes_no_score_of_a_model(reward_model: Path):
+    """Bit for bit, also of a response whose tokens are not those of its text: a sampled <s>, which no text shows."""
+    alone, summed = choose("rm"), choose("rm", "scores.py:nothing")
+    for hidden in (None, 0):
+        host = summed.host(*TEXTS)  # what it reads is the same for both
+        found = add_scores(on_device(summed, hidden), host)
+        np.testing.assert_array_equal(found.reward, on_device(alone, hidden).reward)
+    assert abs(on_device(alone, 0).reward - on_device(alone).reward)[0] > 1e-3, "the hidden token is read"
+
+
+def test_two_models_are_summed_on_the_device_alone(reward_model: Path):
+    twice = choose("rm", "rm/export/reward", weights=(0.5, 1.5))
+    assert twice.host is None
+    found, one = on_device(twice), on_device(choose("rm"))
+    np.testing.assert_allclose(found.reward, 2 * one.reward, rtol=1e-6)
+    assert sorted(found.parts) == ["rm", "rm_2"]
 
 
 def test_a_model_of_a_sum_is_known_by_its_weights(reward_model: Path, folder: Path):
@@ -165,8 +189,7 @@ def test_a_model_of_a_sum_is_known_by_its_weights(reward_model: Path, folder: Pa
     assert choose("moved", "scores.py:length").name == name
     found = artifacts.load(folder / "moved" / "export" / "reward", "reward")
     artifacts.save(
-        folder / "other" / "moved", "reward", found.adapter, jax.tree.map(lambda x: x + 1, found.head), {},
-        config=CONFIG_40, base="tiny", base_fingerprint=MODEL.fingerprint,
+        folder / "other" / "moved", "reward", found.adapter, jax.tree.map(lambda x: x + 1, found.head), MODEL.base
     )  # fmt: skip
     assert choose("other/moved", "scores.py:length").name != name
 

@@ -14,15 +14,16 @@ import pytest
 
 from experiments.soak import compare
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.rewards.base import Reward
 from ppo_jax.runs import ppo as runs
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Stopped
-from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import Frozen
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.disk import small_disk
 from tests.runs.test_ppo import SETUP, WordReward
@@ -41,8 +42,8 @@ def poisoned(make: Any, first: int, last: int) -> Any:
     """make_host_iteration whose base has a weight that is NaN in the iterations first .. last - 1."""
 
     @functools.wraps(make)
-    def made(config: Any, ppo: PPOConfig, optimizer: Any) -> Any:
-        collect, learn = make(config, ppo, optimizer)
+    def made(*given: Any) -> Any:
+        collect, learn = make(*given)
 
         def bad(state: Any, frozen: Frozen, *rest: Any) -> Any:
             if first <= int(state.step) < last:
@@ -72,7 +73,7 @@ def test_a_weight_that_turns_nan_stops_with_the_last_good_state(tmp_path: Path, 
     assert store.latest_step(tmp_path / rundir.CHECKPOINTS) == 5
     names = list(store.read_manifest(tmp_path / rundir.CHECKPOINTS))
     policy = [name for name in names if name.startswith(("policy.", "opt_state."))]
-    held = store.read_arrays(tmp_path / rundir.CHECKPOINTS, policy)
+    held = read_arrays(tmp_path / rundir.CHECKPOINTS, policy)
     assert len(held) > 4 and all(np.isfinite(array).all() for array in held.values())
     path = Path(re.search(r"The batch is in (\S+)\.npz and \.jsonl", str(error.value))[1])  # type: ignore[index]
     assert path == tmp_path / rundir.FAULTS / "update-5"
@@ -109,7 +110,7 @@ class Infinite(WordReward):
 
 
 def test_a_reward_that_turns_infinite_never_reaches_the_parameters(tmp_path: Path):
-    result = run(tmp_path, host_reward=Infinite(), loop=dataclasses.replace(UPDATES, max_failed=1.0))
+    result = run(tmp_path, reward=Reward(host=Infinite()), loop=dataclasses.replace(UPDATES, max_failed=1.0))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.policy))
     ppo = [r for r in read_jsonl(tmp_path / rundir.METRICS) if r["phase"] == "ppo"]
     assert [r["invalid_scores"] for r in ppo] == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -133,7 +134,7 @@ def test_the_disk_fills_up_under_a_run(tmp_path: Path):
         directory = rundir.open_run(tmp_path / "full", "auto")
         with progress("test", main_process=False) as screen:
             screen.message = said.append  # type: ignore[method-assign, assignment]
-            setup = SETUP._replace(ppo=PPO, loop=UPDATES, host_reward=Fills())
+            setup = SETUP._replace(ppo=PPO, loop=UPDATES, reward=Reward(host=Fills()))
             hurt = runs.run_ppo(directory, setup, screen, "auto")
     assert any(text.startswith("metrics.jsonl cannot be written") for text in said)
     assert any("could not be saved" in text and "tried again" in text for text in said)

@@ -19,6 +19,7 @@ from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.resuming import IncompatibleRun, Resume
@@ -32,6 +33,7 @@ from ppo_jax.runs.setup import Result, Setup, decode_responses
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Hyper, Rollout, Scores
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.data.tokenizer import EOS, ids, make_tokenizer
 from tests.models.tiny import CONFIG, random_params
@@ -85,7 +87,7 @@ SETUP = Setup(
     hyper=Hyper(learning_rate=1e-2),
     loop=LoopConfig(updates=3, batch_size=8, eval_every=2, checkpoint_every=2),
     seed=3,
-    host_reward=WordReward(),
+    reward=Reward(host=WordReward()),
     judges={"words": length_judge},
 )
 
@@ -93,7 +95,7 @@ SETUP = Setup(
 def run(folder: Path, resume: Resume = "no", kill: tuple[str, int] | None = None, **changes: Any) -> Result:
     directory = rundir.open_run(folder, resume=resume)
     with progress("test", main_process=False) as screen:
-        return run_ppo(directory, SETUP._replace(host_reward=WordReward(kill), **changes), screen, resume)
+        return run_ppo(directory, SETUP._replace(reward=Reward(host=WordReward(kill)), **changes), screen, resume)
 
 
 class Runs(NamedTuple):
@@ -232,7 +234,7 @@ def test_the_best_evaluation_chooses_a_checkpoint_and_an_export(runs: Runs, tmp_
         best, last = (artifacts.load(tmp_path / EXPORT / name, "policy") for name in ("best", "policy"))
         assert best.meta["updates"] == 1 and best.meta["evaluation"]["marks"] == 7.5
         assert best.meta["chosen_by"] == "marks" and last.meta["updates"] == 2
-        whole = store.read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
+        whole = read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
         np.testing.assert_array_equal(best.adapter["lora"]["q"].b, whole["policy.adapter.lora.q.b"])
         marks = iter([2.0])
         run(tmp_path, resume="yes", loop=dataclasses.replace(loop, updates=3), judges={"marks": judge})
@@ -254,13 +256,9 @@ def test_another_seed_is_another_run(runs: Runs):
     assert records(runs.whole) == before and not (runs.whole / rundir.CONFIG).exists()
 
 
-@pytest.mark.parametrize("rewards", ["none", "both"])
-def test_exactly_one_reward_is_needed(tmp_path: Path, rewards: str):
-    device = (lambda *_: None) if rewards == "both" else None
-    setup = SETUP._replace(device_reward=device, host_reward=WordReward() if rewards == "both" else None)
-    with progress("test", main_process=False) as screen, pytest.raises(ValueError, match="exactly one"):
-        run_ppo(tmp_path, setup, screen)
-    assert list(tmp_path.iterdir()) == []
+def test_a_reward_has_a_function():
+    with pytest.raises(ValueError, match="a run needs a reward: give a device function"):
+        Reward(params={})
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path: Path):

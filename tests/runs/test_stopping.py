@@ -19,6 +19,7 @@ import pytest
 from experiments.soak import compare
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.files.artifacts import EXPORT
+from ppo_jax.rewards.base import Reward
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.resuming import IncompatibleRun, differences
 from ppo_jax.runs.facts import run_facts
@@ -28,6 +29,7 @@ from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Exploded, Interrupted
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
+from tests.checkpoints import read_arrays
 from tests.compilation import compile_once
 from tests.runs.test_ppo import MODEL, SETUP, WordReward, length_judge
 
@@ -40,7 +42,7 @@ def _quick(tmp_path_factory: pytest.TempPathFactory):
 
 def run(folder: Path, said: list[str] | None = None, **changes: Any) -> Result:
     directory = rundir.open_run(folder, "auto")
-    setup = SETUP._replace(**({"host_reward": WordReward()} | changes))
+    setup = SETUP._replace(**({"reward": Reward(host=WordReward())} | changes))
     with progress("test", main_process=False) as screen:
         if said is not None:
             screen.message = said.append  # type: ignore[method-assign, assignment]
@@ -69,7 +71,7 @@ def test_asked_to_stop_in_the_first_evaluation_it_is_made_again(tmp_path: Path):
         return length_judge(rollout, prompts, responses)
 
     loop = dataclasses.replace(SETUP.loop, updates=2, batch_size=4, eval_every=0)
-    changes: dict[str, Any] = {"device_reward": low_tokens, "host_reward": None, "loop": loop}
+    changes: dict[str, Any] = {"reward": Reward(low_tokens), "loop": loop}
     with pytest.raises(Interrupted, match="SIGTERM in the first evaluation; update 0 is saved"):
         run(tmp_path / "hurt", said, judges={"words": judge}, **changes)
     assert calls == [4] and store.all_steps(tmp_path / "hurt" / rundir.CHECKPOINTS) == [0]
@@ -126,7 +128,7 @@ def test_another_best_metric_starts_anew_and_a_damaged_best_checkpoint_ends_noth
     assert any("chosen by marks, from here on by few" in text for text in said)
     best = store.read_meta(checkpoints)["best"]
     assert best == {"step": 2, "metric": "few", "value": -7.0}  # worse than the 5 marks, which no longer count
-    assert float(store.read_arrays(checkpoints, ["best"])["best"]) == -7.0
+    assert float(read_arrays(checkpoints, ["best"])["best"]) == -7.0
 
 
 def test_another_scale_of_the_same_lora_is_another_run(tmp_path: Path):
@@ -140,7 +142,8 @@ def test_another_scale_of_the_same_lora_is_another_run(tmp_path: Path):
 
 @pytest.mark.parametrize("what", ["compute.dtype", "prompt_texts", "pretrain", "lora_scales.reward"])
 def test_what_arrays_do_not_tell_is_compared(what: str):
-    before, policy = SETUP._replace(reward_params={"lora": SETUP.adapter["lora"]}), Policy(SETUP.adapter, {})
+    reward = Reward(low_tokens, params={"lora": SETUP.adapter["lora"]})
+    before, policy = SETUP._replace(reward=reward), Policy(SETUP.adapter, {})
     after = before
     if what == "compute.dtype":
         config = dataclasses.replace(MODEL.config, dtype="bfloat16")
@@ -152,7 +155,7 @@ def test_what_arrays_do_not_tell_is_compared(what: str):
         before, after = before._replace(pretrain=[[1, 2], [3]]), before._replace(pretrain=[[1, 2], [4]])
     else:
         scaled = {name: lora.replace(scale=9.0) for name, lora in SETUP.adapter["lora"].items()}
-        after = before._replace(reward_params={"lora": scaled})
+        after = before._replace(reward=Reward(low_tokens, params={"lora": scaled}))
     old, new = (json.loads(json.dumps(run_facts(setup, policy))) for setup in (before, after))
     serious, harmless = differences(old, new)
     assert serious and all(line.startswith(what) for line in serious) and not harmless

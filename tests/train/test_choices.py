@@ -102,6 +102,7 @@ def test_a_token_that_leaves_the_filter_spoils_no_gradient(estimator):
     _, metrics = half(ppo)(begin(), rollout, scored(rollout), OFF._replace(learning_rate=0.1))
     values = numbers(metrics)
     assert values["outside_filter"] > 0 and values["nonfinite_updates"] == 0
+    assert values["entropy"] <= np.log(3) + 1e-6  # top 3
 
 
 def test_a_number_that_is_not_finite_spoils_no_controller():
@@ -276,6 +277,20 @@ def test_reinforce_subtracts_the_mean_of_earlier_returns():
     expected = ((np.asarray(scored(rollout).reward) - mean) * lengths).sum() / lengths.sum()
     assert numbers(metrics)["advantage"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert float(after.baseline.count) == 2 * toy.B
+
+
+@pytest.mark.parametrize("whiten", ["scale", "shift"])
+def test_the_baseline_of_reinforce_is_on_the_scale_of_what_it_is_subtracted_from(whiten: str):
+    """Scores far from 0 with whitened rewards: after one batch the advantages of an equal batch have mean 0."""
+    ppo = PPOConfig(
+        sampling=toy.SAMPLING, advantage="reinforce", whiten_advantages=False, epochs=1, num_minibatches=1,
+        score=ScoreConfig(whiten_rewards=whiten),
+    )  # fmt: skip
+    rollout, hyper = drawn(), OFF._replace(kl_coef=0.0, learning_rate=1e-9)
+    far = scored(rollout)._replace(reward=50 + scored(rollout).reward)
+    state, _ = half(ppo)(begin(), rollout, far, hyper)
+    advantages = experience(ppo, rollout, far, OFF, kl_coef=0.0, baseline=state.baseline.mean).batch.advantages[:, 0]
+    assert abs(float(jnp.mean(advantages))) < 1e-3 * float(jnp.std(advantages))
 
 
 def test_whitened_reinforce_only_divides():

@@ -1,5 +1,6 @@
 """Evaluation: the same key gives the same responses, and the KL is what the logits say."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.train.evaluate import make_evaluate
+from ppo_jax.train.experience import evaluate_reference, make_experience, score_rollout, share_prefix
+from ppo_jax.train.options import PPOConfig
 from tests.train import toy
 from tests.train.toy import CONFIG, FROZEN, HYPER, P
 
@@ -59,6 +62,21 @@ def test_kl_is_summed_over_the_response_at_the_sampling_temperature():
         difference = (logprobs(policy.adapter) - logprobs({})) * np.asarray(result.rollout.response_mask)
         assert np.abs(difference).max() > 0.1
         np.testing.assert_allclose(result.kl, difference.sum(axis=1), rtol=1e-3, atol=1e-4)
+
+
+def test_under_a_filter_that_is_the_policy_the_kl_is_that_of_training():
+    """Of the distribution after the filter: what `make_experience` penalises, also where policy and base are equal."""
+    sampling = dataclasses.replace(toy.SAMPLING, top_k=2)
+    algorithm = toy.algorithm(PPOConfig(sampling=sampling, behaviour="filtered"))
+    policy = toy.start().policy
+    found = make_evaluate(algorithm)(policy, FROZEN, toy.prompts(), jax.random.key(0), HYPER)
+    collected = share_prefix(algorithm, policy, FROZEN, found.rollout)
+    reference = evaluate_reference(algorithm, policy, FROZEN, collected, HYPER)
+    scores = score_rollout(toy.worth, FROZEN, collected)
+    kl = make_experience(algorithm, collected, scores, reference, HYPER).kl
+    expected = np.where(np.asarray(found.rollout.response_mask), kl, 0).sum(axis=1)
+    np.testing.assert_allclose(found.kl, expected, rtol=1e-4, atol=1e-5)
+    assert found.kl.mean() > 0.1
 
 
 def test_the_base_itself_has_kl_0():

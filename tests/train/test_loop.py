@@ -15,7 +15,17 @@ from ppo_jax.ops.rewards import RunningMoments
 from ppo_jax.rewards.failures import GivenUp
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.host import host_iteration, response_texts
-from ppo_jax.train.loop import Exploded, Interrupted, LoopConfig, Stopped, assess, evaluation_due, learning_rate, train
+from ppo_jax.train.loop import (
+    Exploded,
+    Interrupted,
+    LoopConfig,
+    Stopped,
+    assess,
+    evaluation_due,
+    learning_rate,
+    schedule_hyper,
+    train,
+)
 from ppo_jax.train.state import TrainState
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, Rollout, Scores
 
@@ -82,7 +92,7 @@ class Log:
         self.events: list[tuple] = []
         self.written: dict[int, dict] = {}
         self.broken, self.seconds = broken or {}, seconds
-        self.skipped, self.evaluations, self.stop, self.give_up = skipped or {}, evaluations, stop or {}, give_up
+        self.skipped, self.evaluations, self.reasons, self.give_up = skipped or {}, evaluations, stop or {}, give_up
 
     def iteration(self, state: TrainState, frozen: Frozen, prompts: Prompts, hyper: Hyper):
         step = int(state.step)
@@ -103,19 +113,27 @@ class Log:
         return {} if self.evaluations is None else {"reward": self.evaluations[step], "kl": 1.0}
 
     def run(self, loop: LoopConfig, start: int = 0, failing: int = 0) -> TrainState:
-        return train(
-            state(start, failing),
-            FROZEN,
-            self.iteration,
-            lambda step: f"batch {step}",
-            Hyper(learning_rate=0.8),
-            loop,
-            write=lambda step, values: (self.events.append(("write", step)), self.written.update({step: dict(values)})),
-            evaluate=self.evaluate,
-            save=lambda step, state, due: self.events.append(("save", step, int(state.step))) if due else None,
-            stop=self.stop.get,
-            dump=lambda step, state, hyper: f" [dump of {step}, {hyper.learning_rate:.1f}]",
-        )
+        hyper = schedule_hyper(Hyper(learning_rate=0.8), loop)
+
+        def step(state: TrainState, number: int):
+            return self.iteration(state, FROZEN, f"batch {number}", hyper(number))
+
+        self.dump = lambda number, state: f" [dump of {number}, {hyper(number).learning_rate:.1f}]"
+        return train(state(start, failing), step, loop, self)
+
+    def write(self, done: int, values: dict) -> None:
+        self.events.append(("write", done))
+        self.written[done] = dict(values)
+
+    def save(self, done: int, state: TrainState, due: bool) -> None:
+        if due:
+            self.events.append(("save", done, int(state.step)))
+
+    def stop(self, done: int) -> str | None:
+        return self.reasons.get(done)
+
+    def causes(self) -> str:
+        return ""
 
     def all(self, kind: str) -> list[tuple]:
         return [event[1:] for event in self.events if event[0] == kind]
@@ -197,7 +215,7 @@ def test_the_streak_of_failed_batches_is_part_of_the_state():
 def test_a_first_evaluation_that_was_given_up_is_due_again():
     log = Log()
     log.evaluate = lambda step, state: None  # type: ignore[method-assign]
-    log.stop = {0: "SIGTERM"}
+    log.reasons = {0: "SIGTERM"}
     with pytest.raises(Interrupted, match="SIGTERM in the first evaluation"):
         log.run(LoopConfig(updates=3))
     assert log.all("save") == [(0, 0)] and not log.all("update")
@@ -254,10 +272,9 @@ def test_asked_to_stop_it_saves_and_does_not_evaluate():
 
 
 def test_an_iteration_given_up_leaves_the_state_before_it():
-    log = Log(give_up=4, stop={4: "SIGINT"})
-    log.stop = {}  # the signal comes in the middle of the iteration after update 4
-    asked = iter([None] * 4 + ["SIGINT"])
-    log.stop = type("Asked", (), {"get": staticmethod(lambda step: next(asked))})()
+    log = Log(give_up=4)
+    asked = iter([None] * 4 + ["SIGINT"])  # the signal comes in the middle of the iteration after update 4
+    log.stop = lambda done: next(asked)  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="stopped by SIGINT after update 4"):
         log.run(LoopConfig(updates=9, checkpoint_every=0))
     assert log.all("save") == [(4, 4)] and log.all("write")[-1] == (4,)
@@ -267,7 +284,7 @@ def test_an_evaluation_given_up_stops_the_run():
     log = Log()
     log.evaluate = lambda step, state: {} if step == 0 else None  # type: ignore[method-assign]
     asked = iter([None, None, "SIGTERM"])
-    log.stop = type("Asked", (), {"get": staticmethod(lambda step: next(asked))})()
+    log.stop = lambda done: next(asked)  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="SIGTERM after update 2"):
         log.run(LoopConfig(updates=9, eval_every=2, checkpoint_every=0))
     assert log.all("save") == [(2, 2)]

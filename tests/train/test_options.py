@@ -1,6 +1,7 @@
 """Choices that cannot be: found at start-up, with the field's name and what is allowed."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -80,6 +81,14 @@ def test_a_scalar_of_the_critic_needs_one() -> None:
     check_scalars_of(PPOConfig(), Hyper(critic_warmup=5.0))
     with pytest.raises(ValueError, match="hyper.critic_warmup needs advantage=gae; advantage=rloo has no critic"):
         check_scalars_of(rloo, Hyper(critic_warmup=5.0))
+
+
+@pytest.mark.parametrize(("name", "advantage"), [("gamma", "rloo"), ("gamma", "reinforce"), ("lam", "reinforce++")])
+def test_a_scalar_that_an_estimator_does_not_read_is_refused(name: str, advantage: str) -> None:
+    ppo = PPOConfig(advantage=advantage, group_size=2 if advantage == "rloo" else 1)
+    with pytest.raises(ValueError, match=rf"hyper.{name}=0.9 has no effect under advantage={re.escape(advantage)}"):
+        check_scalars_of(ppo, Hyper(**{name: 0.9}))
+    check_scalars_of(PPOConfig(), Hyper(**{name: 0.9}))
 
 
 def test_the_responses_of_a_batch_must_divide() -> None:

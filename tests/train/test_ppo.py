@@ -19,7 +19,7 @@ from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import collect, iterate, make_host_iteration, make_iteration
 from ppo_jax.train.state import init_state
-from ppo_jax.types import Hyper
+from ppo_jax.types import Hyper, Scores
 from tests.train import toy
 from tests.train.toy import FROZEN, HYPER, TWICE, B, T, assert_close, iteration, numbers
 
@@ -125,6 +125,29 @@ def test_the_host_path_computes_the_same_iteration():
         assert_close(numbers(on_device), numbers(on_host))
     assert_close(left, right)
     assert learn._cache_size() == draw._cache_size() == 1
+
+
+def test_a_sum_over_device_and_host_is_one_reward():
+    """half on the device + half on the host = all on the device; a host part of 0 changes nothing, bit for bit."""
+    half = lambda *arguments: toy.worth(*arguments)._replace(reward=toy.worth(*arguments).reward / 2, parts={})  # noqa: E731
+    draw, learn = make_host_iteration(toy.CONFIG, TWICE, make_optimizer(), half)
+    texts, metadata = ("",) * toy.B, ({},) * toy.B
+
+    def host(prompts, responses, metadata):
+        return Scores(toy.host_worth(prompts, responses, metadata).reward / 2, np.ones(len(prompts), bool), {})
+
+    run = host_iteration(draw, learn, host, toy.text, toy.SAMPLING, texts, metadata)
+    state, metrics = run(toy.start(), FROZEN, toy.prompts(), HYPER)
+    whole, others = toy.iteration()(toy.start(), FROZEN, toy.prompts(), HYPER)
+    assert_close(state.policy, whole.policy, rtol=1e-4, atol=1e-6)
+    assert numbers(metrics)["reward"] == pytest.approx(numbers(others)["reward"], rel=1e-5)
+
+    draw, learn = make_host_iteration(toy.CONFIG, TWICE, make_optimizer(), toy.worth)
+    nothing = lambda prompts, *_: Scores(np.zeros(len(prompts)), np.ones(len(prompts), bool), {})  # noqa: E731
+    run = host_iteration(draw, learn, nothing, toy.text, toy.SAMPLING, texts, metadata)
+    _, metrics = run(toy.start(), FROZEN, toy.prompts(), HYPER)
+    for name in ("reward", "reward_std", "reward_min", "reward_max", "reward/half"):
+        assert numbers(metrics)[name] == numbers(others)[name], name
 
 
 def test_eight_devices_compute_what_one_does():

@@ -1,5 +1,6 @@
 """From scores to the next state: against torch, with failed scores, with the KL controller."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,11 @@ import torch
 
 from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.train.experience import Reference, make_experience, share_prefix
-from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from ppo_jax.train.ppo import learn
-from ppo_jax.train.state import Groups, init_state
-from ppo_jax.types import Collected, Frozen, Policy, Rollout, Scores
+from ppo_jax.train.state import Groups, groups, init_state
+from ppo_jax.types import Collected, Frozen, Policy, Rollout, Scores, Texts
 from tests.train import toy
 from tests.train.toy import CONFIG, FROZEN, PAD, STOP, assert_close, numbers
 
@@ -249,6 +250,28 @@ def test_when_every_score_failed_nothing_is_learned_or_measured():
     assert values["grad_norm"] == 0
     for name in ("reward", "reward_std", "explained_variance", "kl", "policy_loss", "response_length"):
         assert name not in values, f"{name} has a count of 0"
+
+
+def test_when_every_score_failed_neither_momentum_nor_weight_decay_nor_texts_move_the_policy():
+    """After a good batch Adam's momentum alone would make a step of about the learning rate."""
+    ppo = dataclasses.replace(FIXED, num_minibatches=2, optimizer=OptimizerConfig(weight_decay=0.1))
+    algorithm, texts = toy.algorithm(ppo), Texts(rollout().tokens, jnp.ones(rollout().tokens.shape, bool))
+
+    @jax.jit
+    def run(state, scores):
+        collected = share_prefix(algorithm, state.policy, FROZEN, rollout(), texts)
+        return learn(algorithm, state, FROZEN, collected, scores, HYPER._replace(ptx_coef=0.5))
+
+    first = start()
+    first = first.replace(opt_state=Groups(*map(algorithm.optimizer.init, groups(first.policy))))
+    good, _ = run(first, scores())
+    after, metrics = run(good, scores([np.nan] * B, [False] * B))
+    assert_close(after.policy, good.policy, rtol=0, atol=0)
+    assert_close(after.opt_state, good.opt_state, rtol=0, atol=0)
+    assert numbers(metrics)["unscored_updates"] == 1 and numbers(metrics)["nonfinite_updates"] == 0
+    one_valid, metrics = run(good, scores(valid=np.arange(B) == 2))
+    assert numbers(metrics)["unscored_updates"] == 0.5  # the minibatch without that row
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, one_valid.policy, good.policy)) > 1e-3
 
 
 def test_each_iteration_shuffles_with_a_key_of_its_own():

@@ -45,6 +45,30 @@ def test_head_is_the_optimum_that_torch_finds(margin: float):
     np.testing.assert_allclose(kernel, w.detach().numpy(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(("count", "strong"), [(8, 1), (512, 8)])
+def test_a_planted_head_is_recovered_where_few_features_matter_and_their_means_are_large(count: int, strong: int):
+    """Against Newton's method in float64 on the same objective; the means must not matter."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(400, count)) + rng.normal(0, 30, count)).astype(np.float32)
+    planted = np.zeros(count)
+    planted[:strong] = 6 / np.sqrt(strong)
+    quality = features @ planted
+    i, j = rng.integers(400, size=(2, 3000))
+    likely = rng.random(3000) < 1 / (1 + np.exp(quality[j] - quality[i]))
+    better, worse = np.where(likely, i, j)[i != j], np.where(likely, j, i)[i != j]
+    l2 = 1e-3
+    z = ((features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)).astype(np.float64)
+    d, w = z[better] - z[worse], np.zeros(count)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(d @ w))
+        gradient = -d.T @ p / len(d) + 2 * l2 * w
+        w -= np.linalg.solve((d * (p * (1 - p))[:, None]).T @ d / len(d) + 2 * l2 * np.eye(count), gradient)
+    assert np.abs(gradient).max() < 1e-12
+    head = fit_head(features, better, worse, l2, steps=300)
+    kernel = np.asarray(head["reward"]["kernel"])[:, 0] * (features.std(axis=0) + 1e-6)
+    assert np.abs(kernel - w).max() < 5e-3 * np.abs(w).max()
+
+
 def test_head_reads_raw_features_and_its_scores_have_mean_0():
     features, better, worse = features_and_pairs()
     head = fit_head(features, better, worse, 1e-2, steps=300)

@@ -30,21 +30,21 @@ class PlanError(RuntimeError):
 
 
 def plan(settings: PlanSettings) -> None:
-    """`ppo-jax plan`."""
-    found = make_plan(settings, compile_program, lambda text: print(text, file=sys.stderr, flush=True))
+    """Run `ppo-jax plan`."""
+    report = make_plan(settings, compile_program, lambda text: print(text, file=sys.stderr, flush=True))
     if settings.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        show(found, Console())
+        show(report, Console())
 
 
 def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str], None]) -> Report:
-    """Compiles the programs and judges them.
+    """Compile the programs and judge them.
 
     Returns:
       a JSON object: `model`, `topology`, `devices`, `how` ("compiled, not run"), `memory` (bytes per device that count
       as fitting; null: unknown), `mesh`, `choices` (those of the last attempt), `tried` (what did not fit and was given
-      up for less, with its program), `fits` (every program does), and `programs`, a list of objects as `judged` makes
+      up for less, with its program), `fits` (every program does), and `programs`, a list of objects as `judge` makes
       them. Seconds are those of responses of full length.
 
     Raises:
@@ -57,15 +57,15 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
     tried, reports = [], []
     for name in settings.programs:
         say(f"compiling {name} of {settings.model} for {settings.topology} ...")
-        report = judged(compile_one(name, settings), where, limit, settings)
+        report = judge(compile_one(name, settings), where, limit, settings)
         while settings.search and report["fits"] is False and name in ("update", "iteration"):
-            again = smaller(settings)
+            again = shrink(settings)
             if again is None or sum(report["held"].values()) > (limit or 0):
                 break  # nothing is left to try, or what stays is too large whatever the program
             tried.append({"program": name, "peak": report["peak"], **choices(settings)})
             settings = again
-            say(f"{name} does not fit; compiling it with {describe(choices(settings))} ...")
-            report = judged(compile_one(name, settings), where, limit, settings)
+            say(f"{name} does not fit; compiling it with {options_of(choices(settings))} ...")
+            report = judge(compile_one(name, settings), where, limit, settings)
         reports.append(report)
     verdicts = [report["fits"] for report in reports]
     return {
@@ -82,8 +82,8 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
     }
 
 
-def judged(report: Report, where: Topology, limit: float | None, settings: PlanSettings) -> Report:
-    """A program's report with `fits` (null: unknown), `seconds` and `binds` (the bound), `choices`, and `advice`."""
+def judge(report: Report, where: Topology, limit: float | None, settings: PlanSettings) -> Report:
+    """Add to a program's report `fits` (null: unknown), `seconds` and `binds` (the bound), `choices`, and `advice`."""
     fits = None if limit is None else bool(report["compiled"] and report["peak"] <= limit)
     seconds, binds = None, None
     if where.chip and report["compiled"]:
@@ -95,8 +95,8 @@ def judged(report: Report, where: Topology, limit: float | None, settings: PlanS
 # -- search ----------------------------------------------------------------------------------------------------------
 
 
-def smaller(settings: PlanSettings) -> PlanSettings | None:
-    """The next settings that need less memory for the same result: rematerialise, then halve the micro-batch."""
+def shrink(settings: PlanSettings) -> PlanSettings | None:
+    """Choose the next settings, with less memory for the same result: rematerialise, then halve the micro-batch."""
     order = get_args(Remat)
     if settings.compute.remat != order[-1]:
         more = order[order.index(settings.compute.remat) + 1]
@@ -110,17 +110,17 @@ def smaller(settings: PlanSettings) -> PlanSettings | None:
 
 
 def choices(settings: PlanSettings) -> Report:
-    """What the search may change."""
+    """List what the search may change."""
     return {"remat": settings.compute.remat, "accumulate": settings.ppo.accumulate}
 
 
-def describe(chosen: Report) -> str:
-    """As options of the command line."""
+def options_of(chosen: Report) -> str:
+    """Write the choices as options of the command line."""
     return f"--compute.remat {chosen['remat']} --ppo.accumulate {chosen['accumulate']}"
 
 
 def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
-    """What to change, the most effective first."""
+    """List what to change, the most effective first."""
     held, tips = report["held"], []
     stays = sum(held.values())
     biggest = max(held, key=lambda name: held[name])
@@ -136,8 +136,8 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
     if stays > limit:
         return tips
     if report["program"] in ("update", "iteration"):
-        if (again := smaller(settings)) is not None:
-            tips.append(f"{describe(choices(again))} (same result in less memory; --search tries by itself)")
+        if (again := shrink(settings)) is not None:
+            tips.append(f"{options_of(choices(again))} (same result in less memory; --search tries by itself)")
         if not settings.ppo.logprob_chunk:
             tips.append("--ppo.logprob-chunk 4096: never the logits of a whole micro-batch")
     tips.append(f"a smaller --batch than {settings.batch}, or shorter prompts and responses")
@@ -149,7 +149,7 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
 
 
 def compile_program(name: Program, settings: PlanSettings) -> Report:
-    """`plan.programs.measure` in a fresh process; raises PlanError with the end of its messages."""
+    """Run `plan.programs.measure` in a fresh process; raise PlanError with the end of its messages."""
     where = topology(settings.topology)
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_NUM_CPU_DEVICES=str(where.devices))
     if where.chip:
@@ -181,13 +181,13 @@ def compile_program(name: Program, settings: PlanSettings) -> Report:
 # -- output ----------------------------------------------------------------------------------------------------------
 
 
-def show(found: Report, console: Console) -> None:
-    """The plan as a table, a column per program, and what to change."""
-    memory, programs = found["memory"], found["programs"]
+def show(plan: Report, console: Console) -> None:
+    """Show the plan as a table, a column per program, and what to change."""
+    memory, programs = plan["memory"], plan["programs"]
     of = f", {_gib(memory)} of memory each" if memory else ""
-    mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"
-    console.print(f"{found['model']} on {found['topology']} ({found['devices']} devices{of}; {mesh})", highlight=False)
-    table = Table(title=f"per device, {found['how']}", title_justify="left")
+    mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1) or "one device"
+    console.print(f"{plan['model']} on {plan['topology']} ({plan['devices']} devices{of}; {mesh})", highlight=False)
+    table = Table(title=f"per device, {plan['how']}", title_justify="left")
     table.add_column("")
     for report in programs:
         table.add_column(report["program"], justify="right")
@@ -212,9 +212,9 @@ def show(found: Report, console: Console) -> None:
             console.print(f"[bold]{report['program']} does not fit[/bold] ({over}). What helps:", highlight=False)
             for tip in report["advice"]:
                 console.print(f"  - {tip}", highlight=False, markup=False)
-        if count := sum(other["program"] == report["program"] for other in found["tried"]):
+        if count := sum(other["program"] == report["program"] for other in plan["tried"]):
             end = "does not fit either" if report["fits"] is False else "fits"
-            line = f"search: {count} did not fit; {report['program']} with {describe(report['choices'])} {end}"
+            line = f"search: {count} did not fit; {report['program']} with {options_of(report['choices'])} {end}"
             console.print(line, highlight=False)
 
 

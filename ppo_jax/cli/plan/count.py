@@ -16,7 +16,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ppo_jax.cli.plan.hlo import ARRAY, Computation, Instruction, called, dimensions, parse, shape_bytes, trip_count
+from ppo_jax.cli.plan.hlo import (
+    ARRAY,
+    Computation,
+    Instruction,
+    called_computation,
+    dimensions,
+    parse,
+    shape_bytes,
+    trip_count,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for what is there already, or bookkeeping.
@@ -42,13 +51,13 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, total, unknown)
 
     def times(self, n: int) -> "Cost":
-        """The same, n times over."""
+        """Multiply the cost by n repetitions."""
         scaled = Counter({kind: n * size for kind, size in self.collectives.items()})
         return Cost(n * self.flops, n * self.bytes, scaled, self.unknown_loops)
 
 
 def count(text: str) -> Cost:
-    """The cost of the entry computation of an HLO module (`compiled.as_text()`)."""
+    """Count the cost of the entry computation of an HLO module (`compiled.as_text()`)."""
     computations, entry = parse(text)
     return _Counter(computations).control(entry)
 
@@ -61,7 +70,7 @@ class _Counter:
         self.known: dict[str, Cost] = {}
 
     def control(self, name: str) -> Cost:
-        """An entry, loop body or branch: every instruction runs, one after the other."""
+        """Count an entry, loop body or branch: every instruction runs, one after the other."""
         if name not in self.known:
             computation = self.computations[name]
             channels: set[str] = set()
@@ -74,26 +83,26 @@ class _Counter:
     def instruction(self, one: Instruction, computation: Computation, channels: set[str]) -> Cost:
         if one.op == "while":
             trips = trip_count(one, computation, self.computations)
-            body = self.control(called(one, "body")) + self.control(called(one, "condition"))
+            body = self.control(called_computation(one, "body")) + self.control(called_computation(one, "condition"))
             return body.times(trips or 1) + Cost(unknown_loops=int(trips is None))
         if one.op == "conditional":
             names = re.findall(r"%([\w.\-]+)", re.sub(r"metadata=.*", "", one.attributes))
             return max((self.control(n) for n in names if n in self.computations), key=lambda c: (c.flops, c.bytes))
         if one.op == "call":
-            return self.control(called(one, "to_apply"))
+            return self.control(called_computation(one, "to_apply"))
         if one.op in FREE or (one.op.endswith("-done") and one.op != "copy-done"):
             return Cost()
         if one.op in ("fusion", "async-start"):
-            inner = self.computations[called(one, "calls")]
+            inner = self.computations[called_computation(one, "calls")]
             return self.inside(inner, channels) + Cost(bytes=_fusion_bytes(one, computation, inner, self.computations))
         return self.plain(one, computation, channels) + Cost(bytes=_bytes(one, computation))
 
     def inside(self, computation: Computation, channels: set[str]) -> Cost:
-        """What happens within a fusion: products and collectives; its values never reach memory."""
+        """Count what happens within a fusion: products and collectives; its values never reach memory."""
         total = Cost()
         for one in computation.values():
             if one.op == "fusion":
-                total += self.inside(self.computations[called(one, "calls")], channels)
+                total += self.inside(self.computations[called_computation(one, "calls")], channels)
             else:
                 total += self.plain(one, computation, channels)
         return total
@@ -117,21 +126,21 @@ class _Counter:
 
 
 def _share(kind: str, group: int) -> float:
-    """Bytes received / bytes of the operand."""
+    """Compute bytes received / bytes of the operand."""
     part = (group - 1) / group
     shares = {"all-gather": group - 1.0, "all-reduce": 2 * part, "collective-permute": 1.0}
     return shares.get(kind, part)
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part together: {{0,1},{2,3}}, [4,2]<=[8] or mesh['x'=4,'y'=2] {'y'}."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", found[2]) if name in sizes)
+    """Count the devices that take part together: {{0,1},{2,3}}, [4,2]<=[8] or mesh['x'=4,'y'=2] {'y'}."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", match[2]) if name in sizes)
     return 2  # permutes name pairs
 
 
@@ -139,8 +148,8 @@ def group_size(attributes: str) -> int:
 
 
 def _numbers(attributes: str, name: str) -> list[int]:
-    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+    match = re.search(rf"\b{name}=\{{([\d,]*)\}}", attributes)
+    return [int(n) for n in match[1].split(",") if n] if match else []
 
 
 def _dot_flops(one: Instruction, operands: Sequence[str]) -> float:
@@ -150,7 +159,7 @@ def _dot_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
-    """TPUs write products as convolutions; batch dimensions become windows of which one position is real."""
+    """Count products written as convolutions: batch dimensions become windows of which one position is real."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     if labels is None:
         return 0.0
@@ -166,7 +175,7 @@ def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _valid_pairs(number: int, size: int, outputs: int, window: int, fields: dict[str, str]) -> int:
-    """(output, window) positions of one dimension that meet an input element, not padding or dilation."""
+    """Count (output, window) positions of one dimension that meet an input element, not padding or dilation."""
 
     def field(name: str, default: str) -> str:
         return fields[name].split("x")[number] if name in fields else default
@@ -186,7 +195,7 @@ _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def _kernel_flops(one: Instruction, operands: Sequence[str]) -> float:
-    """Of a splash attention kernel: half of each [S, S] product, since blocks above the diagonal are not visited."""
+    """Count a splash attention kernel: half of each [S, S] product, since blocks above the diagonal are not visited."""
     products = next((n for name, n in _SPLASH.items() if name in one.name), 0)
     floats = (dimensions(shape) for shape in operands if re.match(r"(bf16|f16|f32)\[", shape))
     queries = next((sizes for sizes in floats if len(sizes) >= 3), [])  # [rows, heads, S, H], the first one
@@ -197,7 +206,7 @@ def _kernel_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _bytes(one: Instruction, computation: Computation) -> float:
-    """HBM bytes that a single instruction reads and writes."""
+    """Count the HBM bytes that a single instruction reads and writes."""
     written = shape_bytes(one.shape, hbm=True)
     if one.op == "custom-call" and "AllocateBuffer" in one.attributes:
         return 0.0
@@ -215,7 +224,7 @@ def _bytes(one: Instruction, computation: Computation) -> float:
 def _fusion_bytes(
     one: Instruction, computation: Computation, inner: Computation, computations: dict[str, Computation]
 ) -> float:
-    """HBM bytes of a fusion: a slice of a parameter reads the slice, an update in place writes the update."""
+    """Count HBM bytes of a fusion: a slice of a parameter reads the slice, an update in place writes the update."""
     total = 0.0
     for number, name in enumerate(one.operands):
         outer = computation.get(name)
@@ -234,7 +243,7 @@ def _parameter(inner: Computation, number: int) -> Instruction:
 
 
 def _read(source: Instruction, inner: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes of an array that its users look at, those in fusions within the fusion included."""
+    """Count the bytes of an array that its users look at, those in fusions within the fusion included."""
     total, whole = 0.0, shape_bytes(source.shape)
     for user in (i for i in inner.values() if source.name in i.operands):
         if user.op in ("bitcast", "reshape"):
@@ -242,7 +251,7 @@ def _read(source: Instruction, inner: Computation, computations: dict[str, Compu
         elif user.op in ("dynamic-slice", "slice", "gather"):
             total += shape_bytes(user.shape)
         elif user.op == "fusion":
-            nested = computations[called(user, "calls")]
+            nested = computations[called_computation(user, "calls")]
             places = (number for number, name in enumerate(user.operands) if name == source.name)
             total += sum(_read(_parameter(nested, number), nested, computations) for number in places)
         elif not (user.op == "dynamic-update-slice" and user.operands[0] == source.name):
@@ -251,15 +260,15 @@ def _read(source: Instruction, inner: Computation, computations: dict[str, Compu
 
 
 def _roots(inner: Computation, computations: dict[str, Computation]) -> list[tuple[Instruction, Computation]]:
-    """What makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
-    found, waiting = [], [(i, inner) for i in inner.values() if i.root]
+    """Find what makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
+    roots, waiting = [], [(i, inner) for i in inner.values() if i.root]
     while waiting:
         one, home = waiting.pop()
         if one.op in ("tuple", "bitcast") and one.operands:
             waiting += [(home[name], home) for name in one.operands]
         elif one.op == "fusion":
-            nested = computations[called(one, "calls")]
+            nested = computations[called_computation(one, "calls")]
             waiting += [(i, nested) for i in nested.values() if i.root]
         else:
-            found.append((one, home))
-    return found
+            roots.append((one, home))
+    return roots

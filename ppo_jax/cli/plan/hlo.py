@@ -31,7 +31,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the entry."""
+    """Parse the computations by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _logical_lines(text):
@@ -41,8 +41,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
                 entry = head[2] if head[1] else entry
         elif line == "}":
             current = None
-        elif found := _LINE.match(line):
-            instruction = _instruction(found[2], found[3], bool(found[1]))
+        elif match := _LINE.match(line):
+            instruction = _instruction(match[2], match[3], bool(match[1]))
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with what a kernel's metadata broke into several put together again."""
+    """Put lines together again that a kernel's metadata broke into several."""
     waiting = ""
     for line in text.splitlines():
         if waiting and (line == "}" or line.startswith((" ", "%", "ENTRY"))):
@@ -84,7 +84,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def shape_bytes(shape: str, hbm: bool = False) -> float:
-    """Bytes of an array or tuple shape; with `hbm` only of the arrays that lie in main memory."""
+    """Count the bytes of an array or tuple shape; with `hbm` only of the arrays that lie in main memory."""
     total = 0.0
     for kind, sizes, layout in ARRAY.findall(shape):
         if kind in SIZES and not (hbm and re.search(r"S\([1-9]", layout)):
@@ -93,28 +93,28 @@ def shape_bytes(shape: str, hbm: bool = False) -> float:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Of the first array in a shape."""
-    found = ARRAY.search(shape)
-    return [int(n) for n in found[2].split(",") if n] if found else []
+    """Read the dimensions of the first array in a shape."""
+    match = ARRAY.search(shape)
+    return [int(n) for n in match[2].split(",") if n] if match else []
 
 
-def called(instruction: Instruction, attribute: str) -> str:
-    """The computation that an attribute such as `body` names."""
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
-    return found[1] if found else ""
+def called_computation(instruction: Instruction, attribute: str) -> str:
+    """Find the computation that an attribute such as `body` names."""
+    match = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
+    return match[1] if match else ""
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------
 
 
 def trip_count(loop: Instruction, computation: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often a `while` runs at most; None when its text does not say.
+    """Find how often a `while` runs at most; None when its text does not say.
 
     From `known_trip_count`, or from a condition that holds `counter < bound` (or `and`s it with something else).
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition, body = (computations[called(loop, name)] for name in ("condition", "body"))
+    condition, body = (computations[called_computation(loop, name)] for name in ("condition", "body"))
     initial = computation.get(loop.operands[0])
     for index, bound in _bounds(condition, computations, initial, computation):
         start = _constant(_element(initial, index, computation), computation)
@@ -127,12 +127,12 @@ def trip_count(loop: Instruction, computation: Computation, computations: dict[s
 def _bounds(
     condition: Computation, computations: dict[str, Computation], initial: Instruction | None, outer: Computation
 ) -> list[tuple[int, int]]:
-    """(element of the loop's tuple, bound) of every `element < bound` in a condition, fusions included."""
-    found = []
+    """Find (element of the loop's tuple, bound) of every `element < bound` in a condition, fusions included."""
+    bounds = []
     scopes = [(condition, dict(condition))]
     for one in condition.values():
         if one.op == "fusion":
-            inner = computations[called(one, "calls")]
+            inner = computations[called_computation(one, "calls")]
             parameters = {
                 i.name: condition[one.operands[int(i.argument)]] for i in inner.values() if i.op == "parameter"
             }
@@ -151,8 +151,8 @@ def _bounds(
                 left = next((t for t in terms if t is not None and t.op == "get-tuple-element"), None)
                 limit -= offsets[0] if len(offsets) == 1 else 0
             if left is not None and left.op == "get-tuple-element" and limit is not None:
-                found.append((_index(left), limit))
-    return found
+                bounds.append((_index(left), limit))
+    return bounds
 
 
 def _through(one: Instruction, names: Computation, condition: Computation) -> Instruction | None:
@@ -165,8 +165,8 @@ def _through(one: Instruction, names: Computation, condition: Computation) -> In
 
 
 def _index(one: Instruction) -> int:
-    found = re.search(r"index=(\d+)", one.attributes)
-    return int(found[1]) if found else -1
+    match = re.search(r"index=(\d+)", one.attributes)
+    return int(match[1]) if match else -1
 
 
 def _element(value: Instruction | None, index: int, computation: Computation) -> Instruction | None:
@@ -184,7 +184,7 @@ def _constant(one: Instruction | None, computation: Computation) -> int | None:
 
 
 def _step(body: Computation, computations: dict[str, Computation], index: int) -> int | None:
-    """What a loop's body adds to an element of its tuple; 1 where the text is not plain."""
+    """Find what a loop's body adds to an element of its tuple; 1 where the text is not plain."""
     root = next((one for one in body.values() if one.root), None)
     one = _element(root, index, body)
     while one is not None and one.op in ("copy", "bitcast"):
@@ -193,6 +193,6 @@ def _step(body: Computation, computations: dict[str, Computation], index: int) -
         return 1
     constants = [c for name in one.operands if (c := _constant(body.get(name), body)) is not None]
     if one.op == "fusion":
-        inner = computations[called(one, "calls")]
+        inner = computations[called_computation(one, "calls")]
         constants += [c for i in inner.values() if i.op == "constant" and (c := _constant(i, inner)) is not None]
     return constants[0] if len(constants) == 1 else 1

@@ -4,6 +4,7 @@ Sources: config.json of the repositories that the keys name, on the Hugging Face
 """
 
 import difflib
+from typing import Any
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
 
@@ -29,12 +30,9 @@ def _llama(
     )
 
 
-def _qwen(
-    layers: int, width: int, inner: int, heads: int, kv: int, *, vocabulary: int, tied: bool, eps: float, positions: int
-) -> ModelConfig:
-    """Qwen2.5, base models."""
+def _qwen(layers: int, width: int, inner: int, heads: int, kv: int, **others: Any) -> ModelConfig:
+    """Qwen2.5, base models; `others` are fields of ModelConfig in which the sizes differ."""
     return ModelConfig(
-        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner,
         num_layers=layers,
@@ -42,12 +40,10 @@ def _qwen(
         num_kv_heads=kv,
         head_dim=width // heads,
         rope_theta=1_000_000.0,
-        norm_eps=eps,
-        tie_embeddings=tied,
         attention_bias=True,
-        max_positions=positions,
         family="qwen2",
         eos_token_ids=(151643,),
+        **others,
     )
 
 
@@ -70,11 +66,12 @@ def _smol(layers: int, width: int, inner: int, heads: int, kv: int, theta: float
 
 
 def _small_qwen(layers: int, width: int, inner: int, heads: int, positions: int = 32768) -> ModelConfig:
-    return _qwen(layers, width, inner, heads, 2, vocabulary=151936, tied=True, eps=1e-6, positions=positions)
+    return _qwen(layers, width, inner, heads, 2, vocab_size=151936, norm_eps=1e-6, max_positions=positions)
 
 
 def _large_qwen(layers: int, width: int, inner: int, heads: int, kv: int = 8, eps: float = 1e-5) -> ModelConfig:
-    return _qwen(layers, width, inner, heads, kv, vocabulary=152064, tied=False, eps=eps, positions=131072)
+    untied = {"vocab_size": 152064, "tie_embeddings": False}
+    return _qwen(layers, width, inner, heads, kv, norm_eps=eps, max_positions=131072, **untied)
 
 
 KNOWN: dict[str, ModelConfig] = {
@@ -97,19 +94,19 @@ KNOWN: dict[str, ModelConfig] = {
 }
 
 
-def short(name: str) -> str:
-    """`llama-3-8b` for `meta-llama/Meta-Llama-3-8B`."""
+def short_name(name: str) -> str:
+    """Shorten `meta-llama/Meta-Llama-3-8B` to `llama-3-8b`."""
     return name.split("/")[-1].lower().removeprefix("meta-")
 
 
 def known_config(name: str) -> ModelConfig:
-    """The configuration of a well-known model, by its name on the hub or the last part of it, in any case.
+    """Find the configuration of a well-known model, by its name on the hub or the last part of it, in any case.
 
     Raises ValueError with the nearest name, or all of them, for any other.
     """
-    found = {short(key): config for key, config in KNOWN.items()}
-    if short(name) in found:
-        return found[short(name)]
-    near = difflib.get_close_matches(short(name), found, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known by name: {', '.join(found)}"
+    configs = {short_name(key): config for key, config in KNOWN.items()}
+    if short_name(name) in configs:
+        return configs[short_name(name)]
+    near = difflib.get_close_matches(short_name(name), configs, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known by name: {', '.join(configs)}"
     raise ValueError(f"model {name!r} is neither a directory with a config.json nor a known size; {hint}")

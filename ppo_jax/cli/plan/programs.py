@@ -1,7 +1,7 @@
 """The programs of a PPO iteration, compiled for devices that are not there, and what they would need.
 
-Run as a process of its own (`python -m ppo_jax.plan.programs PROGRAM < settings.yaml`): libtpu and the number of CPU
-devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
+Run as a process of its own (`python -m ppo_jax.cli.plan.programs PROGRAM < settings.yaml`): libtpu and the number of
+CPU devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.cli.parse import Brief
 from ppo_jax.cli.plan.chips import GIB, topology
 from ppo_jax.cli.plan.count import count
 from ppo_jax.cli.plan.known import known_config
@@ -44,31 +45,31 @@ class PlanSettings:
     """Compile PPO for a TPU slice (or CPUs) without having it: memory, work and what binds, per program and device."""
 
     model: str
-    """A known size (llama-3-8b, qwen2.5-7b, smollm2-135m, ...) or a Hugging Face directory, without weights."""
+    """The model is a known size (llama-3-8b, qwen2.5-7b, smollm2-135m) or a Hugging Face directory, without weights."""
     topology: str
-    """Devices: v5e:8x8, v5p:4x4x4, v6e:2x4 (needs the extra `tpu`) or cpu:8."""
+    """The devices are v5e:8x8, v5p:4x4x4, v6e:2x4 (TPUs need the extra `tpu`) or cpu:8, for example."""
     mesh: MeshConfig = MeshConfig()
-    """How the work is cut; the product must be the number of devices."""
+    """These options cut the work; their product must be the number of devices."""
     batch: int = 64
-    """Prompts per iteration, over all devices."""
+    """An iteration has this many prompts, over all devices."""
     prompt_length: int = 512
-    """Slots of a prompt, in tokens."""
+    """A prompt has this many slots, in tokens."""
     response_length: int = 512
-    """Longest response, in tokens."""
+    """A response may have at most this many tokens."""
     policy: AdapterConfig = AdapterConfig()
-    """What is trained: lora, top_k or full."""
+    """These options say what is trained: lora, top_k or full."""
     reward: AdapterConfig = AdapterConfig()
-    """The reward model: an adapter like the policy's on the same base, with a head."""
+    """The reward model is an adapter like the policy's on the same base, with a head."""
     compute: ModelOptions = ModelOptions(dtype="bfloat16", remat="full")
-    """How the model is run."""
+    """These options say how the model is run."""
     ppo: PPOConfig = PPOConfig()
-    """The algorithm's static choices, as in training; sampling.response_length is --response-length."""
+    """These choices of the algorithm are those of training; sampling.response_length is --response-length."""
     programs: tuple[Program, ...] = ("rollout", "scoring", "update")
-    """Which programs; `iteration` is all of them in one."""
+    """These programs are compiled; `iteration` is all of them in one."""
     search: bool = False
-    """Where an update does not fit, try rematerialisation and smaller micro-batches until it does."""
+    """Try rematerialisation and smaller micro-batches until an update fits."""
     memory: float = 0.0
-    """GiB per device that count as fitting; 0: the chip's HBM."""
+    """This many GiB per device count as fitting; 0 means the chip's HBM."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -88,8 +89,25 @@ class PlanSettings:
         return dataclasses.replace(self.ppo, sampling=sampling)
 
 
+BRIEF = Brief(
+    (
+        "ppo-jax plan --model llama-3-8b --topology v5p:4x4x4 --mesh.data 4 --mesh.fsdp 16",
+        "ppo-jax plan --model smollm2-135m --topology cpu:1 --batch 16 --memory 8 --search",
+    ),
+    {
+        PlanSettings: (
+            *("model", "topology", "mesh", "batch", "prompt_length", "response_length", "policy", "compute", "ppo"),
+            *("programs", "search", "memory", "json"),
+        ),
+        AdapterConfig: ("kind", "layers", "rank"),
+        ModelOptions: ("dtype", "remat"),
+        PPOConfig: ("num_minibatches", "accumulate", "group_size"),
+    },
+)
+
+
 def model_config(settings: PlanSettings) -> ModelConfig:
-    """The model's shapes, run as the settings say.
+    """Read the model's shapes, run as the settings say.
 
     Raises ValueError for a model that is not known, or whose config.json cannot be read; the message names the file.
     """
@@ -105,7 +123,7 @@ def model_config(settings: PlanSettings) -> ModelConfig:
 
 
 def check(settings: PlanSettings) -> ModelConfig:
-    """Everything that can be refused before a compiler is started; raises ValueError."""
+    """Check everything that can be refused before a compiler is started; raise ValueError."""
     where, config = topology(settings.topology), model_config(settings)
     devices = where.devices
     if settings.search and not (where.chip or settings.memory):
@@ -129,15 +147,15 @@ def check(settings: PlanSettings) -> ModelConfig:
 
 
 def micro_rows(settings: PlanSettings) -> int:
-    """Responses that one gradient is taken of at once."""
+    """Count the responses that one gradient is taken of at once."""
     return settings.batch * settings.ppo.group_size // (settings.ppo.num_minibatches * settings.ppo.accumulate)
 
 
 # -- abstract arguments ----------------------------------------------------------------------------------------------
 
 
-def devices_of(name: str) -> list[Any]:
-    """Devices to compile for; for a TPU they cannot run anything."""
+def target_devices(name: str) -> list[Any]:
+    """List devices to compile for; for a TPU they cannot run anything."""
     if topology(name).chip is None:
         return jax.devices("cpu")[: topology(name).devices]
     from jax.experimental import topologies
@@ -149,7 +167,7 @@ def devices_of(name: str) -> list[Any]:
 
 
 def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
-    """Shapes with shardings of all that the programs take: state, frozen, prompts, rollout, scores."""
+    """Make shapes with shardings of all that the programs take: state, frozen, prompts, rollout, scores."""
     key, ppo = jax.random.key(0), settings.static
     optimizer = make_optimizer(ppo.optimizer)
 
@@ -174,52 +192,52 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
     rollout = jax.eval_shape(lambda s, f, p: collect(algorithm, s, f, p, Hyper()), state, frozen, prompts)
     responses = rollout.terminated.shape
     scores = jax.eval_shape(lambda: Scores(jnp.zeros(responses), jnp.ones(responses, bool), {}))
-    found = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
+    placed = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
     batches = {"prompts": prompts, "rollout": rollout, "scores": scores}
-    found |= {name: (tree, sharding.row_shardings(tree, mesh)) for name, tree in batches.items()}
-    return {name: sharding.abstract(tree, of) for name, (tree, of) in found.items()}
+    placed |= {name: (tree, sharding.row_shardings(tree, mesh)) for name, tree in batches.items()}
+    return {name: sharding.abstract(tree, of) for name, (tree, of) in placed.items()}
 
 
 def program(
-    name: Program, settings: PlanSettings, config: ModelConfig, given: dict[str, PyTree]
+    name: Program, settings: PlanSettings, config: ModelConfig, inputs: dict[str, PyTree]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The jitted function that training runs, and its arguments."""
+    """Choose the jitted function that training runs, and its arguments."""
     ppo, hyper = settings.static, Hyper()
     optimizer = make_optimizer(ppo.optimizer)
     reward = adapter_reward(config, ppo.sampling.stop_ids)
     first, second = make_host_iteration(config, ppo, optimizer)
-    state, frozen = given["state"], given["frozen"]
+    state, frozen = inputs["state"], inputs["frozen"]
     if name == "rollout":
-        return first, (state, frozen, given["prompts"], hyper)
+        return first, (state, frozen, inputs["prompts"], hyper)
     if name == "update":
-        return second, (state, frozen, given["rollout"], given["scores"], hyper)
+        return second, (state, frozen, inputs["rollout"], inputs["scores"], hyper)
     if name == "iteration":
-        return make_iteration(config, ppo, optimizer, reward), (state, frozen, given["prompts"], hyper)
+        return make_iteration(config, ppo, optimizer, reward), (state, frozen, inputs["prompts"], hyper)
 
     def scoring(state: Any, frozen: Frozen, rollout: Rollout) -> Scores:
         collected = share_prefix(Algorithm(config, ppo, optimizer), state.policy, frozen, rollout)
         return score_rollout(reward, frozen, collected)
 
-    return jax.jit(scoring), (state, frozen, given["rollout"])
+    return jax.jit(scoring), (state, frozen, inputs["rollout"])
 
 
-def held(given: dict[str, PyTree]) -> dict[str, int]:
-    """Bytes per device of what stays between programs."""
+def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
+    """Count the bytes per device of what stays between programs."""
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
         return sum(x.dtype.itemsize * _elements(x.sharding.shard_shape(x.shape)) for x in leaves)
 
-    state, frozen = given["state"], given["frozen"]
-    found = {
+    state, frozen = inputs["state"], inputs["frozen"]
+    sizes = {
         "base": size(frozen.base),
         "reward": size(frozen.reward),
         "policy": size(state.policy._replace(critic=None)),
         "optimizer": size(state.opt_state),
     }
     if state.policy.critic is not None:
-        found["critic"] = size(state.policy.critic)
-    return found if state.ema is None else found | {"average": size(state.ema)}
+        sizes["critic"] = size(state.policy.critic)
+    return sizes if state.ema is None else sizes | {"average": size(state.ema)}
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -233,17 +251,17 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
-    """Compiles one program and reports its memory and work, all numbers per device.
+    """Compile one program and report its memory and work, all numbers per device.
 
     Bytes: `arguments` (what must lie in memory before it starts), `temporary`, `peak`. A program that the compiler
     refuses for lack of memory, or that is not given to it because weights and optimizer state alone are too large, has
     `compiled` false, the claim as `peak`, and None for the rest.
     """
     config = check(settings)
-    mesh = make_mesh(settings.mesh, devices_of(settings.topology))
-    given = arguments(settings, config, mesh)
-    function, args = program(name, settings, config, given)
-    report: dict[str, Any] = {"program": name, "held": held(given), "attention": config.attention}
+    mesh = make_mesh(settings.mesh, target_devices(settings.topology))
+    inputs = arguments(settings, config, mesh)
+    function, args = program(name, settings, config, inputs)
+    report: dict[str, Any] = {"program": name, "held": held_bytes(inputs), "attention": config.attention}
     nothing = dict.fromkeys(("arguments", "temporary", "flops", "traffic", "collectives", "unknown_loops"))
     chip = topology(settings.topology).chip
     stays = sum(report["held"].values())
@@ -253,7 +271,7 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
         try:
             compiled = function.lower(*args).compile()  # type: ignore[attr-defined]
         except jax.errors.JaxRuntimeError as error:
-            if (claim := claimed(str(error))) is None:
+            if (claim := claimed_bytes(str(error))) is None:
                 raise
             return report | nothing | {"peak": claim, "compiled": False}
     memory = compiled.memory_analysis()
@@ -271,16 +289,16 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def claimed(message: str) -> int | None:
-    """Bytes that a program wanted, from libtpu's two ways to say that it has not got them; None for another message."""
+def claimed_bytes(message: str) -> int | None:
+    """Read the bytes that a program wanted from libtpu's two ways to say that it has not got them; None elsewhere."""
     for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
-        if found := re.search(pattern, message):
-            return int(float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]])
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]])
     return None
 
 
 def main() -> None:
-    """Reads settings from standard input, writes one line of JSON to standard output."""
+    """Read settings from standard input, write one line of JSON to standard output."""
     settings = configuration.from_yaml(PlanSettings, sys.stdin.read())
     try:
         result: dict[str, Any] = measure(sys.argv[1], settings)  # type: ignore[arg-type]

@@ -3,39 +3,42 @@
 import dataclasses
 from pathlib import Path
 
+from ppo_jax.cli.parse import Brief
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
     """Serve a reward model over HTTP."""
 
     reward: Path
-    """Run directory of `ppo-jax reward`, the model in it, or a Hugging Face sequence classifier with one label."""
+    """The model is that of a run directory of `ppo-jax reward`, or a Hugging Face sequence classifier with one
+    label."""
     model: str | None = None
-    """The base of a LoRA reward model, where the one that it names has moved."""
+    """The base of a LoRA reward model is here, where the one that it names has moved."""
     host: str = "127.0.0.1"
-    """Address to listen at; only this machine reaches the default."""
+    """The server listens at this address; only this machine reaches the default."""
     port: int = 8000
-    """Port to listen at; 0: any free one, which is printed."""
+    """The server listens at this port; 0 means any free one, which is printed."""
     token_env: str = ""
-    """Environment variable that holds a bearer token; requests without it are refused."""
+    """This environment variable holds a bearer token; requests without it are refused."""
     token_file: Path | None = None
-    """Or the file that holds it."""
+    """This file holds the bearer token instead."""
     batch_size: int = 32
-    """Rows scored at once."""
+    """This many rows are scored at once."""
     wait_ms: float = 2.0
-    """How long a batch that is not full waits for more rows."""
+    """A batch waits this many milliseconds for more rows, unless it is full."""
     max_length: int = 0
-    """Longest text in tokens, of longer ones the last are read; 0: the model's limit."""
+    """This many tokens of a text are read, the last ones of a longer text; 0 means the model's limit."""
     max_rows: int = 256
-    """Rows of one request."""
+    """A request may have at most this many rows."""
     max_body: int = 8 * 2**20
-    """Bytes of one request."""
+    """The body of a request may have at most this many bytes."""
     max_waiting: int = 4096
-    """Rows that wait at most; beyond that requests are told to come back (503)."""
+    """At most this many rows wait; beyond that requests are told to come back (503)."""
     body_timeout: float = 30.0
-    """Seconds in which a request's body must have arrived."""
+    """The body of a request must arrive within this many seconds."""
     grace: float = 60.0
-    """Seconds that a stop by SIGTERM or SIGINT gives the requests in flight."""
+    """A stop by SIGTERM or SIGINT gives the requests in flight this many seconds."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_rows", "max_body", "max_waiting", "body_timeout", "grace"):
@@ -47,3 +50,11 @@ class ServeSettings:
             raise ValueError(f"max_rows={self.max_rows} must not be above max_waiting={self.max_waiting}")
         if self.token_env and self.token_file:
             raise ValueError("give token_env or token_file, not both")
+
+
+BRIEF = Brief(
+    (
+        "ppo-jax serve-reward --reward runs/reward",
+        "ppo-jax serve-reward --reward classifier --host 0.0.0.0 --port 8080 --token-env SCORES_TOKEN",
+    )
+)

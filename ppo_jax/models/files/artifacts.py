@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import sha256_of, strict, swap
+from ppo_jax.data.disk import replaced_directory, sha256_of, strict
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -47,6 +45,14 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 _CHOICES = ("dtype", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids")
 
 Kind = Literal["policy", "reward"]
+
+
+class Base(NamedTuple):
+    """The model that a role is trained on."""
+
+    name: str | Path  # what the user called it; only for messages
+    fingerprint: str  # sha256 of its weights (`files.fingerprint`)
+    config: ModelConfig  # of all its layers
 
 
 class Artifact(NamedTuple):
@@ -72,11 +78,9 @@ def save(
     kind: Kind,
     adapter: PyTree,
     head: PyTree,
+    base: Base,
     meta: dict[str, Any] | None = None,
     *,
-    config: ModelConfig,
-    base: str | Path,
-    base_fingerprint: str,
     layers: int | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -88,20 +92,18 @@ def save(
     Args:
       adapter: any adapter of float32 and bfloat16 arrays, kept bitwise.
       head: of a ValueHead or a RewardHead; {} for a policy without values.
+      base: what adapter and head belong to.
       meta: any JSON value (NaN becomes null).
-      base: what the user called the base model; only for messages.
-      config: of the whole base.
-      base_fingerprint: of the base's weights (`fingerprint`).
       layers: how many layers of the base the role reads, for a reward model on a cut trunk; None: all.
       overwrite: replace an artifact that is there already; anything else is never replaced.
 
     Raises:
-      ValueError: the trees do not fit `config`, or hold another dtype.
+      ValueError: the trees do not fit the base, or hold another dtype.
       FileExistsError: `path` is there already.
       OSError: it cannot be written, also in the processes that do not write.
     """
-    path, layers = Path(path), config.num_layers if layers is None else layers
-    if wrong := problems(kind, adapter, head, config, layers):
+    path, layers = Path(path), base.config.num_layers if layers is None else layers
+    if wrong := problems(kind, adapter, head, base.config, layers):
         raise ValueError(f"{path} is not written: {'; '.join(wrong)}")
     entries = [tensor_file.entry(name, leaf) for name, leaf in flatten(adapter, head).items()]
     for entry in entries:
@@ -111,8 +113,8 @@ def save(
     description = {
         "format": FORMAT,
         "kind": kind,
-        "base": {"name": os.fspath(base), "sha256": base_fingerprint},
-        "model": model_facts(config),
+        "base": {"name": os.fspath(base.name), "sha256": base.fingerprint},
+        "model": model_facts(base.config),
         "layers": layers,
         "lora_scales": {name: float(lora.scale) for name, lora in adapter.get("lora", {}).items()},
         "meta": strict(meta or {}),
@@ -130,21 +132,15 @@ def _write(
     overwrite: bool,
     pieces: tensor_file.Pieces,
 ) -> None:
-    """Makes the directory beside `path` and renames it."""
+    """Puts the directory in its place."""
     if path.exists() and not (overwrite and (path / DESCRIPTION).is_file()):
         advice = " or pass overwrite=True" if (path / DESCRIPTION).is_file() else ""
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
-    try:
+    with replaced_directory(path) as partial:
         tensor_file.write(partial / ARRAYS, entries, pieces)
         description = description | {"arrays_sha256": sha256_of(partial / ARRAYS)}
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        swap(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(path: str | Path, kind: Kind | None = None) -> Artifact:
@@ -168,9 +164,9 @@ def load(path: str | Path, kind: Kind | None = None) -> Artifact:
         description = _read_description(file)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    found = description["kind"]
-    if kind is not None and found != kind:
-        raise ValueError(f"{path} is a {found} (field kind of {DESCRIPTION}), but a {kind} is needed here")
+    stored = description["kind"]
+    if kind is not None and stored != kind:
+        raise ValueError(f"{path} is a {stored} (field kind of {DESCRIPTION}), but a {kind} is needed here")
     if sha256_of(arrays_file) != description["arrays_sha256"]:
         raise ValueError(f"{arrays_file} is damaged: its sha256 is not arrays_sha256 of {DESCRIPTION}; copy it again")
     try:
@@ -179,7 +175,7 @@ def load(path: str | Path, kind: Kind | None = None) -> Artifact:
         raise ValueError(f"{arrays_file}: {error}") from error
     base = description["base"]
     return Artifact(
-        kind=found,
+        kind=stored,
         adapter=adapter,
         head=head,
         meta=description["meta"],
@@ -201,8 +197,9 @@ def check_base(artifact: Artifact, base_fingerprint: str, config: ModelConfig) -
     ]
     remedy = "use that base, or train on this one"
     if different:
-        found = "; ".join(different)
-        raise ValueError(f"{artifact.path} was trained on another model, {artifact.base}: {found}; {remedy}")
+        raise ValueError(
+            f"{artifact.path} was trained on another model, {artifact.base}: {'; '.join(different)}; {remedy}"
+        )
     if wrong := problems(artifact.kind, artifact.adapter, artifact.head, config, artifact.layers):
         raise ValueError(f"{artifact.path}/{ARRAYS}: {'; '.join(wrong)}")
     if artifact.fingerprint != base_fingerprint:
@@ -214,33 +211,33 @@ def check_base(artifact: Artifact, base_fingerprint: str, config: ModelConfig) -
 
 def problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, layers: int) -> list[str]:
     """How adapter and head differ from what a role on `layers` layers of this base can have; [] when they fit."""
-    wanted = {entry.key: (entry.shape, entry.stacked) for entry in tensors(config)}
+    known = {tensor.key: tensor for tensor in tensors(config)}
     wrong, depths = [], set()
     if layers != config.num_layers and not (kind == "reward" and 1 <= layers <= config.num_layers):
         wrong.append(f"a {kind} that reads {layers} layers, the model has {config.num_layers}")
     for name, leaf in flatten(adapter, {}).items():
         parts = name.split("/")[1:]
         key = f"layers.{parts[1]}" if parts[0] == "lora" else ".".join(parts)
-        if key not in wanted:
+        if key not in known:
             wrong.append(f"{name}: the model has no {key}")
             continue
-        (shape, stacked), found = wanted[key], tuple(np.shape(leaf))
-        if stacked and len(found) > 1:
-            depths.add(found[0])
-            shape = (found[0], *shape)
+        shape, actual = known[key].shape(config), tuple(np.shape(leaf))
+        if known[key].stacked and len(actual) == len(shape):
+            depths.add(actual[0])
+            shape = (actual[0], *shape[1:])  # it may replace, or add to, the last layers only
         if parts[0] == "lora":
             # The rank is free, but the same on both sides.
             rank = np.shape(adapter["lora"][parts[1]].a)[-1]
             shape = (*shape[:2], rank) if parts[2] == "a" else (shape[0], rank, *shape[2:])
-        if found != shape:
-            wrong.append(f"{name} has shape {found}, the model needs {shape}")
+        if actual != shape:
+            wrong.append(f"{name} has shape {actual}, the model needs {shape}")
     if len(depths) > 1 or max(depths, default=0) > layers:
         wrong.append(f"the adapter's arrays are stacked over {sorted(depths)} layers of {layers}")
     module = ValueHead() if kind == "policy" else RewardHead()
     expected = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, config.hidden_size)))["params"]
-    shapes, found_shapes = ({n: tuple(np.shape(x)) for n, x in flatten({}, tree).items()} for tree in (expected, head))
-    if found_shapes != shapes and (kind == "reward" or head):
-        wrong.append(f"a {kind}'s head needs {shapes}, got {found_shapes}")
+    shapes, actual_shapes = ({n: tuple(np.shape(x)) for n, x in flatten({}, t).items()} for t in (expected, head))
+    if actual_shapes != shapes and (kind == "reward" or head):
+        wrong.append(f"a {kind}'s head needs {shapes}, got {actual_shapes}")
     return wrong
 
 
@@ -302,15 +299,15 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
 
 def _read_array(handle: Any, name: str, mesh: Mesh | None) -> jax.Array:
     """On a mesh a process reads the slices that its devices need, and the host holds one of them at a time."""
-    found = handle.get_slice(name)
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    stored = handle.get_slice(name)
+    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
     if dtype not in DTYPES:
         raise ValueError(f"{name} is {dtype}; supported: {', '.join(DTYPES)}")
     if mesh is None:
         return jnp.asarray(handle.get_tensor(name))
     leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype]))
     to = NamedSharding(mesh, leaf_spec(tuple(map(jax.tree_util.DictKey, name.split("/"))), leaf, mesh))
-    return sharding.build(shape, to, lambda part: found[part] if part else handle.get_tensor(name))
+    return sharding.build(shape, to, lambda part: stored[part] if part else handle.get_tensor(name))
 
 
 def _unflatten(arrays: dict[str, jax.Array], scales: dict[str, float]) -> tuple[PyTree, PyTree]:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,9 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ppo_jax.data.disk import swap
+from ppo_jax.data.disk import replaced_directory
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, hf, weights
+from ppo_jax.models.files import families, hf, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
 from ppo_jax.parallel import processes
 from ppo_jax.types import PyTree
@@ -50,10 +49,10 @@ class SequenceClassifier(NamedTuple):
 def is_sequence_classifier(path: str | Path) -> bool:
     """Whether `path` is a directory whose config.json names an architecture `...ForSequenceClassification`."""
     try:
-        found = read_json(Path(path) / "config.json").get("architectures")
+        names = read_json(Path(path) / "config.json").get("architectures")
     except (OSError, ValueError):
         return False
-    return isinstance(found, list) and any(str(name).endswith(CLASSIFIER) for name in found)
+    return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
 
 
 def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
@@ -76,7 +75,7 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     config = dataclasses.replace(config, tie_embeddings=True)
-    source = _tensors(hf.weight_files(where))
+    source = _find_tensors(hf.weight_files(where))
     source.pop("lm_head.weight", None)  # a leftover of the language model that it was trained from
     head_file = source.pop("score.weight", None)
     if head_file is None:
@@ -158,12 +157,14 @@ def save(
         BIAS: float(head["bias"]),
         META: dict(meta or {}),
     }
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        hf.save(partial, config, params, tokenizer, adapter=adapter)
-        processes.first_writes(lambda _: _finish(partial, path, kernel, fields))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    files = hf.plan_files(config, params, tokenizer, adapter)
+
+    def write(source: tensor_file.Pieces) -> None:
+        with replaced_directory(path) as partial:
+            files.write(partial, source)
+            _make_classifier(partial, kernel, fields)
+
+    processes.first_writes(write, files.source())
     return path
 
 
@@ -173,23 +174,22 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} already exists; choose another directory{advice}")
 
 
-def _finish(partial: Path, path: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
-    """Makes a classifier of a saved language model, and puts it in its place."""
-    (partial / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
-    _add_score(partial, kernel)
-    raw = json.loads((partial / "config.json").read_text(encoding="utf-8")) | fields
+def _make_classifier(where: Path, kernel: np.ndarray, fields: dict[str, Any]) -> None:
+    """Makes a classifier of a saved language model."""
+    (where / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    _add_score(where, kernel)
+    raw = json.loads((where / "config.json").read_text(encoding="utf-8")) | fields
     text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
-    (partial / "config.json").write_text(text, encoding="utf-8")
-    swap(partial, path)
+    (where / "config.json").write_text(text, encoding="utf-8")
 
 
 def _check_kind(raw: Mapping[str, Any]) -> None:
-    found = raw.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES.values():
-        raise ValueError(f"architectures={found!r} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
-    wanted = ARCHITECTURES.get(str(raw.get("model_type")))
-    if found[0] != wanted:
-        raise ValueError(f"architectures={found!r} contradicts model_type={raw.get('model_type')!r}")
+    classes = raw.get("architectures")
+    if not isinstance(classes, list) or len(classes) != 1 or classes[0] not in ARCHITECTURES.values():
+        raise ValueError(f"architectures={classes!r} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
+    expected = ARCHITECTURES.get(str(raw.get("model_type")))
+    if classes[0] != expected:
+        raise ValueError(f"architectures={classes!r} contradicts model_type={raw.get('model_type')!r}")
     names = raw.get("id2label")
     labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)  # transformers' default is 2
     if labels != 1:
@@ -203,18 +203,18 @@ def _bias(raw: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _tensors(files: list[Path]) -> dict[str, Path]:
+def _find_tensors(files: list[Path]) -> dict[str, Path]:
     """{tensor name: the file that holds it}."""
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as handle:
-                found |= dict.fromkeys(handle.keys(), file)
+                files_by_name |= dict.fromkeys(handle.keys(), file)
         except (SafetensorError, OSError, MemoryError, ValueError) as error:
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}); copy or download it again"
             ) from error
-    return found
+    return files_by_name
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
@@ -240,7 +240,7 @@ def _add_score(where: Path, kernel: np.ndarray) -> None:
         os.rename(where / hf.SINGLE, where / _BASE)
         content = {
             "metadata": {"total_size": (where / _BASE).stat().st_size},
-            "weight_map": dict.fromkeys(_tensors([where / _BASE]), _BASE),
+            "weight_map": dict.fromkeys(_find_tensors([where / _BASE]), _BASE),
         }
     save_file({"score.weight": np.ascontiguousarray(kernel.T)}, where / _SCORE, metadata={"format": "pt"})
     shutil.copymode(where / "config.json", where / _SCORE)

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +14,18 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.models import layout
+from ppo_jax.data.disk import keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, gguf, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
-from ppo_jax.models.layout import Tensor, check_params, tensors
+from ppo_jax.models.layout import Tensor, check_params, leaf, tensors
 from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PARTIAL = ".partial"  # folder in a model's directory while that is written
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -40,7 +38,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
       mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
 
     Returns:
-      The configuration and the parameters (jax arrays, laid out as `ModelConfig` says). Tensors are read one at a
+      The configuration and the parameters (jax arrays, laid out as `models.layout` says). Tensors are read one at a
       time, so the host holds little more than one stacked array beside the result. On a mesh each process reads the
       slices that its devices need, and the host holds one device's shard of one stacked array at a time. (A GGUF
       file's tensors are expanded whole, and cut then.)
@@ -99,11 +97,11 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
 
-    Everything is written into `path`/.partial first and moved from there, config.json last: a directory that has one
-    is complete, and one that cannot be replaced stays as it was. Of several processes, all of which have to call it,
-    the first one writes. Adapters are merged, and arrays fetched, one tensor of one layer at a time.
+    It is made beside `path` and put in its place: a directory that cannot be replaced stays as it was, and what else
+    lies in it (a README.md) is kept. Of several processes, all of which have to call it, the first one writes.
+    Adapters are merged, and arrays fetched, one tensor of one layer at a time.
 
     Args:
       path: made if absent.
@@ -121,35 +119,49 @@ def save(
       FileExistsError: the directory holds a model, and `overwrite` is off.
       OSError: it cannot be written, also in the processes that do not write.
     """
-    where, adapter = Path(path), adapter or {}
+    where = Path(path)
+    files = plan_files(config, params, tokenizer, adapter, dtype, max_shard_bytes)
+
+    def write(source: tensor_file.Pieces) -> None:
+        if any(file.exists() for file in _model_files(where)) and not overwrite:
+            raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
+        with replaced_directory(where) as partial:
+            files.write(partial, source)
+            keep_files(where, partial, without=[file.name for file in _model_files(where)])
+
+    first_writes(write, files.source())
+
+
+class ModelFiles(NamedTuple):
+    """The files of a model's directory, yet to be written."""
+
+    write: Callable[[Path, tensor_file.Pieces], None]  # into an empty directory, from the pieces of `source`
+    source: Callable[[], tensor_file.Pieces]  # collective, see `tensor_file.pieces`
+
+
+def plan_files(
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Any = None,
+    adapter: PyTree = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> ModelFiles:
+    """What `save` writes with these arguments. Raises ValueError as it does."""
+    adapter = adapter or {}
     raw = families.config_to_hf(config)
     merged = jax.eval_shape(lambda params, adapter: merge(params, adapter, config), params, adapter)
     check_params(config, merged)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer)
-    stored = jax.tree.map(lambda leaf: jnp.dtype(dtype or leaf.dtype), merged)
-    files = _plan(config, params, adapter, stored, max_shard_bytes)
+    dtypes = jax.tree.map(lambda array: jnp.dtype(dtype or array.dtype), merged)
+    files = _split_into_files(config, params, adapter, dtypes, max_shard_bytes)
 
-    def write(source: tensor_file.Pieces) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        if any(file.exists() for file in _model_files(where)) and not overwrite:
-            raise FileExistsError(f"{where} already holds a model; choose another directory or pass overwrite=True")
-        partial = where / PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            _write_texts(partial, config, raw, tokenizer)
-            _write_weights(partial, files, source)
-            for file in _model_files(where):
-                file.unlink(missing_ok=True)
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-                if file.is_dir():  # a tokenizer may have a folder of chat templates
-                    shutil.rmtree(where / file.name, ignore_errors=True)
-                os.replace(file, where / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    def write(where: Path, source: tensor_file.Pieces) -> None:
+        _write_texts(where, config, raw, tokenizer)
+        _write_weights(where, files, source)
 
-    first_writes(write, tensor_file.pieces(entry for entries in files.values() for entry in entries))
+    return ModelFiles(write, lambda: tensor_file.pieces(entry for entries in files.values() for entry in entries))
 
 
 def _model_files(where: Path) -> list[Path]:
@@ -232,29 +244,29 @@ def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: 
             )
 
 
-def _plan(
+def _split_into_files(
     config: ModelConfig, params: PyTree, adapter: PyTree, dtypes: PyTree, max_bytes: int
 ) -> dict[str, list[tensor_file.Entry]]:
     """{name of a file: what is in it}, each with at most `max_bytes`."""
 
-    def read(ours: Tensor, layer: int) -> tensor_file.Pieces:
-        array = merge_one(params, adapter, ours.key, layer).astype(layout.leaf(dtypes, ours.key))
-        return pieces(array.T if ours.transpose else array)
+    def read(tensor: Tensor, layer: int) -> tensor_file.Pieces:
+        array = merge_one(params, adapter, tensor.key, layer).astype(leaf(dtypes, tensor.key))
+        return pieces(array.T if tensor.transposed else array)
 
-    plan: list[list[tensor_file.Entry]] = [[]]
+    files: list[list[tensor_file.Entry]] = [[]]
     used = 0
-
-    for ours in tensors(config):
-        for layer in range(config.num_layers if ours.stacked else 1):
-            name, dtype = ours.name.format(layer), layout.leaf(dtypes, ours.key)
-            entry = tensor_file.Entry(name, dtype, ours.hf_shape, functools.partial(read, ours, layer))
-            if plan[-1] and used + entry.nbytes > max_bytes:
-                plan.append([])
+    for tensor in tensors(config):
+        dtype, shape = leaf(dtypes, tensor.key), tensor.hf_shape(config)
+        for layer in range(config.num_layers if tensor.stacked else 1):
+            read_layer = functools.partial(read, tensor, layer)
+            entry = tensor_file.Entry(tensor.hf_name.format(layer), dtype, shape, read_layer)
+            if files[-1] and used + entry.nbytes > max_bytes:
+                files.append([])
                 used = 0
-            plan[-1].append(entry)
+            files[-1].append(entry)
             used += entry.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
-    return dict(zip(names if len(plan) > 1 else [SINGLE], map(tensor_file.in_order, plan), strict=True))
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    return dict(zip(names if len(files) > 1 else [SINGLE], map(tensor_file.in_order, files), strict=True))
 
 
 def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:

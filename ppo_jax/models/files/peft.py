@@ -75,25 +75,24 @@ def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
 def _entries(adapter: PyTree, config: ModelConfig) -> list[tensor_file.Entry]:
     """What is in adapter_model.safetensors: one matrix of one layer at a time, float32."""
     _check(adapter)
-    first, found = first_layer(adapter, config), []
+    first, entries = first_layer(adapter, config), []
     for name, lora in adapter["lora"].items():
         for side, stack in (("A", lora.a), ("B", lora.b)):
             for i in range(stack.shape[0]):
                 module = "base_model.model." + _module(name, config).format(first + i)
                 read = functools.partial(lambda stack, i: pieces(stack[i].astype(jnp.float32).T), stack, i)
                 shape = tuple(stack.shape[:0:-1])
-                found.append(tensor_file.Entry(f"{module}.lora_{side}.weight", np.dtype(np.float32), shape, read))
-    return tensor_file.in_order(found)
+                entries.append(tensor_file.Entry(f"{module}.lora_{side}.weight", np.dtype(np.float32), shape, read))
+    return tensor_file.in_order(entries)
 
 
 def _module(name: str, config: ModelConfig) -> str:
     """`q` -> `model.layers.{}.self_attn.q_proj`."""
-    entry = next(entry for entry in tensors(config) if entry.key == f"layers.{name}")
-    return entry.name.removesuffix(".weight")
+    return next(tensor.hf_name for tensor in tensors(config) if tensor.name == name).removesuffix(".weight")
 
 
 def _check(adapter: PyTree) -> None:
     others = sorted(adapter.keys() - {"lora"})
     if others or not adapter.get("lora"):
-        found = f"replaces {', '.join(others)} as a whole" if others else "is empty"
-        raise ValueError(f"the peft format holds LoRA alone, and this adapter {found}; choose the merged format")
+        reason = f"replaces {', '.join(others)} as a whole" if others else "is empty"
+        raise ValueError(f"the peft format holds LoRA alone, and this adapter {reason}; choose the merged format")

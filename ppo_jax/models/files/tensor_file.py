@@ -90,8 +90,8 @@ def write(path: Path, entries: Sequence[Entry], source: Pieces, metadata: Mappin
 def _write_piece(file: BinaryIO, piece: np.ndarray | None, entry: Entry) -> int:
     """Bytes written. A transposed piece is made contiguous a few rows at a time."""
     if piece is None or piece.dtype != entry.dtype or piece.size == 0:
-        found = "nothing" if piece is None else f"{piece.dtype} {piece.shape}"
-        raise ValueError(f"{file.name}: {entry.name} is {entry.dtype} {entry.shape}, got {found}")
+        content = "nothing" if piece is None else f"{piece.dtype} {piece.shape}"
+        raise ValueError(f"{file.name}: {entry.name} is {entry.dtype} {entry.shape}, got {content}")
     rows = piece.reshape(1) if piece.ndim == 0 else piece
     step = max(1, _BLOCK * len(rows) // piece.nbytes)
     for start in range(0, len(rows), step):

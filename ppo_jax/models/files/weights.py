@@ -1,10 +1,6 @@
-"""The table of our parameters and the Hugging Face tensors that they are made of.
-
-The layout of the parameter tree is in `config.ModelConfig`.
-"""
+"""Builds the parameter tree from the tensors of a file, by the table of `models.layout`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.layout import Tensor, check_model, tensors
+from ppo_jax.models.layout import Tensor, check_model, nest, tensors
 from ppo_jax.models.placement import parameter_sharding
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import AXES, MeshConfig
@@ -38,7 +34,7 @@ def gather(
       read: name in the file -> the tensor, in Hugging Face's layout. Called once per tensor, so that the host never
         holds more than one of our arrays and one of theirs.
       rename: Hugging Face name -> name in the file.
-      mesh: where the arrays go, as `ppo_jax.sharding` says; by default to the default device.
+      mesh: where the arrays go, as `models.placement` says; by default to the default device.
       read_part: reads part of a tensor, for a mesh: the host then holds one shard of one of our arrays at a time, and
         a process reads what its own devices need. Without it a tensor is read whole, and cut.
 
@@ -48,56 +44,52 @@ def gather(
     if mesh is not None:
         check_model(config, MeshConfig(*(mesh.shape.get(axis, 1) for axis in AXES)))
     surplus = set(shapes)
-    for entry in tensors(config):
-        for layer in range(config.num_layers if entry.stacked else 1):
-            name = rename(entry.name.format(layer))
+    for tensor in tensors(config):
+        shape = tensor.hf_shape(config)
+        for layer in range(config.num_layers if tensor.stacked else 1):
+            name = rename(tensor.hf_name.format(layer))
             if name not in shapes:
-                raise ValueError(f"tensor {name} {entry.hf_shape} is missing")
-            if shapes[name] != entry.hf_shape:
-                raise ValueError(f"tensor {name} has shape {shapes[name]}, the configuration implies {entry.hf_shape}")
+                raise ValueError(f"tensor {name} {shape} is missing")
+            if shapes[name] != shape:
+                raise ValueError(f"tensor {name} has shape {shapes[name]}, the configuration implies {shape}")
             surplus.discard(name)
     if surplus:
         some = ", ".join(sorted(surplus)[:5]) + (", ..." if len(surplus) > 5 else "")
         raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}")
-
-    params: dict[str, Any] = {"layers": {}}
-    for entry in tensors(config):
-        parent, _, key = entry.key.rpartition(".")
-        (params[parent] if parent else params)[key] = _array(config, entry, read, rename, mesh, read_part)
-    return params
+    return nest({tensor.key: _read_array(config, tensor, read, rename, mesh, read_part) for tensor in tensors(config)})
 
 
-def _array(
+def _read_array(
     config: ModelConfig,
-    entry: Tensor,
+    tensor: Tensor,
     read: Callable[[str], np.ndarray],
     rename: Callable[[str], str],
     mesh: Mesh | None,
     read_part: ReadPart | None,
 ) -> jax.Array:
     """One of our arrays from its tensors."""
-    shape = (config.num_layers, *entry.shape) if entry.stacked else entry.shape
+    shape = tensor.shape(config)
 
-    def host(index: tuple[slice, ...], whole: bool) -> np.ndarray:
-        """Part `index` of our array."""
-        numbers = range(config.num_layers)[index[0]] if entry.stacked else range(1)
-        inner = index[1:] if entry.stacked else index
-        stack = np.empty((len(numbers), *(s.stop - s.start for s in inner)), jnp.dtype(config.dtype))
-        for i, layer in enumerate(numbers):
-            name = rename(entry.name.format(layer))
-            if whole or read_part is None:
-                found = read(name)
+    def read_slice(index: tuple[slice, ...], cut: bool) -> np.ndarray:
+        """Part `index` of our array; with `cut` no more of its tensors is read."""
+        layers = range(config.num_layers)[index[0]] if tensor.stacked else range(1)
+        inner = index[1:] if tensor.stacked else index
+        stack = np.empty((len(layers), *(s.stop - s.start for s in inner)), jnp.dtype(config.dtype))
+        for i, layer in enumerate(layers):
+            name = rename(tensor.hf_name.format(layer))
+            if cut and read_part is not None:
+                array = read_part(name, inner[::-1] if tensor.transposed else inner)
             else:
-                found = read_part(name, inner[::-1] if entry.transpose else inner)
-            stack[i] = found.T if entry.transpose else found
-        return stack if entry.stacked else stack[0]
+                array = read(name)
+            stack[i] = array.T if tensor.transposed else array
+        return stack if tensor.stacked else stack[0]
 
     everything = tuple(slice(0, n) for n in shape)
     if mesh is None:
         # A copy: on the CPU backend jax may otherwise share the numpy buffer.
-        return jnp.array(host(everything, whole=True), copy=True)
-    to = parameter_sharding(entry.key, shape, mesh)
+        return jnp.array(read_slice(everything, cut=False), copy=True)
+    to = parameter_sharding(tensor, config, mesh)
     if read_part is None:
-        array = host(everything, whole=True)
-        return sharding.build(shape, to, lambda index: array[index])
-    return sharding.build(shape, to, lambda index: host(index, whole=False))
+        host = read_slice(everything, cut=False)
+        return sharding.build(shape, to, lambda index: host[index])
+    return sharding.build(shape, to, lambda index: read_slice(index, cut=True))

@@ -1,12 +1,10 @@
 """What a checkpoint says of its arrays, {path: shape, dtype or kind of key, sums}, and what of it may be believed.
 
 A manifest is a foreign file's claim until the arrays are read: an array is read only where what is stored has the shape
-and dtype that the manifest names, and where all that is to be read together fits into this machine's memory.
+and dtype that the manifest names, and those are what the reader has asked for.
 """
 
 import json
-import math
-import os
 import re
 import zlib
 from collections.abc import Collection, Mapping
@@ -107,16 +105,6 @@ def _are_sums(entry: Mapping[str, Any], axes: int) -> bool:
         and all(type(total) is int for total in pieces.values())
         and all(_BOUNDS.fullmatch(bounds) and bounds.count(":") == axes for bounds in pieces)
     )
-
-
-def claimed(manifest: Manifest, names: Collection[str]) -> int:
-    """Bytes that arrays of these names take in memory."""
-    return sum(math.prod(manifest[name]["shape"]) * (_itemsize(manifest[name]["dtype"]) or 0) for name in names)
-
-
-def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def other_than_stored(manifest: Manifest, stored: Mapping[str, Any], names: Collection[str]) -> list[str]:

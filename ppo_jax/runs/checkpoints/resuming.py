@@ -11,6 +11,7 @@ import jax
 from ppo_jax.data.jsonl import read_jsonl, truncate_jsonl
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import rundir
 from ppo_jax.types import PyTree
 
@@ -69,10 +70,10 @@ def restore(
             return meta
 
         try:
-            kinds = IncompatibleRun, store.CheckpointError, store.DamagedCheckpoint, FileNotFoundError
+            kinds = IncompatibleRun, CheckpointError, DamagedCheckpoint, FileNotFoundError
             meta = agree(read_facts, *kinds)
             state, _ = store.restore(checkpoints, target, step)
-        except store.DamagedCheckpoint as error:
+        except DamagedCheckpoint as error:
             notify(f"damaged checkpoint: {error}")
             damaged.append((step, str(error)))
             continue
@@ -82,7 +83,7 @@ def restore(
                 notify(f"the damaged checkpoint of update {number} was moved to {kept}; going on from update {step}")
         return Restored(state, step, meta)
     if damaged:
-        raise store.CheckpointError(
+        raise CheckpointError(
             f"{checkpoints}: no checkpoint can be read:\n  " + "\n  ".join(text for _, text in damaged) + "\n"
             "Bring one back from a copy, or start anew with --overwrite or in another run directory"
         )

@@ -5,12 +5,13 @@ here is collective then, but for `close`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ppo_jax.parallel.agreement import of_first
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.errors import CheckpointSaveBroken, CheckpointSaveError
 from ppo_jax.train.loop import Exploded, LoopConfig, Stopped
 from ppo_jax.types import PyTree
 
@@ -18,7 +19,7 @@ from ppo_jax.types import PyTree
 class Saver:
     """`Saver(step, state, due)` after every update; a failed save is tried again 1, 2, 4, ... updates later.
 
-    best: the step that the best evaluation was at, or None; its checkpoint is kept.
+    best: asked at every save for the step that the best evaluation was at, or None; its checkpoint is kept.
     """
 
     def __init__(
@@ -28,10 +29,10 @@ class Saver:
         meta: Mapping[str, Any],
         notify: Callable[[str], None],
         last: int | None,
+        best: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.directory, self.loop, self.meta, self.notify = directory, loop, meta, notify
-        self.good = last
-        self.best: int | None = None
+        self.good, self.best = last, best
         self.pending: int | None = None  # given to Orbax, not yet known to be on disk
         self.retry: int | None = None  # the update at which a failed save is tried again
         self.patience = 1
@@ -67,8 +68,8 @@ class Saver:
             try:
                 store.save(self.manager, step, state, self.meta)
                 store.wait(self.manager)
-            except store.CheckpointSaveError as error:
-                if isinstance(error, store.CheckpointSaveBroken) or not self._published(step):
+            except CheckpointSaveError as error:
+                if isinstance(error, CheckpointSaveBroken) or not self._published(step):
                     raise
             finally:
                 self.close()
@@ -78,7 +79,7 @@ class Saver:
         """Lets the manager go. Errors were reported, or belong to a save that `settle` has not been asked about."""
         manager, self.manager = self.stack, None
         self.stack = contextlib.ExitStack()
-        with contextlib.suppress(store.CheckpointSaveError):
+        with contextlib.suppress(CheckpointSaveError):
             manager.close()
 
     def _save(self, step: int, state: PyTree) -> None:
@@ -96,22 +97,22 @@ class Saver:
         return step in of_first(steps)
 
     def _open(self) -> contextlib.AbstractContextManager[Any]:
-        return store.open_manager(self.directory, self.loop.keep, self.loop.keep_every, lambda: self.best)
+        return store.open_manager(self.directory, self.loop.keep, self.loop.keep_every, self.best)
 
     def _guard(self, step: int, action: Callable[[], None]) -> None:
         """Runs `action`; a failure to save closes the manager, is reported, and sets the time of the next try."""
         try:
             action()
-        except store.CheckpointSaveBroken:
+        except CheckpointSaveBroken:
             raise
-        except (store.CheckpointSaveError, OSError) as error:
+        except (CheckpointSaveError, OSError) as error:
             tried, self.pending = self.pending, None
             self.close()
             if self._published(tried):
                 self.good, self.patience = tried, 1
                 cause = error.__cause__ or error
                 self.notify(f"update {tried} is saved, but an older checkpoint could not be deleted: {cause}")
-                store.delete_old(self.directory, self.loop.keep, self.loop.keep_every, self.best)
+                store.delete_old(self.directory, self.loop.keep, self.loop.keep_every, self.best())
                 return
             self.retry, self.patience = step + self.patience, min(2 * self.patience, 64)
             last = "there is none yet" if self.good is None else f"the last good one is of update {self.good}"
@@ -126,9 +127,10 @@ def saver(
     meta: Mapping[str, Any],
     notify: Callable[[str], None],
     last: int | None,
+    best: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Saver]:
     """A `Saver` for the length of the block, at whose end the last save is waited for."""
-    found = Saver(directory, loop, meta, notify, last)
+    found = Saver(directory, loop, meta, notify, last, best)
     try:
         yield found
         found.settle()
@@ -136,23 +138,23 @@ def saver(
         found.close()
 
 
-def leave(error: Stopped, keep: Saver, given: Sequence[tuple[int, PyTree]]) -> NoReturn:
+def leave(error: Stopped, keep: Saver, given: tuple[int, PyTree] | None) -> NoReturn:
     """Raises the error again, with what is on disk; a state that is not there is tried once more.
 
     Args:
-      given: the last update that was done, and its state; empty where none was.
+      given: the last update that was done, and its state; None where none was.
 
     Raises:
       Stopped: in place of Interrupted, where the state could not be saved: what was done since is lost.
     """
     saved = keep.settle()
     if isinstance(error, Exploded):
-        raise Exploded(f"{error}. {_way_back(keep.directory, given[-1][0] if given else saved)}") from None
-    if given and saved != given[-1][0]:
+        raise Exploded(f"{error}. {_way_back(keep.directory, given[0] if given else saved)}") from None
+    if given and saved != given[0]:
         try:
-            keep.insist(*given[-1])
+            keep.insist(*given)
             saved = keep.good
-        except (store.CheckpointSaveError, OSError) as failure:
+        except (CheckpointSaveError, OSError) as failure:
             left = "no update has been saved" if saved is None else f"--resume goes on from update {saved}"
             raise Stopped(f"{error}; its state is not saved: {failure}; {left}") from None
     on_disk = "no update has been saved" if saved is None else f"update {saved} is saved"

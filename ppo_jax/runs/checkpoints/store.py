@@ -8,13 +8,12 @@ as their words, empty arrays in the manifest alone (Orbax takes neither).
 An array that is spread over several processes has one sum for each of its pieces (`checksums`). What fails in one
 process, fails in all of them, with the same error (`agreement`): those functions here that say so are collective.
 
-    with checkpoint.open_manager(run / "checkpoints", keep=3) as manager:
-        checkpoint.save(manager, step, state, {"config": config_yaml})
-    state, step = checkpoint.restore(run / "checkpoints", abstract_state)
+    with store.open_manager(run / "checkpoints", keep=3) as manager:
+        store.save(manager, step, state, {"config": config_yaml})
+    state, step = store.restore(run / "checkpoints", abstract_state)
 """
 
 import contextlib
-import errno
 import functools
 import json
 import shutil
@@ -28,32 +27,27 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo_jax.data.disk import parse_json
 from ppo_jax.parallel.agreement import agree, anywhere, of_first
 from ppo_jax.runs.checkpoints import checksums, manifests
 from ppo_jax.runs.checkpoints.barrier import save_barrier
+from ppo_jax.runs.checkpoints.errors import (
+    CheckpointError,
+    CheckpointSaveBroken,
+    CheckpointSaveError,
+    DamagedCheckpoint,
+)
 from ppo_jax.runs.checkpoints.manifests import Manifest
 from ppo_jax.runs.checkpoints.quiet import quiet
+from ppo_jax.runs.checkpoints.reading import (
+    FORMAT,
+    LARGEST_META,
+    all_steps,
+    find_step,
+    first_line,
+    read_document,
+    read_leaves,
+)
 from ppo_jax.types import PyTree
-
-FORMAT = 2
-LARGEST_META = 1 << 26  # bytes of a checkpoint's description that are read
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the state it is read into."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are missing, truncated, or not those that were saved."""
-
-
-class CheckpointSaveError(RuntimeError):
-    """A save that failed, at once or in the background. What was saved before is untouched."""
-
-
-class CheckpointSaveBroken(CheckpointSaveError):
-    """One of several processes failed where the others cannot know of it: this one has to end."""
 
 
 class _Keep(ocp.checkpoint_managers.PreservationPolicy):
@@ -182,11 +176,6 @@ def wait(manager: ocp.CheckpointManager) -> None:
     agree(finish, CheckpointSaveError)
 
 
-def all_steps(directory: str | Path) -> list[int]:
-    """Steps of the complete checkpoints under `directory`, oldest first (empty where there are none)."""
-    return sorted(ocp.utils.checkpoint_steps(Path(directory).resolve()))
-
-
 def latest_step(directory: str | Path) -> int | None:
     """The newest complete step under `directory`, or None."""
     return max(all_steps(directory), default=None)
@@ -194,7 +183,7 @@ def latest_step(directory: str | Path) -> int | None:
 
 def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
     """What the caller gave `save` as `meta`, of `step` (None: the newest)."""
-    return _read_document(*_find(directory, step))["meta"]
+    return read_document(*find_step(directory, step))["meta"]
 
 
 def restore(directory: str | Path, target: PyTree, step: int | None = None, part: bool = False) -> tuple[PyTree, int]:
@@ -212,24 +201,21 @@ def restore(directory: str | Path, target: PyTree, step: int | None = None, part
     """
     leaves = manifests.flatten(target)
     kinds = CheckpointError, DamagedCheckpoint, FileNotFoundError
-    step = of_first(agree(lambda: _find(directory, step)[1], *kinds))
+    step = of_first(agree(lambda: find_step(directory, step)[1], *kinds))
 
     def read() -> tuple[dict[str, Any], int]:
-        path, found = _find(directory, step)
-        manifest: Manifest = _read_document(path, found)["manifest"]
+        path, found = find_step(directory, step)
+        manifest: Manifest = read_document(path, found)["manifest"]
         asked = {name: entry for name, entry in manifest.items() if not part or name in leaves}
         wanted_manifest = {name: manifests.describe(leaf) for name, leaf in leaves.items()}
         if differences := manifests.compare(asked, wanted_manifest):
             raise CheckpointError(f"{path / str(found)} does not fit the state:\n  " + "\n  ".join(differences))
         wanted = {name: _restore_args(leaf) for name, leaf in leaves.items() if np.size(leaf)}
-        return _read_checked(path, found, manifest, wanted), found
+        return read_leaves(path, found, manifest, wanted), found
 
     arrays, number = agree(read, *kinds)
     back = [_as_target(leaf, arrays.get(name)) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(target), back), number
-
-
-array_sum = checksums.array_sum
 
 
 def preempted(step: int) -> str | None:
@@ -245,44 +231,7 @@ def read_manifest(directory: str | Path, step: int | None = None) -> Manifest:
 
     Equal for states that are bitwise equal.
     """
-    return _read_document(*_find(directory, step))["manifest"]
-
-
-def read_arrays(directory: str | Path, paths: Sequence[str], step: int | None = None) -> dict[str, np.ndarray]:
-    """Some leaves of `step` (None: the newest) by their paths, without a state to put them into. Errors: `restore`."""
-    path, step = _find(directory, step)
-    manifest: Manifest = _read_document(path, step)["manifest"]
-    if missing := [name for name in paths if name not in manifest]:
-        raise CheckpointError(f"{path / str(step)} has no {', '.join(missing)}")
-    if (size := manifests.claimed(manifest, paths)) > manifests.memory():
-        raise CheckpointError(f"{path / str(step)}: claims {size} bytes of arrays, more than this machine's memory")
-    return _read_checked(path, step, manifest, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in paths})
-
-
-def _read_checked(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """The stored arrays, compared with their sums. The handler itself is asked: it waits for no other process."""
-    quiet()
-    folder, handler = path / str(step) / "arrays", ocp.PyTreeCheckpointHandler()
-
-    def read(args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-        item = dict.fromkeys(args, 0)
-        with _read_errors(path, step):
-            # The headers first: an array without contents takes no place on a disk, whatever its size.
-            large = [
-                file for file in folder.rglob("*") if file.parent.name != "d" and file.stat().st_size > LARGEST_META
-            ]
-            if large:
-                raise ValueError(f"{large[0].name} has {large[0].stat().st_size} bytes, {LARGEST_META} are allowed")
-            if wrong := manifests.other_than_stored(manifest, handler.metadata(folder).tree, args):
-                raise ValueError("; ".join(wrong[:3]))
-            request = ocp.args.PyTreeRestore(item=item, restore_args=dict(args), partial_restore=True)
-            return handler.restore(folder, args=request)
-
-    arrays = read(wanted)
-    whole = lambda names: read({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})  # noqa: E731
-    if wrong := checksums.changed(manifest, arrays, whole):
-        raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(wrong)}")
-    return arrays
+    return read_document(*find_step(directory, step))["manifest"]
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
@@ -314,61 +263,6 @@ def _as_target(leaf: Any, value: Any) -> Any:
     return jnp.asarray(value)
 
 
-def _find(directory: str | Path, step: int | None) -> tuple[Path, int]:
-    path = Path(directory).resolve()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory of checkpoints")
-    steps = all_steps(path)
-    if not steps:
-        raise FileNotFoundError(f"{path}: holds no complete checkpoint")
-    if step is not None and step not in steps:
-        raise FileNotFoundError(f"{path}: holds no step {step}; it has {', '.join(map(str, steps))}")
-    return path, steps[-1] if step is None else step
-
-
-def _read_document(path: Path, step: int) -> dict[str, Any]:
-    file = path / str(step) / "meta" / "metadata"  # as ocp.JsonCheckpointHandler names it
-    with _read_errors(path, step):
-        if (size := file.stat().st_size) > LARGEST_META:
-            raise ValueError(f"meta has {size} bytes, the largest that is read is {LARGEST_META}")
-        document = parse_json(file.read_bytes())
-    old = isinstance(document, dict) and "checksum" not in document and document.get("format") != FORMAT
-    if not old and (not isinstance(document, dict) or document.get("checksum") != manifests.document_sum(document)):
-        raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not what was saved")
-    if document.get("format") != FORMAT:
-        raise CheckpointError(f"{path / str(step)}: format {document.get('format')!r}, this version reads {FORMAT}")
-    if wrong := manifests.malformed(document.get("manifest")):
-        raise DamagedCheckpoint(f"{path / str(step)}: {wrong}")
-    return document
-
-
-@contextlib.contextmanager
-def _read_errors(path: Path, step: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        if _passing(error):
-            raise CheckpointError(f"{path / str(step)}: cannot be read now: {_first_line(error)}") from error
-        raise DamagedCheckpoint(f"{path / str(step)}: cannot be read: {_first_line(error)}") from error
-
-
-def _passing(error: BaseException | None) -> bool:
-    """Whether it says nothing of the files: no memory, no permission, a disk that does not answer."""
-    while error is not None:
-        if isinstance(error, MemoryError | PermissionError) or getattr(error, "errno", None) == errno.EIO:
-            return True
-        if any(word in str(error) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _first_line(error: Exception) -> str:
-    """Orbax adds pages of advice; TensorStore says where in its own source, and has the reason at the end."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].split(" [source locations=")[0].strip()
-    return text if len(text) <= 400 else f"{text[:150]} ... {text[-200:]}"
-
-
 @contextlib.contextmanager
 def _save_errors(
     manager: ocp.CheckpointManager, kind: type[CheckpointSaveError] = CheckpointSaveError
@@ -376,7 +270,7 @@ def _save_errors(
     try:
         yield
     except Exception as error:  # a full disk, a vanished directory and the like, in Orbax's many kinds
-        raise kind(f"{manager.directory}: a checkpoint could not be saved: {_first_line(error)}") from error
+        raise kind(f"{manager.directory}: a checkpoint could not be saved: {first_line(error)}") from error
 
 
 def _check_writable(path: Path) -> None:

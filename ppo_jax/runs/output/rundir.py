@@ -37,14 +37,14 @@ LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPO
 
 
 def holds_run(path: str | os.PathLike) -> bool:
-    """Whether `path` holds a run: a config.yaml or a metrics.jsonl."""
+    """Tell whether `path` holds a run: a config.yaml or a metrics.jsonl."""
     return any((Path(path) / name).exists() for name in (CONFIG, METRICS))
 
 
 def open_run(
     path: str | os.PathLike, resume: bool | Literal["no", "yes", "auto"] = False, overwrite: bool = False
 ) -> Path:
-    """Makes `path` ready for a run and returns it.
+    """Make `path` ready for a run and return it.
 
     A new or empty directory is taken as it is, and one that holds other things keeps them. A directory that
     already holds a run is refused, unless
@@ -85,7 +85,7 @@ def open_run(
 
 
 def truncate_run(path: str | os.PathLike, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
-    """Drops what a resumed run wrote after `step`: metrics of `phases`, and samples."""
+    """Drop what a resumed run wrote after `step`: metrics of `phases`, and samples."""
     truncate_jsonl(Path(path) / METRICS, step, phases)
     truncate_jsonl(Path(path) / SAMPLES, step)
 
@@ -97,7 +97,7 @@ def write_samples(
     responses: Sequence[str],
     scores: Mapping[str, Sequence[float]],
 ) -> None:
-    """Appends one line per sample to samples.jsonl: {"step", "index", "prompt", "response", "scores": {name: number}}.
+    """Append one line per sample to samples.jsonl: {"step", "index", "prompt", "response", "scores": {name: number}}.
 
     `index` counts the prompts of this call, so give the same prompts in the same order at every step.
     Raises ValueError when the lists differ in length.
@@ -121,19 +121,19 @@ def write_samples(
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
-    """Writes summary.json, whole or not at all (NaN as null)."""
+    """Write summary.json, whole or not at all (NaN as null)."""
     text = json.dumps(strict(summary), indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(Path(path) / SUMMARY, f"{text}\n".encode("utf-8", "replace"))
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """The record that `write_summary` wrote; {} when there is none."""
+    """Read the record that `write_summary` wrote; {} when there is none."""
     file = Path(path) / SUMMARY
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
-    """The run directory, opened by process 0 alone.
+    """Open the run directory, in process 0 alone, and return its path to all.
 
     Every other process is given a private directory that goes when it ends, with a copy of the records so far and the
     run's own `checkpoints`: what all processes write is a checkpoint, and what they read is the same in all. The

@@ -91,16 +91,13 @@ class Crowd:
         rows = [*setup.prompts.rows, *setup.held_out.rows]
         self.slots = max(map(len, rows))  # whatever a seed holds out, every member's prompts have this length
         self.pad_id = setup.model.pad_id
-        algorithm = Algorithm(
-            setup.model.config, setup.ppo, make_optimizer(setup.ppo.optimizer), setup.device_reward
-        )
+        algorithm = Algorithm(setup.model.config, setup.ppo, make_optimizer(setup.ppo.optimizer), setup.reward.device)
         self.texts: list[Sequence[str]] = [()] * count
         self.metadata: list[Sequence[dict[str, Any]]] = [()] * count
-        if setup.device_reward is not None:
+        if setup.reward.host is None:
             self.iterate = make_members(algorithm)
         else:
-            assert setup.host_reward is not None
-            reward = SplitReward(setup.host_reward)
+            reward = SplitReward(setup.reward.host)
             self.iterate = make_host_members(algorithm, reward, setup.model.decode, self.texts, self.metadata)
         self.places: Places | None = None  # made when the first member comes
         self.states: Any = None
@@ -125,7 +122,10 @@ class Crowd:
         self.states, metrics = self.iterate(self.states, some.frozen, prompts, hypers, feed_members(active))
         values, shown = fetch((metrics, {name: getattr(self.states, name) for name in SHOWN}))
         return [
-            (self._state(place, shown), {name: (total[place], number[place]) for name, (total, number) in values.items()})
+            (
+                self._state(place, shown),
+                {name: (total[place], number[place]) for name, (total, number) in values.items()},
+            )
             if active[place]
             else None
             for place in range(self.count)

@@ -45,7 +45,10 @@ class SweepConfig:
     """A trial that has been taken up so often is given up."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("search", ("tpe", "random", "grid", "cmaes")), ("prune", ("off", "halving", "hyperband"))):
+        for name, allowed in (
+            ("search", ("tpe", "random", "grid", "cmaes")),
+            ("prune", ("off", "halving", "hyperband")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         least = dict(trials=1, members=1, prune_after=0, prune_factor=2, chunk=0, seed=0, attempts=1)
@@ -180,7 +183,9 @@ def describe_plan(plan: Plan, updates: int, seconds: float | None = None) -> lis
     seeds = len(space.seeds)
     each = f", each with {seeds} seeds ({', '.join(map(str, space.seeds))})" if seeds > 1 else ""
     lines = [f"{plan.trials} trials by {config.search}{each}: {plan.runs} runs of {updates} updates"]
-    lines += [f"  {one.path}: {one.text}{'' if one.traced else '   (a program for each value)'}" for one in space.ranges]
+    lines += [
+        f"  {one.path}: {one.text}{'' if one.traced else '   (a program for each value)'}" for one in space.ranges
+    ]
     lines += [f"objective: {', '.join(map(in_words, config.objective))}"]
     if config.prune != "off":
         lines += [f"pruned by {config.prune} on {in_words(config.prune_metric or config.objective[0])}"]

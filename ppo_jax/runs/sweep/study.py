@@ -199,7 +199,9 @@ class Study:
         def tell() -> None:
             if self._frozen(number).state.is_finished():
                 return
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another has taken it up, and ended it
+            with contextlib.suppress(
+                optuna.exceptions.UpdateFinishedTrialError
+            ):  # another has taken it up, and ended it
                 for name, fact in facts.items():
                     self.storage.set_trial_user_attr(self._id(number), name, fact)
                 self.study.tell(number, list(values))

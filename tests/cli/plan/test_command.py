@@ -12,8 +12,17 @@ from rich.console import Console
 
 from ppo_jax.cli import main as cli
 from ppo_jax.cli.plan.chips import CHIPS, GIB, bound, topology
-from ppo_jax.cli.plan.command import PlanError, Report, compile_program, make_plan, show, smaller
-from ppo_jax.cli.plan.programs import PlanSettings, Program, arguments, check, claimed, held, measure, model_config
+from ppo_jax.cli.plan.command import PlanError, Report, compile_program, make_plan, show, shrink
+from ppo_jax.cli.plan.programs import (
+    PlanSettings,
+    Program,
+    arguments,
+    check,
+    claimed_bytes,
+    held_bytes,
+    measure,
+    model_config,
+)
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.files.families import config_to_hf
@@ -121,7 +130,7 @@ def test_what_stays_is_what_a_run_holds(tiny: str) -> None:
     def held_with(ppo: PPOConfig, policy: AdapterConfig = FULL) -> dict[str, int]:
         given = settings(tiny, "cpu:8", policy=policy, ppo=ppo, compute=ModelOptions("float32"))
         mesh = make_mesh(given.mesh)
-        return held(arguments(given, check(given), mesh))
+        return held_bytes(arguments(given, check(given), mesh))
 
     plain = held_with(PPOConfig())
     assert list(plain) == ["base", "reward", "policy", "optimizer"]
@@ -172,8 +181,8 @@ def test_the_bound_is_the_slowest_resource() -> None:
 def test_both_ways_in_which_libtpu_runs_out_of_memory_are_read() -> None:
     total = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm. Exceeded by 13.75G."
     temporaries = "the total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G)."
-    assert claimed(total) == 29.5 * GIB and claimed(temporaries) == GIB / 2
-    assert claimed("INTERNAL: something else") is None
+    assert claimed_bytes(total) == 29.5 * GIB and claimed_bytes(temporaries) == GIB / 2
+    assert claimed_bytes("INTERNAL: something else") is None
 
 
 # -- search and advice, on a made-up cost of memory ------------------------------------------------------------------
@@ -212,9 +221,9 @@ def test_the_search_ends_where_micro_batches_no_longer_divide_over_the_mesh() ->
     assert found["programs"][-1]["choices"] == {"remat": "full", "accumulate": 2}
     text = shown(found)
     assert "search: 1 did not fit; update with --compute.remat full --ppo.accumulate 2 does not fit either" in text
-    assert smaller(settings(batch=32)) is None
+    assert shrink(settings(batch=32)) is None
     grouped = PPOConfig(group_size=2)  # 64 responses: micro-batches of 8 remain
-    assert smaller(settings(batch=32, ppo=grouped)) is not None and smaller(settings(batch=16, ppo=grouped)) is None
+    assert shrink(settings(batch=32, ppo=grouped)) is not None and shrink(settings(batch=16, ppo=grouped)) is None
 
 
 def test_the_search_is_judged_by_what_it_searched() -> None:

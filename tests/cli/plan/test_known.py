@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ppo_jax.cli.plan.known import KNOWN, known_config, short
+from ppo_jax.cli.plan.known import KNOWN, known_config, short_name
 from ppo_jax.models.files.families import config_from_hf, config_to_hf
 from ppo_jax.models.layout import init_params
 
@@ -33,7 +33,7 @@ def test_every_known_model_has_the_published_number_of_parameters() -> None:
         shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), known_config(name)))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    assert {short(name): parameters(name) for name in KNOWN} == COUNTS
+    assert {short_name(name): parameters(name) for name in KNOWN} == COUNTS
 
 
 @pytest.mark.parametrize("name", KNOWN)

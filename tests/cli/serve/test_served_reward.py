@@ -46,13 +46,12 @@ def test_served_and_called_scores_are_the_local_ones(tmp_path: Path, monkeypatch
 def test_a_lora_model_is_served_on_its_base(tmp_path: Path):
     """Adapter, head and base of three places; the adapter counts, and HTTP changes nothing."""
     hf.save(tmp_path / "base", CONFIG, MODEL.params, make_tokenizer())
-    base = load_model(tmp_path / "base")
-    plain = init_adapter(jax.random.key(1), base.params, CONFIG, AdapterConfig(layers=1, rank=2))
+    model = load_model(tmp_path / "base")
+    plain = init_adapter(jax.random.key(1), model.params, CONFIG, AdapterConfig(layers=1, rank=2))
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), plain)
     head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG.hidden_size)))["params"]
     for name, tree in (("plain", plain), ("lora", adapter)):
-        about = dict(config=CONFIG, base=base.name, base_fingerprint=base.fingerprint)
-        artifacts.save(tmp_path / name, "reward", tree, head, {}, **about)
+        artifacts.save(tmp_path / name, "reward", tree, head, model.base)
     prompts, responses = ["ab", "c", "de fg"], ["cd", " e.", "h"]
     scorer = load_scorer(tmp_path / "lora", batch_sizes=(4,))
     expected, without = scorer.score(prompts, responses), load_scorer(tmp_path / "plain").score(prompts, responses)

@@ -55,9 +55,11 @@ ADAPTERS = {
 }
 
 
+BASE = artifacts.Base("some/model", "f" * 64, CONFIG)
+
+
 def save(path: Path, kind: artifacts.Kind = "policy", adapter: PyTree = LORA, head: PyTree = VALUE, **more) -> Path:
-    given = dict(config=CONFIG, base="some/model", base_fingerprint="f" * 64) | more
-    return artifacts.save(path, kind, adapter, head, **given)
+    return artifacts.save(path, kind, adapter, head, **{"base": BASE} | more)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -134,7 +136,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_rope_scaling_survives_json(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, rope_scaling=LLAMA3)
-    artifacts.check_base(artifacts.load(save(tmp_path / "a", config=config)), "f" * 64, config)
+    artifacts.check_base(artifacts.load(save(tmp_path / "a", base=BASE._replace(config=config))), "f" * 64, config)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ def test_rope_scaling_survives_json(tmp_path: Path) -> None:
         ({"lora": {"x": Lora(jnp.zeros((3, 32, 2)), jnp.zeros((3, 2, 32)), 1.0)}}, "the model has no layers.x"),
         ({"layers": {"q": jnp.zeros((4, 32, 32))}}, r"stacked over \[4\] layers of 3"),
         ({"layers": {"attention_norm": jnp.zeros((2, 32)), "mlp_norm": jnp.zeros((1, 32))}}, r"over \[1, 2\] layers"),
+        ({"layers": {"mlp_norm": jnp.zeros(32)}}, r"layers/mlp_norm has shape \(32,\), the model needs \(3, 32\)"),
         ({"embedding": jnp.zeros((66, 32))}, r"adapter/embedding has shape \(66, 32\), the model needs \(67, 32\)"),
         ({"unembedding": jnp.zeros((67, 32))}, "the model has no unembedding"),
         ({"final_norm": jnp.zeros(32, jnp.float16)}, "adapter/final_norm is float16; supported: float32, bfloat16"),
@@ -268,6 +271,14 @@ def test_damaged_arrays(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         artifacts.load(path)
     assert str(path / artifacts.ARRAYS) in str(error.value)
+
+
+def test_an_unknown_linear_map_is_refused_on_a_mesh_too(tmp_path: Path) -> None:
+    path = save(tmp_path / "a")
+    rearray(path, adapter__lora__x__a=np.zeros((2, 32, 2), np.float32), adapter__lora__x__b=np.zeros((2, 2, 32), "f4"))
+    message = r"arrays.safetensors: adapter/lora has \['down', .*'x'\], lora_scales of"
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), pytest.raises(ValueError, match=message):
+        artifacts.load(path)
 
 
 def test_arrays_that_do_not_fit_their_own_base(tmp_path: Path) -> None:

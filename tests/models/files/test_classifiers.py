@@ -1,6 +1,7 @@
 """Sequence classifiers: the scores of transformers from its own directories, and ours read by transformers."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -130,8 +131,7 @@ def test_a_model_in_several_files_is_read_by_both(
     ours: tuple[Path, FullReward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, arrays = ours
-    real = hf.save
-    monkeypatch.setattr(hf, "save", lambda *args, **more: real(*args, **more, max_shard_bytes=4000))
+    monkeypatch.setattr(hf, "plan_files", functools.partial(hf.plan_files, max_shard_bytes=4000))
     classifiers.save(path, CONFIG, arrays.params, arrays.head, make_tokenizer(), overwrite=True)
     assert len(list(path.glob("*.safetensors"))) > 3
     found = classifiers.load(path)

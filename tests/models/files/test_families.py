@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.files.families import FAMILIES, config_from_hf, config_to_hf
-from ppo_jax.models.layout import check_params, tensors
-from tests.models.tiny import CONFIG, LLAMA3, random_params
+from tests.models.tiny import CONFIG, LLAMA3
 
 # The fields of config.json of SmolLM2-135M-Instruct that matter, as transformers 4 wrote them.
 SMOLLM2 = {
@@ -241,22 +240,3 @@ def test_transformers_reads_the_same_config(flags: dict) -> None:
 def test_a_config_that_the_family_cannot_express(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_to_hf(dataclasses.replace(CONFIG, **changes))
-
-
-def test_the_table_is_the_parameter_tree() -> None:
-    biased = dataclasses.replace(
-        CONFIG, attention_bias=True, output_bias=True, mlp_bias=True, tie_embeddings=False, head_dim=10
-    )
-    for config in (CONFIG, biased):
-        check_params(config, random_params(config))
-        assert len({entry.key for entry in tensors(config)}) == len(tensors(config))
-
-
-def test_parameters_that_do_not_fit_are_named() -> None:
-    params = random_params(CONFIG)
-    with pytest.raises(ValueError, match=r"unembedding is missing; the configuration needs it with shape \(67, 32\)"):
-        check_params(dataclasses.replace(CONFIG, tie_embeddings=False), params)
-    with pytest.raises(ValueError, match=r"layers.q has shape \(3, 32, 32\), expected \(3, 32, 64\)"):
-        check_params(dataclasses.replace(CONFIG, head_dim=16), params)
-    with pytest.raises(ValueError, match="'lora'"):
-        check_params(CONFIG, params | {"lora": params["final_norm"]})

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.files import gguf, gguf_container, hf
 from ppo_jax.models.files.tokenizer import load_tokenizer
+from ppo_jax.models.layout import TENSORS
 from tests.models.tiny import CONFIG, equal, random_params
 
 WIDE = dataclasses.replace(
@@ -356,3 +357,7 @@ def test_the_gguf_package_reads_the_same(good: Path) -> None:
     assert list(tensors) == [t.name for t in theirs.tensors]
     for found in theirs.tensors:
         np.testing.assert_array_equal(gguf_container.dequantize(found.name, tensors[found.name]), found.data)
+
+
+def test_every_array_of_a_model_has_a_name_in_a_file() -> None:
+    assert set(gguf.NAMES) == {tensor.hf_name.split(".")[-2] for tensor in TENSORS}

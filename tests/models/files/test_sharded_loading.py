@@ -69,7 +69,7 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused_before_reading(tmp_pat
 @pytest.mark.parametrize("config", MESHES, ids=str)
 def test_every_number_is_read_once_and_a_shard_at_a_time(config: MeshConfig) -> None:
     shapes = {
-        e.name.format(i): e.hf_shape
+        e.hf_name.format(i): e.hf_shape(CONFIG)
         for e in layout.tensors(CONFIG)
         for i in range(CONFIG.num_layers if e.stacked else 1)
     }

@@ -126,9 +126,9 @@ def test_an_old_one_that_cannot_be_deleted_makes_no_new_one_unsaved(tmp_path: Pa
         keep(6, BIG, False)
         keep.insist(6, BIG)  # nor does it harm the last one
         with pytest.raises(Interrupted, match="stopped; update 6 is saved"):
-            leave(Interrupted("stopped"), keep, [(6, BIG)])
+            leave(Interrupted("stopped"), keep, (6, BIG))
         with pytest.raises(Interrupted, match="stopped; update 7 is saved"):
-            leave(Interrupted("stopped"), keep, [(7, BIG)])
+            leave(Interrupted("stopped"), keep, (7, BIG))
     assert restored(tmp_path) == 7
 
 
@@ -141,12 +141,12 @@ def test_a_stop_request_is_only_done_when_the_state_is_on_disk(tmp_path: Path):
         with small_disk(10_000):
             keep(4, BIG, True)
             with pytest.raises(Stopped, match="not saved: .*--resume goes on from update 2") as error:
-                leave(Interrupted("stopped by SIGTERM after update 4"), keep, [(4, BIG)])
+                leave(Interrupted("stopped by SIGTERM after update 4"), keep, (4, BIG))
         assert not isinstance(error.value, Interrupted)
         keep(5, BIG, False)
         with small_disk(10_000):
             keep(6, BIG, True)
             keep.settle()
         with pytest.raises(Interrupted, match="after update 6; update 6 is saved. Go on with --resume"):
-            leave(Interrupted("stopped by SIGTERM after update 6"), keep, [(6, BIG)])  # tried once more
+            leave(Interrupted("stopped by SIGTERM after update 6"), keep, (6, BIG))  # tried once more
     assert restored(tmp_path) == 6

@@ -1,79 +1,22 @@
-"""Configurations: YAML round trips, errors that name the place, the command line as a person types it."""
+"""Configurations: YAML round trips, and errors that name the place."""
 
 import dataclasses
-import enum
 import math
-import subprocess
-import sys
+import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ppo_jax.cli.parse import parse
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.runs.output import config
-from ppo_jax.runs.output.config import ConfigError, from_yaml, to_yaml
-from ppo_jax.types import Hyper
-
-
-class Schedule(enum.Enum):
-    CONSTANT = 1
-    COSINE = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    rank: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    layers: int = 2
-
-
-class Span(NamedTuple):
-    start: int
-    stop: int = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimiser:
-    """How parameters move."""
-
-    epochs: int = 4
-    """Passes over each rollout."""
-    kind: Literal["k1", "k2", 3, None] = "k1"
-    schedule: Schedule = Schedule.COSINE
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs} must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run of everything that a field can be."""
-
-    out: Path = Path("runs/a")
-    """Where the run goes."""
-    name: str = "x"
-    overwrite: bool = False
-    target: float | None = None
-    budget: int | float | str = 1
-    sizes: tuple[int, ...] = (1, 2)
-    pair: tuple[int, str] = (1, "a")
-    extra: dict[str, float] = dataclasses.field(default_factory=dict)
-    optimiser: Optimiser = Optimiser()
-    hyper: Hyper = Hyper()
-    span: Span | None = None
-    adapter: Lora | TopK = Lora()
-    adapters: tuple[Lora | TopK, ...] = ()
-    derived: int = dataclasses.field(default=0, init=False)
-
+from ppo_jax.runs.output.config import from_yaml, nearest, to_yaml
+from ppo_jax.runs.output.plain_yaml import ConfigError
+from ppo_jax.types import Hyper, Off
+from tests.settings import Lora, Optimiser, Resumable, Run, Schedule, Span, TopK
 
 FLOATS = st.floats(allow_nan=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -81,7 +24,7 @@ INTEGERS = st.integers(-(2**63), 2**63 - 1)
 ADAPTERS = st.one_of(st.builds(Lora, INTEGERS), st.builds(TopK, INTEGERS))
 RUNS = st.builds(
     Run,
-    out=TEXT.map(Path),
+    out=TEXT.map(os.path.expanduser).map(Path),
     name=TEXT,
     overwrite=st.booleans(),
     target=st.none() | FLOATS,
@@ -174,11 +117,21 @@ def test_numpy_and_jax_scalars_become_plain_numbers() -> None:
         ("optimiser: {epochs: true}", "optimiser.epochs: expected an int, got true"),
         ("overwrite: 1", "overwrite: expected true or false, got 1 (int)"),
         ("overwrite: 'yes'", "overwrite: expected true or false, got 'yes'"),
-        ("name: 12", "name: expected text, got 12 (int)"),
+        ("name: 12", "name: expected text, got 12 (int); put text that looks like another value in quotes"),
+        ("name: true", "name: expected text, got true; put text that looks like another value in quotes"),
         ("name: 2024-01-01", "name: expected text, got datetime.date(2024, 1, 1) (date)"),
         ("name:", "name: expected text, got null"),
         ("out: [a]", "out: expected a path, got ['a'] (list)"),
-        ("target: none", "target: expected a float or null, got 'none'"),
+        ("target: none", "target: expected a float or null, got 'none'; write null"),
+        ("target: 'None'", "target: expected a float or null, got 'None'; write null"),
+        ("optimiser: {epochs: 010}", "optimiser.epochs: expected an int, got '010'; write 10, without the zeros"),
+        ("hyper: {gamma: -007}", "hyper.gamma: expected a float, got '-007'; write -7, without the zeros"),
+        ("sizes: [1, 08]", "sizes[1]: expected an int, got '08'; write 8, without the zeros"),
+        ("optimiser: {epochs: 1:30}", "optimiser.epochs: expected an int, got '1:30'"),
+        ("optimiser: {epochs: off}", "optimiser.epochs: expected an int, got 'off'"),
+        ("hyper: {gamma: off}", "hyper.gamma: expected a float, got 'off'"),
+        ("optimiser: {kind: off}", "optimiser.kind: expected one of k1, k2, 3, None, got 'off'"),
+        ("kl_coef: 1", "kl_coef: unknown key; did you mean hyper.kl_coef?"),
         ("hyper: {gamma: 0,5}", "hyper.5: unknown key"),
         ("hyper: {gamma: '0,5'}", "hyper.gamma: expected a float, got '0,5'"),
         ("hyper: [1]", "hyper: expected a mapping with the fields of Hyper, got [1] (list)"),
@@ -263,110 +216,88 @@ def test_files(tmp_path: Path) -> None:
         config.load(Run, tmp_path)
 
 
-PRESETS = {"smoke": Run(name="smoke", hyper=Hyper(lam=0.1, gamma=0.2)), "full": Run(name="full")}
-
-
-def test_preset_then_file_then_options(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("hyper: {gamma: 0.3, kl_coef: 0.4}")
-    words = ["--hyper.kl-coef", "0.5", "--config", str(path), "--preset", "smoke"]
-    run = parse(Run, words, presets=PRESETS)
-    assert run == Run(name="smoke", hyper=Hyper(lam=0.1, gamma=0.3, kl_coef=0.5))
-    assert parse(Run, ["--preset=full"], presets=PRESETS) == PRESETS["full"]
-    assert parse(Run, [], presets=PRESETS) == Run()
-
-
-def test_options_of_every_kind(tmp_path: Path) -> None:
-    words = "--out /o --overwrite --target 1e-3 --sizes 4 5 6 --pair 2 b --optimiser.kind k2 --hyper.learning_rate 3"
-    run = parse(Run, words.split())
-    assert run.out == Path("/o") and run.overwrite and run.target == 1e-3
-    assert run.sizes == (4, 5, 6) and run.pair == (2, "b")
-    assert run.optimiser.kind == "k2" and run.hyper.learning_rate == 3.0
-    # What was resolved can be passed back.
-    (tmp_path / "config.yaml").write_text(to_yaml(run))
-    assert parse(Run, ["--config", str(tmp_path / "config.yaml")]) == run
-
-
-def test_fields_without_default_come_from_the_file_or_the_options(tmp_path: Path) -> None:
-    (tmp_path / "span.yaml").write_text("start: 4")
-    assert parse(Span, ["--config", str(tmp_path / "span.yaml")]) == Span(4)
-    assert parse(Span, ["--start", "5"]) == Span(5)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--hyper.kl-coeff 0.1", "--hyper.kl-coef"),
-        ("--prest smoke", "--preset"),
-        ("--preset smok", "full"),
-        ("--optimiser.kind k9", "k1"),
-        ("--hyper.gamma much", "gamma"),
-        ("--optimiser.epochs 0", "epochs=0 must be at least 1"),
-        ("--config absent.yaml", "absent.yaml: no such configuration file"),
-        ("--config", "--config"),
-        ("surplus", "surplus"),
-    ],
-)
-def test_a_mistyped_command_is_one_message_and_status_2(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse(Run, words.split(), presets=PRESETS, prog="train")
-    captured = capsys.readouterr()
-    assert exit_.value.code == 2
-    assert message in captured.err + captured.out
-    assert "Traceback" not in captured.err + captured.out
-
-
-def test_a_mistake_in_the_file_is_named_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("hyper:\n  kl: 1\n")
-    with pytest.raises(SystemExit) as exit_:
-        parse(Run, ["--config", str(path)], prog="train")
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"train: {path}, line 2: hyper.kl: unknown key; did you mean hyper.")
-
-
-def test_help_tells_presets_fields_and_comments(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse(Run, ["--help", "--config", "absent.yaml"], presets=PRESETS)
-    assert exit_.value.code == 0
-    shown = capsys.readouterr().out
-    for part in ("smoke", "A run of everything", "Where the run goes.", "Passes over", "beta of the KL penalty"):
-        assert part in shown
-
-
-def test_a_command_of_its_own_process(tmp_path: Path) -> None:
-    """No traceback reaches a person who mistypes."""
-    code = "from ppo_jax.cli.parse import parse; from ppo_jax.types import Hyper; print(parse(Hyper))"
-    run: Any = subprocess.run([sys.executable, "-c", code, "--lam", "0.5"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and "lam=0.5" in run.stdout
-    run = subprocess.run([sys.executable, "-c", code, "--lamb", "0.5"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and "--lam" in run.stderr + run.stdout and "Traceback" not in run.stderr
-
-
-@dataclasses.dataclass(frozen=True)
-class Resumable:
-    resume: Literal["no", "yes", "auto"] = "no"
-    steps: int = 1
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ([], "no"),
-        (["--resume"], "yes"),
-        (["--resume", "--steps", "2"], "yes"),
-        (["--steps", "2", "--resume", "auto"], "auto"),
-        (["--resume", "no"], "no"),
-    ],
-)
-def test_an_option_whose_choices_have_a_yes_may_stand_alone(args: list[str], expected: str):
-    assert parse(Resumable, args).resume == expected
-
-
 @pytest.mark.parametrize(("text", "expected"), [("no", "no"), ("yes", "yes"), ("true", "yes"), ("'auto'", "auto")])
 def test_yes_and_no_of_yaml_are_words_where_words_are_wanted(text: str, expected: str):
     assert config.from_yaml(Resumable, f"resume: {text}").resume == expected
     assert config.from_yaml(Resumable, config.to_yaml(Resumable(expected))).resume == expected  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Fields for which the words of YAML mean different things."""
+
+    flag: bool = False
+    text: str = ""
+    perhaps: str | None = "x"
+    path: Path | None = Path("x")
+    number: float | None = 1.0
+    mode: Literal["off", "scale", None] = "scale"
+    start: Literal["auto", "on", "off"] = "auto"
+    top_k: Annotated[int, Off(0)] = 5
+    clip: Annotated[float, Off(math.inf)] = 0.2
+    project: Annotated[str, Off("")] = "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("flag: yes", True), ("flag: On", True), ("flag: true", True), ("flag: no", False), ("flag: OFF", False)),
+        *(
+            ("text: off", "off"),
+            ("text: no", "no"),
+            ("text: None", "None"),
+            ("text: 010", "010"),
+            ("text: 1:30", "1:30"),
+        ),
+        *(("perhaps: None", None), ("perhaps: 'None'", "None"), ("perhaps: null", None), ("perhaps: no", "no")),
+        *(("path: None", None), ("path: off", Path("off")), ("path: 010", Path("010")), ("path: ~", None)),
+        *(("number: None", None), ("number: inf", math.inf), ("number: -Infinity", -math.inf), ("number: 1E4", 1e4)),
+        *(
+            ("mode: off", "off"),
+            ("mode: no", "off"),
+            ("mode: false", "off"),
+            ("mode: None", None),
+            ("mode: null", None),
+        ),
+        *(("start: on", "on"), ("start: off", "off"), ("start: yes", "on"), ("start: true", "on")),
+        *(
+            ("top_k: off", 0),
+            ("top_k: 'off'", 0),
+            ("clip: off", math.inf),
+            ("clip: inf", math.inf),
+            ("project: off", ""),
+        ),
+    ],
+)
+def test_words_mean_what_the_field_says(text: str, expected: Any) -> None:
+    name = text.split(":")[0]
+    found = getattr(from_yaml(Words, text), name)
+    assert found == expected and type(found) is type(expected)
+    assert from_yaml(Words, to_yaml(from_yaml(Words, text))) == from_yaml(Words, text)
+
+
+def test_text_that_looks_like_a_word_survives() -> None:
+    for word in ("off", "no", "None", "null", "010", "1:30", "true", "~", ".inf", "1e5"):
+        assert from_yaml(Words, to_yaml(Words(text=word, perhaps=word))) == Words(text=word, perhaps=word)
+
+
+def test_home_is_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_yaml(Words, "path: ~/data/x").path == tmp_path / "data" / "x"
+    assert from_yaml(Words, "path: a/~").path == Path("a/~")
+    assert from_yaml(Words, "path: ~nobody-of-that-name/x").path == Path("~nobody-of-that-name/x")
+    (tmp_path / "words.yaml").write_text("top_k: 3")
+    assert config.load(Words, "~/words.yaml").top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("kl-coeff", "hyper.kl-coef"), ("loop.update", "loop.updates"), ("hypr.kl-coef", "hyper.kl-coef")),
+        *(("rank", "policy.rank"), ("updats", "loop.updates"), ("zzzz", None)),
+    ],
+)
+def test_the_nearest_name(name: str, expected: str | None) -> None:
+    names = ["hyper.kl-coef", "hyper.kl-coef-end", "loop.updates", "policy.rank", "ppo.critic.adapter.rank", "out"]
+    assert nearest(name, names) == expected
+    assert nearest(name, []) is None

@@ -114,7 +114,7 @@ def test_clock_time():
 
 
 SCRIPT = textwrap.dedent("""
-    from ppo_jax.display import progress
+    from ppo_jax.runs.output.screen import progress
     with progress("demo") as screen:
         screen.update(phase="ppo", step=1, total=2, values={"reward": 1.0})
         screen.message("note")

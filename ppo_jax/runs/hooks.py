@@ -1,0 +1,141 @@
+"""What happens around the steps of a stage: records, evaluations, checkpoints and requests to stop."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ppo_jax.data.disk import replace_file
+from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
+from ppo_jax.runs.evaluation import earlier_evaluations
+from ppo_jax.runs.output import rundir
+from ppo_jax.runs.output.writers import combine, resilient, run_files
+from ppo_jax.runs.signals import stop_requests
+from ppo_jax.runs.stage import Stage, Start
+from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
+
+Values = Mapping[str, float]
+
+
+class Best:
+    """The best evaluation so far: every checkpoint remembers it, and its own checkpoint stays.
+
+    record: {"step", "metric", "value"}, or nothing; filled as evaluations come.
+    """
+
+    def __init__(self, loop: LoopConfig, record: dict[str, Any]) -> None:
+        self.loop, self.record = loop, record
+
+    @property
+    def step(self) -> int | None:
+        return self.record.get("step")
+
+    def note(self, step: int, state: Any, values: Values | None) -> Any:
+        """The state that knows of an evaluation at `step`. Twice is the same as once."""
+        state, better = assess(state, values, self.loop)
+        if better:
+            self.record.update({"step": step, "metric": self.loop.best_metric, "value": float(state.best)})
+        return state
+
+
+class Hooks:
+    """`train.loop.Hooks` of a stage in its run directory.
+
+    measure: (step, state) -> what the state is worth, recorded; None: given up, because the run is to stop.
+    dump, causes: as in `train.loop.Hooks`.
+    evaluations: step -> values, of this process and of those before it.
+    """
+
+    def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Callable[[], str | None]) -> None:
+        self.stage, self.keep, self.best, self.asked = stage, keep, best, asked
+        directory, screen = stage.directory, stage.screen
+        self.evaluations = earlier_evaluations(directory)
+        self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
+        self.files = run_files(directory, screen, stage.loop.wandb, stage.config)
+        self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
+        self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
+        self.dump: Callable[[int, Any], str] = lambda number, state: ""
+        self.causes: Callable[[], str] = lambda: ""
+
+    def record(self, step: int, phase: str, values: Values) -> None:
+        """Put a line of values into the files of the run, and shows it."""
+        combine(self.files)(step, phase, values)
+        self.stage.screen.update(phase=phase, step=step, total=self.stage.loop.updates, values=values)
+
+    def write(self, done: int, values: Values) -> None:
+        self.record(done, self.stage.phase, values)
+
+    def evaluate(self, done: int, state: Any) -> Values | None:
+        values = self.measure(done, state)
+        self.best.note(done, state, values)
+        return values
+
+    def evaluate_left(self, state: Any) -> Any:
+        """Make the evaluation that a run was stopped before; the state that knows of it. Raises `Interrupted`."""
+        done = int(state.step)
+        if not done:
+            return state
+        values: Values | None = self.evaluations.get(done)
+        if values is None and evaluation_due(done, self.stage.loop):
+            values = self.measure(done, state)
+            if values is None:
+                raise Interrupted(f"stopped by {self.asked()} at update {done}")
+        return self.best.note(done, state, values)
+
+    def save(self, done: int, state: Any, due: bool) -> None:
+        self.given = (done, state)
+        if due:  # what the checkpoint takes for written is tried once more
+            self.write_again()
+        self.keep(done, state, due)
+
+    def stop(self, done: int) -> str | None:
+        return self.asked() or store.preempted(done)
+
+    def stopping(self) -> bool:
+        """Whether the run is to stop as soon as it can."""
+        return self.asked() is not None
+
+    def write_again(self) -> int:
+        """Tries what could not be written once more, and config.yaml where it is gone; the records still unwritten."""
+        directory = self.stage.directory
+        if directory.is_dir() and not (directory / rundir.CONFIG).exists():
+            with contextlib.suppress(OSError):
+                write_config(self.stage)
+        return sum(again() for again in (self.put_samples, *self.files))
+
+    def finish(self, state: Any) -> None:
+        """Has the last state on disk, and says what could not be written. Raises `CheckpointSaveError`."""
+        last = self.stage.loop.updates
+        if self.keep.settle() != last:
+            self.keep.insist(last, state)
+        if lost := self.write_again():  # the last save may have made a removed directory again
+            self.stage.screen.message(f"{lost} lines that could not be written (the messages above say where) are lost")
+
+
+@contextlib.contextmanager
+def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
+    """The hooks of a stage, for the length of the block: within it signals are requests to stop.
+
+    Raises:
+      Stopped: what the block raised, once the last state is saved; see `checkpoints.saving.leave`.
+    """
+    best = Best(stage.loop, start.best)
+    meta = {"config": stage.config, "facts": stage.facts, "best": best.record}
+    notify = stage.screen.message
+    checkpoints = stage.directory / rundir.CHECKPOINTS
+    write_config(stage)
+    with (
+        stop_requests(notify) as asked,
+        saver(checkpoints, stage.loop, meta, notify, start.last, lambda: best.step) as keep,
+    ):
+        hooks = Hooks(stage, keep, best, asked)
+        try:
+            yield hooks
+        except Stopped as error:
+            leave(error, keep, hooks.given)
+
+
+def write_config(stage: Stage) -> None:
+    """Write config.yaml, if the stage has a configuration."""
+    if stage.config:
+        replace_file(stage.directory / rundir.CONFIG, stage.config.encode())
