@@ -52,7 +52,7 @@ $(CORE): $(CREATED) pyproject.toml constraints.txt
 # torch comes first and alone: a local CPU build is then taken where there is one, and trl and peft find it.
 $(DEV): $(CORE)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard]"
+	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard,sweep]"
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax.cli import dpo, export, generate, ppo, reward, sft
+from ppo_jax.cli import dpo, export, generate, ppo, reward, sft, sweep
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -31,6 +31,13 @@ class Command(NamedTuple):
     brief: Brief
 
 
+def _sweep(name: str, stage: Any, settings: type, ranges: str) -> Command:
+    """The command `ppo-jax sweep NAME`."""
+    example = f"ppo-jax sweep {name} --config {name}.yaml --ranges {ranges} --sweep.trials 24"
+    made, brief = sweep.make_settings(settings, stage.BRIEF, f"runs/sweep-{name}", example)
+    return Command(made, lambda given: sweep.sweep(given, stage.sweep_task), brief)
+
+
 COMMANDS = {
     "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
     "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
@@ -41,6 +48,12 @@ COMMANDS = {
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
     "export-reward": Command(reward.ExportRewardSettings, reward.export_reward, reward.BRIEF_EXPORT),
     "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),
+    "sweep ppo": _sweep("ppo", ppo, ppo.PPOSettings, 'hyper.kl-coef "log 0.005..0.2" policy.rank "4 8 16" seed 0..2'),
+    "sweep sft": _sweep("sft", sft, sft.SFTSettings, 'sft.learning-rate "log 1e-5..1e-3"'),
+    "sweep reward": _sweep("reward", reward, reward.RewardSettings, 'reward.learning-rate "log 1e-5..1e-3"'),
+    "sweep dpo": _sweep("dpo", dpo, dpo.DPOSettings, 'dpo.beta "0.05 0.1 0.3"'),
+    "sweep-report": Command(sweep.SweepReportSettings, sweep.report_sweep, sweep.BRIEF_REPORT),
+    "compare": Command(sweep.CompareSettings, sweep.compare, sweep.BRIEF_COMPARE),
 }
 
 
@@ -54,6 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ppo_jax {metadata.version('ppo_jax')}")
         return 0
     name, *options = args
+    if name == "sweep" and options:
+        name, *options = f"sweep {options[0]}", *options[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"

@@ -19,6 +19,7 @@ from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out
 from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.reward_model import RewardConfig
 
@@ -164,3 +165,8 @@ def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:
     if len(rows) < 2:
         raise ValueError(f"{settings.reference} has {len(rows)} text; a standard deviation needs at least 2")
     return rows
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax reward` to a sweep, which makes one run after another."""
+    return Task("reward", RewardSettings, lambda settings: 0, run=reward)

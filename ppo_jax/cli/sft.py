@@ -14,6 +14,7 @@ from ppo_jax.runs.output.rundir import run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
 from ppo_jax.runs.sft import run_sft
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.sft import SFTConfig
 
 
@@ -74,3 +75,8 @@ def _sft(settings: SFTSettings) -> None:
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}"
         )
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax sft` to a sweep, which makes one run after another."""
+    return Task("sft", SFTSettings, lambda settings: 0, run=sft)

@@ -49,7 +49,7 @@ def make_evaluator(
     failure of the disk through.
     """
     ppo = setup.ppo
-    run = _compile_evaluate(setup.model.config, ppo, setup.reward.device)
+    run = _compile_evaluate(setup.model.config, ppo, setup.reward.device)  # type: ignore[arg-type]  # by identity
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)

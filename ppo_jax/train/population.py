@@ -67,7 +67,7 @@ def learn_members(
     active: Bool[Array, " K"],
     pretrain: Texts | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """From the host's scores, and those on the device where there are both, to the next states of the active members."""
+    """From the host's scores (and the device's, where there are both) to the next states of the active members."""
 
     def one(
         state: TrainState, frozen: Frozen, rollout: Rollout, scores: Scores, hyper: Hyper, pretrain: Texts | None

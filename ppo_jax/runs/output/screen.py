@@ -57,7 +57,7 @@ def progress(
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
     """
-    screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
+    screen = Screen(title, main_process, console or stdout_console(), live, interval, clock)
     if screen.live:
         with Live(screen, console=screen.console, refresh_per_second=2):
             yield screen
@@ -224,7 +224,7 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
     console = Console(highlight=False)
     wide = console.is_terminal or "COLUMNS" in os.environ
     return console if wide else Console(highlight=False, width=120)  # a log has no width of its own

@@ -6,7 +6,7 @@ of all of them. Evaluations, checkpoints, records, faults and resuming are there
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,8 +41,7 @@ class MemberState:
 
     def arrays(self) -> TrainState:
         """The `TrainState`, which knows what the host has noted since."""
-        noted = {name: jnp.asarray(getattr(self, name)) for name in ("failing", "best")}
-        return dataclasses.replace(self.whole(), **noted)
+        return dataclasses.replace(self.whole(), failing=jnp.asarray(self.failing), best=jnp.asarray(self.best))
 
     @property
     def policy(self) -> Any:
@@ -59,9 +58,11 @@ def _flatten_with_keys(state: MemberState) -> tuple[list[tuple[Any, Any]], tuple
     return [(jax.tree_util.GetAttrKey(name), getattr(whole, name)) for name in names], names
 
 
-jax.tree_util.register_pytree_with_keys(
-    MemberState, _flatten_with_keys, lambda names, parts: TrainState(**dict(zip(names, parts, strict=True)))
-)
+def _unflatten(names: tuple[str, ...], parts: Iterable[Any]) -> Any:
+    return TrainState(**dict(zip(names, parts, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(MemberState, _flatten_with_keys, _unflatten)
 
 
 class Request(NamedTuple):
@@ -109,7 +110,7 @@ class Crowd:
 
     def advance(self, requests: Sequence[Request | None]) -> list[tuple[MemberState, Any] | None]:
         """One iteration of every place that has a request: (state, metrics) for each."""
-        active = np.array([request is not None for request in requests])
+        active: Any = np.array([request is not None for request in requests])
         for place, request in enumerate(requests):
             if request is not None and isinstance(request.state, TrainState):
                 self._put(place, request.state)
@@ -134,7 +135,8 @@ class Crowd:
     def _state(self, place: int, shown: dict[str, np.ndarray]) -> MemberState:
         assert self.places is not None
         take = self.places.take
-        return MemberState(*(shown[name][place] for name in SHOWN), whole=lambda: take(self.states, place))
+        step, nonfinite, failing, best = (shown[name][place] for name in SHOWN)
+        return MemberState(step, nonfinite, failing, best, lambda: take(self.states, place))
 
     def _put(self, place: int, state: TrainState) -> None:
         if self.places is None:

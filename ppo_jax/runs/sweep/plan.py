@@ -14,7 +14,7 @@ class SweepConfig:
     """How ranges are searched."""
 
     search: Literal["tpe", "random", "grid", "cmaes"] = "tpe"
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), random, every point of a grid, or CMA-ES (Hansen 2016)."""
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), random, every point of a grid, or CMA-ES."""
     trials: int = 20
     """Settings that are tried; a grid tries all of its points."""
     objective: tuple[str, ...] = ("reward",)
@@ -205,6 +205,6 @@ def in_words(objective: str) -> str:
     return f"{objective[1:]}, low" if objective.startswith("-") else f"{objective}, high"
 
 
-def directions(objective: Sequence[str]) -> list[str]:
+def directions(objective: Sequence[str]) -> list[Literal["minimize", "maximize"]]:
     """As Optuna calls them."""
     return ["minimize" if name.startswith("-") else "maximize" for name in objective]

@@ -1,4 +1,4 @@
-"""A function in a thread of its own that runs only while it is resumed: members take turns, in an order of their places.
+"""A function in a thread of its own that runs only while it is resumed, so that members take turns.
 
 At any moment one thread runs. So several processes that run the same members do all their collective calls in the same
 order, and nothing of a run has to know that it is one of many.

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, PartialFixedSampler, RandomSampler, TPESampler
 
 from ppo_jax.runs.sweep.plan import Plan, SweepConfig
 from ppo_jax.runs.sweep.ranges import Range
-
-try:
-    import optuna
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-    from optuna.samplers import BaseSampler, CmaEsSampler, PartialFixedSampler, RandomSampler, TPESampler
-except ImportError as error:
-    raise ImportError("a sweep needs Optuna: pip install 'ppo_jax[sweep]'") from error
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -54,7 +50,8 @@ class PlannedSampler(BaseSampler):
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.inner = plan, RandomSampler()
+        self.plan = plan
+        self.inner: BaseSampler = RandomSampler()
 
     def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         rank = rank_of(trial.user_attrs.get(RUN, trial.number), study.get_trials(deepcopy=False))
@@ -83,8 +80,8 @@ def _search(config: SweepConfig, seed: int, traced: int) -> BaseSampler:
     if config.search in ("random", "grid"):
         return RandomSampler(seed)
     if config.search == "cmaes" and traced > 1:  # in one dimension there is nothing to adapt
-        return CmaEsSampler(seed=seed, warn_independent_sampling=False)
-    return TPESampler(seed=seed, constant_liar=True, warn_independent_sampling=False)
+        return CmaEsSampler(seed=seed)
+    return TPESampler(seed=seed, constant_liar=True)
 
 
 def make_pruner(config: SweepConfig, updates: int, chunk: int) -> optuna.pruners.BasePruner:

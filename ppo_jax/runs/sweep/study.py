@@ -69,7 +69,7 @@ class Study:
 
     def _claim_study(self, name: str) -> None:
         """Says what the study searches, or raises ValueError where it searches something else."""
-        own = {one.path: one.text for one in self.plan.space.ranges}
+        own: dict[str, Any] = {one.path: one.text for one in self.plan.space.ranges}
         own |= {"seeds": list(self.plan.space.seeds), "objective": list(self.plan.config.objective)}
         before = self.study.user_attrs.get(ABOUT)
         if before is None:
@@ -141,9 +141,9 @@ class Study:
         """Fails the attempts of slices that are dead, and has every run that is open and has none taken up again."""
         trials = self._trials()
         for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.number not in self.held:
-                if self.pulse.is_dead(trial.user_attrs.get(SLICE), trial.number):
-                    self._fail(trial.number)
+            others = trial.state == TrialState.RUNNING and trial.number not in self.held
+            if others and self.pulse.is_dead(trial.user_attrs.get(SLICE), trial.number):
+                self._fail(trial.number)
         trials = self._trials()
         for run in runs(trials):
             tries = attempts(run.number, trials)
@@ -199,9 +199,7 @@ class Study:
         def tell() -> None:
             if self._frozen(number).state.is_finished():
                 return
-            with contextlib.suppress(
-                optuna.exceptions.UpdateFinishedTrialError
-            ):  # another has taken it up, and ended it
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # ended elsewhere
                 for name, fact in facts.items():
                     self.storage.set_trial_user_attr(self._id(number), name, fact)
                 self.study.tell(number, list(values))
