@@ -99,7 +99,7 @@ def open_sweep(directory: Path, resume: Resume, plan: Plan) -> None:
 
 
 def delete_sweep(directory: Path, forget: Callable[[], object] = lambda: None) -> None:
-    """Deletes what a sweep has left in its directory, and nothing else; `forget`: the same for a study in a database."""
+    """Deletes what a sweep has left in its directory, and nothing else; `forget` does so for a study in a database."""
     if not (directory / "sweep.json").exists():
         return
     forget()

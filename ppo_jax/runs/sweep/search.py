@@ -4,7 +4,7 @@ import contextlib
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ppo_jax.runs.sweep.plan import Plan, SweepConfig
 from ppo_jax.runs.sweep.ranges import Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 JOURNAL = "study.journal"
 RUN, SLICE, FINAL, WHY = "run", "slice", "final", "why"  # attributes of a trial, see `study`
@@ -60,7 +59,8 @@ class PlannedSampler(BaseSampler):
         fixed = points[rank] if points else space.groups[self.plan.group_of(rank)]
         seed = int(np.random.SeedSequence([self.plan.config.seed, trial.number]).generate_state(1)[0])
         inner = _search(self.plan.config, seed, len(space.traced))
-        self.inner = PartialFixedSampler({path: plain(value) for path, value in fixed.items()}, inner)
+        with no_warnings():
+            self.inner = PartialFixedSampler({path: plain(value) for path, value in fixed.items()}, inner)
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
@@ -74,6 +74,14 @@ class PlannedSampler(BaseSampler):
 
     def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
         self.inner.after_trial(study, trial, state, values)
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Around what Optuna calls experimental; the version is pinned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def _search(config: SweepConfig, seed: int, traced: int) -> BaseSampler:

@@ -262,7 +262,7 @@ class Slice:
                 self._conclude(setting)
 
     def _verdicts(self) -> list[tuple[int, str]]:
-        found = []
+        reached = []
         metric = self.plan.config.prune_metric or self.plan.config.objective[0]
         for member in self.members:
             if member is None or not member.done or (member.done % self.chunk and member.done < member.updates):
@@ -276,7 +276,10 @@ class Slice:
                 mean = sum(reports.values()) / len(reports)
                 if metric.startswith("-") != self.plan.config.objective[0].startswith("-"):
                     mean = -mean  # the pruner goes by the direction of the objective
-                found.append((member.job.trial, self._study().report(member.job.trial, member.done, mean)))
+                reached.append((mean, member.job.trial, member.done))
+        # The best first: halving compares a trial with those that have come to its rung before it.
+        reached.sort(reverse=not self.plan.config.objective[0].startswith("-"))
+        found = [(trial, self._study().report(trial, done, value)) for value, trial, done in reached]
         return [(trial, verdict) for trial, verdict in found if verdict != "go on"]
 
     def _check_metrics(self, directory: Path) -> None:

@@ -74,7 +74,8 @@ class Study:
         before = self.study.user_attrs.get(ABOUT)
         if before is None:
             self.study.set_user_attr(ABOUT, json.dumps(own))
-            self.study.set_metric_names([objective.removeprefix("-") for objective in self.plan.config.objective])
+            with search.no_warnings():
+                self.study.set_metric_names([name.removeprefix("-") for name in self.plan.config.objective])
             return
         if json.loads(before) != own:
             raise ValueError(
