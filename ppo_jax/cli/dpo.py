@@ -84,4 +84,4 @@ def _dpo(settings: DPOSettings) -> None:
 
 def sweep_task() -> Task:
     """Describe `ppo-jax dpo` to a sweep, which makes one run after another."""
-    return Task("dpo", DPOSettings, lambda settings: 0, run=dpo)
+    return Task("ppo-jax dpo", DPOSettings, lambda settings: 0, run=dpo)

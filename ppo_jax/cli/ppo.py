@@ -193,7 +193,7 @@ def sweep_task() -> Task:
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
         report.write(directory, summarise(settings, setup, result))
 
-    return Task("ppo", PPOSettings, lambda settings: settings.loop.updates, check_settings, setup, finish)
+    return Task("ppo-jax ppo", PPOSettings, lambda settings: settings.loop.updates, check_settings, setup, finish)
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:

@@ -169,4 +169,4 @@ def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:
 
 def sweep_task() -> Task:
     """Describe `ppo-jax reward` to a sweep, which makes one run after another."""
-    return Task("reward", RewardSettings, lambda settings: 0, run=reward)
+    return Task("ppo-jax reward", RewardSettings, lambda settings: 0, run=reward)

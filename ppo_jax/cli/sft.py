@@ -79,4 +79,4 @@ def _sft(settings: SFTSettings) -> None:
 
 def sweep_task() -> Task:
     """Describe `ppo-jax sft` to a sweep, which makes one run after another."""
-    return Task("sft", SFTSettings, lambda settings: 0, run=sft)
+    return Task("ppo-jax sft", SFTSettings, lambda settings: 0, run=sft)

@@ -61,14 +61,14 @@ def run_sweep(directory: Path, base: Any, plan: Plan, task: Task, settings: str,
 
     agree(lambda: open_sweep(directory, resume, plan), ValueError)
     name, updates = directory.resolve().name, task.updates(base)
-    with show_board(f"ppo_jax · sweep of {task.name}", is_first()) as board:
+    with show_board(f"ppo_jax · sweep of {task.command}", is_first()) as board:
         board.message("\n".join(show_plan(task, base, plan, directory)))
 
         def join() -> Study | None:
             if not is_first():
                 return None
             study = Study(directory, plan, name, updates, board.message)
-            write_about(directory, plan.config.storage, study.study.study_name)
+            write_about(directory, plan.config.storage, study.study.study_name, task.command)
             if not (directory / SETTINGS).exists():
                 replace_file(directory / SETTINGS, settings.encode())
             return study

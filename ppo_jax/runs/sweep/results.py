@@ -42,6 +42,8 @@ class Results(NamedTuple):
     paths: tuple[str, ...]  # the fields that were searched
     objective: tuple[str, ...]
     seeds: tuple[int, ...]
+    importance: dict[str, float]  # of each field for the first objective, summing to 1; {}: not known
+    about: dict[str, Any]  # where the study is, and the command that makes one run
 
 
 def read_results(directory: Path, storage: str = "", name: str = "") -> Results:
@@ -54,21 +56,22 @@ def read_results(directory: Path, storage: str = "", name: str = "") -> Results:
     if not url and not (directory / search.JOURNAL).exists():
         raise FileNotFoundError(f"{directory}: its study, {search.JOURNAL}, is gone")
     study = optuna.load_study(study_name=name or about["study"], storage=search.open_storage(url, directory))
-    return results_of(study)
+    return results_of(study)._replace(about=about)
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """Where the study of a sweep is: {"storage", "study"}."""
+    """Where the study of a sweep is, and what makes one of its runs: {"storage", "study", "command"}."""
     path = directory / ABOUT_FILE
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no sweep: there is no {ABOUT_FILE} in it")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_about(directory: Path, storage: str, study: str) -> None:
-    """Writes down where the study is, for `read_results`; without the password."""
+def write_about(directory: Path, storage: str, study: str, command: str) -> None:
+    """Writes down where the study is (without the password), for `read_results`, and what makes one run."""
     shown = search.hide_password(storage) if storage else ""
-    replace_file(directory / ABOUT_FILE, json.dumps({"storage": shown, "study": study}).encode())
+    about = {"storage": shown, "study": study, "command": command}
+    replace_file(directory / ABOUT_FILE, json.dumps(about).encode())
 
 
 def results_of(study: optuna.Study) -> Results:
@@ -78,7 +81,8 @@ def results_of(study: optuna.Study) -> Results:
     seeds = tuple(about.pop("seeds"))
     objective = tuple(about.pop("objective"))
     rows = [_row(run, attempts(run.number, trials), seeds) for run in runs(trials)]
-    return Results([row for row in rows if row.state != "none"], tuple(about), objective, seeds)
+    kept = [row for row in rows if row.state != "none"]
+    return Results(kept, tuple(about), objective, seeds, field_importance(study), {})
 
 
 def _row(run: FrozenTrial, tries: Sequence[FrozenTrial], seeds: Sequence[int]) -> Row:
@@ -160,3 +164,17 @@ def forget_study(directory: Path, storage: str = "") -> None:
     if url := storage or about["storage"]:
         with contextlib.suppress(KeyError):
             optuna.delete_study(study_name=about["study"], storage=search.open_storage(url, directory))
+
+
+def field_importance(study: optuna.Study, objective: int = 0) -> dict[str, float]:
+    """How much of an objective's spread over finished trials each field explains (PED-ANOVA, Watanabe et al. 2023).
+
+    The shares sum to 1; {} where too few trials have finished.
+    """
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+    values = {trial.values[objective] for trial in finished if trial.values}
+    if len(finished) < 4 or len(values) < 2:
+        return {}
+    with search.no_warnings(), contextlib.suppress(ValueError, RuntimeError):
+        return dict(optuna.importance.get_param_importances(study, target=lambda trial: trial.values[objective]))
+    return {}

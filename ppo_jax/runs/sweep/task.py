@@ -15,7 +15,7 @@ TRIALS = "trials"
 class Task(NamedTuple):
     """Either `setup` (PPO: runs become members of populations) or `run` (one run after another)."""
 
-    name: str
+    command: str  # that makes one run of a config.yaml
     settings: type  # of one run: has seed and run_dir
     updates: Callable[[Any], int]  # how long a run is; 0: not known beforehand
     check: Callable[[Any], None] = lambda settings: None  # raises ValueError for settings that cannot be run

@@ -162,11 +162,23 @@ def test_a_grid_has_every_point_group_after_group() -> None:
     [
         ({}, SweepConfig(), "give at least one field besides the seed"),
         ({"seed": "0..2"}, SweepConfig(), "give at least one field besides the seed"),
-        (dict(hyper__gamma="0.9..1"), SweepConfig(search="grid"), r"hyper\.gamma: 0\.9\.\.1: a grid visits every value"),
-        (dict(policy__rank="2 4", batch="8 16"), SweepConfig(trials=3), "sweep.trials=3 for 4 groups .* policy.rank, batch"),
-        (dict(hyper__gamma="0.9 1", hyper__lam="0.5..1"), SweepConfig(search="cmaes"), r"cmaes moves in numbers.*hyper\.gamma"),
+        (
+            dict(hyper__gamma="0.9..1"),
+            SweepConfig(search="grid"),
+            r"hyper\.gamma: 0\.9\.\.1: a grid visits every value",
+        ),
+        (
+            dict(policy__rank="2 4", batch="8 16"),
+            SweepConfig(trials=3),
+            "sweep.trials=3 for 4 groups .* policy.rank, batch",
+        ),
+        (
+            dict(hyper__gamma="0.9 1", hyper__lam="0.5..1"),
+            SweepConfig(search="cmaes"),
+            r"cmaes moves in numbers.*hyper\.gamma",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_space_that_cannot_be_searched_is_refused(given, config, message) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(make_space(read(**given), 0, config.search), config, True)

@@ -292,7 +292,7 @@ def test_tables_hold_every_setting(world: World, tmp_path: Path) -> None:
     claims = [study.next() for _ in range(3)]
     study.finish(claims[0].trial, [1.5], {"spread": [0.1], "updates": 10})
     study.stop(claims[1].trial, "pruned after update 4", {"updates": 4})
-    write_about(tmp_path, "", "sweep")
+    write_about(tmp_path, "", "sweep", "ppo-jax ppo")
     results = read_results(tmp_path)
     lines = table(results)
     assert [line["state"] for line in lines] == ["finished", "pruned", "trains"]
