@@ -79,7 +79,8 @@ def read_settings(path: Path) -> dict[str, str]:
     file = path / rundir.CONFIG
     if not file.exists():
         return {}
-    return {name: str(value) for name, value in _flat(read_mapping(file.read_text(encoding="utf-8"), str(file)))}
+    found = _flat(read_mapping(file.read_text(encoding="utf-8"), str(file)))
+    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in found}
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:

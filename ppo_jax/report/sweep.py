@@ -84,19 +84,17 @@ def _headline(results: "Results", best: Sequence["Row"]) -> str:
     first = best[0]
     metric = results.objective[0].removeprefix("-")
     worst = rank(results)[-1].objectives[0]
-    around = (
-        f" ± {first.spread[0]:.2g} over {len(results.seeds)} seeds" if len(results.seeds) > 1 and first.spread else ""
-    )
+    seeds = len(results.seeds)
+    around = f" ± {first.spread[0]:.2g} over {seeds} seeds" if seeds > 1 and first.spread else ""
     reached = f"{metric} {first.objectives[0]:.3g}{around}"
     others = f"; the worst finished trial reached {worst:.3g}" if len(results.rows) > 1 else ""
     return f"Best: {describe(first.values)}, with {reached}{others}."
 
 
 def _best(directory: Path, row: "Row", results: "Results") -> dict[str, Any]:
-    again = shlex.join(
-        [*results.about.get("command", "ppo-jax ppo").split(), "--config", f"{directory / TRIALS / row.names[0]}/config.yaml",
-         "--run-dir", "runs/again"]
-    )  # fmt: skip
+    config = directory / TRIALS / row.names[0] / rundir.CONFIG
+    command = results.about.get("command", "ppo-jax ppo").split()
+    again = shlex.join([*command, "--config", str(config), "--run-dir", "runs/again"])
     values = [(_short(path), label(row.values[path])) for path in results.paths if path in row.values]
     return {"name": f"{row.run:04d}", "values": values, "objectives": _objectives(row, results), "again": again}
 
@@ -112,7 +110,9 @@ def _objectives(row: "Row", results: "Results") -> list[tuple[str, str, str]]:
 def _line(row: "Row", results: "Results", best: bool) -> dict[str, Any]:
     return {
         "name": f"{row.run:04d}",
-        "pages": [(f"{TRIALS}/{name}/{rundir.REPORT}", name) for name in row.names],
+        "pages": [
+            (f"{TRIALS}/{name}/{rundir.REPORT}", seed) for name, seed in zip(row.names, results.seeds, strict=True)
+        ],
         "values": [label(row.values[path]) if path in row.values else "" for path in results.paths],
         "objectives": _objectives(row, results) if row.objectives else [("", "–", "")] * len(results.objective),
         "updates": row.updates,
@@ -178,9 +178,8 @@ def samples_side_by_side(runs: Sequence[tuple[str, Path]], prompts: int = PROMPT
     shared = [prompt for prompt in last[0][1] if all(prompt in found for _, found in last)]
     cards = []
     for prompt in itertools.islice(shared, prompts):
-        sides = [
-            (name, found[prompt]["response"], found[prompt].get("scores", {}).get("reward")) for name, found in last
-        ]
+        written = [(name, found[prompt]) for name, found in last]
+        sides = [(name, sample["response"], sample.get("scores", {}).get("reward")) for name, sample in written]
         cards.append({"prompt": prompt, "sides": sides})
     return cards
 

@@ -1,4 +1,4 @@
-"""The pictures of a sweep or of several runs: curves over each other, the frontier, parallel coordinates, importance."""
+"""The pictures of several runs: curves over each other, the frontier, parallel coordinates, importance."""
 
 import itertools
 import math
@@ -35,7 +35,8 @@ def curves_over_updates(runs: Sequence[Run], best: Sequence[str], metric: str, l
         return None
     figure, (axes,) = make_panels(1, height=3.4)
     colours = dict(zip(best, itertools.cycle(MANY), strict=False))
-    for run in sorted(runs, key=lambda run: run.name in colours):
+    order = {name: place for place, name in enumerate(reversed(best), 1)}  # the best last, above all others
+    for run in sorted(runs, key=lambda run: order.get(run.name, 0)):
         steps, values = lines[run.name]
         if not steps:
             continue
@@ -47,8 +48,9 @@ def curves_over_updates(runs: Sequence[Run], best: Sequence[str], metric: str, l
         if run.state in ("pruned", "stopped"):
             axes.plot(steps[-1:], values[-1:], "x", color=colours.get(run.name, GREY), ms=4, zorder=4)
     axes.set(title=label, xlabel="PPO update", ylabel=metric)
-    if colours:
-        axes.legend(loc="best", fontsize=6.8)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:  # below: so many lines leave no room among them
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower left", fontsize=6.8, ncols=1)
     number_steps(axes)
     return figure
 
@@ -59,8 +61,9 @@ def frontier(runs: Sequence[Run], best: Sequence[str]) -> "Figure | None":
     if not known:
         return None
     figure, (axes,) = make_panels(1, height=3.6)
-    front = pareto(known)
-    axes.plot(*zip(*(run.point for run in front), strict=True), "-", color=RED, lw=1.2, alpha=0.8, label="frontier")
+    front = pareto([run for run in known if run.state == "finished"])
+    if front:
+        axes.plot(*zip(*(run.point for run in front), strict=True), "-", color=RED, lw=1.2, alpha=0.8, label="frontier")
     for run in known:
         colour = BLUE if run in front else FAINT
         marker = "x" if run.state in ("pruned", "stopped") else "o"
@@ -79,7 +82,8 @@ def frontier(runs: Sequence[Run], best: Sequence[str]) -> "Figure | None":
             above = run.point[1]
     axes.margins(0.08)
     axes.set(title="Reward against KL at the end", xlabel="KL to the reference (nats per response)", ylabel="reward")
-    axes.legend(loc="best")
+    if front:
+        axes.legend(loc="best")
     return figure
 
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +176,10 @@ def field_importance(study: optuna.Study, objective: int = 0) -> dict[str, float
     values = {trial.values[objective] for trial in finished if trial.values}
     if len(finished) < 4 or len(values) < 2:
         return {}
-    with search.no_warnings(), contextlib.suppress(ValueError, RuntimeError):
-        return dict(optuna.importance.get_param_importances(study, target=lambda trial: trial.values[objective]))
+    sign = -1.0 if study.directions[objective] == optuna.study.StudyDirection.MAXIMIZE else 1.0
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):
+        warnings.simplefilter("ignore")
+        low = optuna.importance.PedAnovaImportanceEvaluator()  # of what makes the target low
+        target = lambda trial: sign * trial.values[objective]  # noqa: E731
+        return dict(optuna.importance.get_param_importances(study, evaluator=low, target=target))
     return {}
