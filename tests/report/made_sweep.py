@@ -36,12 +36,12 @@ def make_sweep(directory: Path, trials: int, seeds: tuple[int, ...] = (0,)) -> N
         rng = np.random.default_rng(number)
         done = UPDATES
         state = "finished"
-        if trials > 5 and number % 5 == 3:
+        if trials > 5 and number >= trials - 2:
+            state, done = "trains", 11
+        elif trials > 5 and number % 5 == 3:
             state, done = "pruned", 8
         elif trials > 5 and number % 17 == 5:
             state, done = "stopped", 5
-        elif trials > 5 and number >= trials - 2:
-            state, done = "trains", 11
         ends = [write_run(directory / "trials" / name(claim, seed, seeds), claim, done, seed, rng) for seed in seeds]
         means = [sum(end) / len(end) for end in zip(*ends, strict=True)]
         for step in range(2, done + 1, 2):

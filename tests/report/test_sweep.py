@@ -37,7 +37,7 @@ def test_the_page_is_whole_and_stands_alone(which: str, request: pytest.FixtureR
     results = read_results(directory)
     page = sweep.write(directory, results)
     html = page.read_text(encoding="utf-8")
-    assert "<script" not in html and "http" not in re.sub(r"Content-Security-Policy|http-equiv", "", html)
+    assert "<script" not in html and "://" not in html
     assert "<i>flat</i>" not in html and "<b>her</b>" not in html  # a policy may write HTML
     assert html.count("data:image/png;base64,") == len(list((directory / "plots").glob("*.png"))) >= 4
     best = sweep.rank(results)
@@ -86,9 +86,8 @@ def test_runs_are_compared_by_what_differs(small: Path, tmp_path: Path) -> None:
     page = compare.write(tmp_path / "out", runs)
     html, said = page.read_text(encoding="utf-8"), text_of(page)
     assert "hyper.learning_rate" in said and "hyper.gamma" not in said and "run_dir" not in said
-    assert "<i>flat</i>" not in html and html.count("data:image/png") == len(
-        list((tmp_path / "out" / "plots").iterdir())
-    )
+    pictures = list((tmp_path / "out" / "plots").iterdir())
+    assert "<i>flat</i>" not in html and html.count("data:image/png") == len(pictures)
     assert compare.short_names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
     assert compare.differences([{"a": "1", "b": "2"}, {"a": "1", "c": "3"}]) == [("b", ["2", "–"]), ("c", ["–", "3"])]
     with pytest.raises(FileNotFoundError, match="holds no run"):
