@@ -141,7 +141,7 @@ class Scale(NamedTuple):
 
 
 def _scale(values: Sequence[object]) -> Scale:
-    distinct = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))  # type: ignore[type-var]
+    distinct = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))
     numbers = [v for v in distinct if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(distinct) or len(distinct) <= 4:
         heights = {v: i / max(len(distinct) - 1, 1) if len(distinct) > 1 else 0.5 for i, v in enumerate(distinct)}

@@ -20,7 +20,7 @@ from ppo_jax.runs.setup import Setup, decode_responses
 from ppo_jax.train.evaluate import Evaluate, Evaluation, make_evaluate
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm, PPOConfig
-from ppo_jax.train.state import TrainState, key_stream
+from ppo_jax.train.state import RunState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
 SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
@@ -40,7 +40,7 @@ def make_evaluator(
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
-) -> Callable[[int, TrainState], dict[str, float] | None]:
+) -> Callable[[int, RunState], dict[str, float] | None]:
     """Return evaluate(step, state), which scores held-out prompts, writes samples and "eval", fills `evaluations`.
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
@@ -57,7 +57,7 @@ def make_evaluator(
     size = min(setup.loop.batch_size, count)
     key = key_stream(setup.seed, "evaluation")
 
-    def evaluate(step: int, state: TrainState) -> dict[str, float] | None:
+    def evaluate(step: int, state: RunState) -> dict[str, float] | None:
         pieces: list[Columns] = []
         responses: list[str] = []
         for number, first in enumerate(range(0, count, size)):

@@ -25,7 +25,7 @@ from ppo_jax.train.loop import schedule_hyper, train
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import check_hyper, check_scalars_of
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
-from ppo_jax.train.state import Iteration, TrainState
+from ppo_jax.train.state import Iteration
 from ppo_jax.types import Frozen, Metrics
 
 FILTERED = {
@@ -75,7 +75,7 @@ def run_ppo(
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
 
-        def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
+        def step(state: Any, number: int) -> tuple[Any, Metrics]:
             return iterate(state, frozen, prompts(number), hyper(number))
 
         # -- evaluate what was left ------------------------------------------------------------------------------------

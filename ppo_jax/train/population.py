@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from ppo_jax.models.placement import shardings
@@ -158,6 +159,7 @@ class Places(NamedTuple):
     fill: Callable[[TrainState], TrainState]  # one state -> K copies
     put: Callable[[TrainState, Any, TrainState], TrainState]  # (states, place, state) -> states; donated the states
     take: Callable[[TrainState, Any], TrainState]  # (states, place) -> a copy of that member's state
+    split: Callable[[Metrics], list[Metrics]]  # metrics of all -> those of each place
 
 
 def make_places(like: TrainState, count: int) -> Places:
@@ -172,15 +174,19 @@ def make_places(like: TrainState, count: int) -> Places:
     def take(states: TrainState, place: Array) -> TrainState:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False), states)
 
+    def split(metrics: Metrics) -> list[Metrics]:
+        return [jax.tree.map(lambda x, i=i: x[i], metrics) for i in range(count)]
+
     mesh = current_mesh()
     if mesh is None:
-        return Places(jax.jit(fill), jax.jit(put, donate_argnums=0), jax.jit(take))
+        return Places(jax.jit(fill), jax.jit(put, donate_argnums=0), jax.jit(take), jax.jit(split))
     alone = shardings(like, mesh)
     together = member_shardings(alone, count)
     return Places(
         jax.jit(fill, out_shardings=together),
         jax.jit(put, donate_argnums=0, out_shardings=together),
         jax.jit(take, out_shardings=alone),
+        jax.jit(split, out_shardings=NamedSharding(mesh, PartitionSpec())),
     )
 
 

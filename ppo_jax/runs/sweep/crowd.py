@@ -41,7 +41,8 @@ class MemberState:
 
     def arrays(self) -> TrainState:
         """The `TrainState`, which knows what the host has noted since."""
-        return dataclasses.replace(self.whole(), failing=jnp.asarray(self.failing), best=jnp.asarray(self.best))
+        noted: dict[str, Any] = {name: jnp.asarray(getattr(self, name)) for name in SHOWN}
+        return dataclasses.replace(self.whole(), **noted)
 
     @property
     def policy(self) -> Any:
@@ -121,16 +122,10 @@ class Crowd:
         hypers = stack_hypers([request.hyper for request in asked])
         self._note(requests)
         self.states, metrics = self.iterate(self.states, some.frozen, prompts, hypers, feed_members(active))
-        values, shown = fetch((metrics, {name: getattr(self.states, name) for name in SHOWN}))
-        return [
-            (
-                self._state(place, shown),
-                {name: (total[place], number[place]) for name, (total, number) in values.items()},
-            )
-            if active[place]
-            else None
-            for place in range(self.count)
-        ]
+        shown = fetch({name: getattr(self.states, name) for name in SHOWN})
+        assert self.places is not None
+        own = self.places.split(metrics)
+        return [(self._state(i, shown), own[i]) if active[i] else None for i in range(self.count)]
 
     def _state(self, place: int, shown: dict[str, np.ndarray]) -> MemberState:
         assert self.places is not None

@@ -1,5 +1,6 @@
 """A sweep whose runs are made one after another: of `sft`, `reward`, `dpo`, or of any function of its settings."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -66,9 +67,11 @@ def _run(job: Job, directory: Path, base: Any, plan: Plan, task: Task) -> list[f
     done = of_first(json.loads(marker.read_text()) if is_first() and marker.exists() else None)
     if done is not None:
         return done
-    again = {"resume": "auto"} if hasattr(settings, "resume") else {"overwrite": _holds_run(settings.run_dir)}
+    again: dict[str, Any] = {"resume": "auto"} if hasattr(settings, "resume") else {}
+    if hasattr(settings, "overwrite") and not again:
+        again = {"overwrite": _holds_run(settings.run_dir)}
     assert task.run is not None
-    task.run(type(settings)(**{**vars(settings), **again}))
+    task.run(dataclasses.replace(settings, **again))
     values: list[float] = []
     if is_first():
         records = read_records(settings.run_dir)

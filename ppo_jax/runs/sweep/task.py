@@ -42,7 +42,6 @@ def job_name(job: Job, plan: Plan) -> str:
 def job_settings(job: Job, plan: Plan, base: Any, directory: Path) -> Any:
     """The settings of one run of a sweep in `directory`: those of the command alone."""
     settings = set_fields(base, {**job.values, SEED: job.seed})
-    own: dict[str, Any] = {"run_dir": directory / TRIALS / job_name(job, plan), "overwrite": False}
-    if hasattr(settings, "resume"):
-        own["resume"] = "no"
+    own: dict[str, Any] = {"run_dir": directory / TRIALS / job_name(job, plan)}
+    own |= {name: value for name, value in (("overwrite", False), ("resume", "no")) if hasattr(settings, name)}
     return dataclasses.replace(settings, **own)
