@@ -30,7 +30,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.reward import run_reward
-from ppo_jax.runs.setup import Setup
+from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
@@ -143,25 +143,27 @@ def main(args: list[str] | None = None) -> Path:
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),
         )
         result = run_ppo(stages[2], setup, screen)
-        facts = environment()
-        path = page.write(
-            stages[2],
-            {
-                "title": "SFT, reward model, PPO on a toy language",
-                "task": TASK,
-                "before": result.before,
-                "after": result.after,
-                "prompts": len(rows),
-                "reward_accuracy": reward.accuracy,
-                "reward_accuracy_note": "held-out pairs",
-                "seed": settings.seed,
-                "judges": LABELS,
-                "versions": facts["versions"],
-                "machine": facts["machine"],
-            },
-        )
+        path = page.write(stages[2], summarise(result, len(rows), reward.accuracy, settings.seed))
         screen.message(f"report: {path}")
     return path
+
+
+def summarise(result: Result, prompts: int, accuracy: float, seed: int) -> page.Summary:
+    """The numbers of the report."""
+    facts = environment()
+    return {
+        "title": "SFT, reward model, PPO on a toy language",
+        "task": TASK,
+        "before": result.before,
+        "after": result.after,
+        "prompts": prompts,
+        "reward_accuracy": accuracy,
+        "reward_accuracy_note": "held-out pairs",
+        "seed": seed,
+        "judges": LABELS,
+        "versions": facts["versions"],
+        "machine": facts["machine"],
+    }
 
 
 def sentences(rng: np.random.Generator, count: int) -> list[SFTRecord]:

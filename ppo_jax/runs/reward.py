@@ -83,10 +83,8 @@ def run_reward(
 
     def measure(step: int) -> tuple[dict[str, float], list[Bucket]]:
         values, table = evaluate(role, features(unseen.rows), unseen)
-        kept = {
-            name: value for name, value in values.items() if not name.startswith("score_")
-        }  # normalising moves those
-        write(step, {f"heldout_{name}": value for name, value in kept.items()})
+        kept = [name for name in values if not name.startswith("score_")]  # normalising moves those
+        write(step, {f"heldout_{name}": values[name] for name in kept})
         return values, table
 
     unseen = collect_comparisons(held_out, seed, HELD_OUT)
@@ -107,22 +105,35 @@ def run_reward(
     spread = _spread(head_scores(role.head, features(unseen.rows)))  # of the model as it is saved
     write(steps, {f"heldout_{name}": value for name, value in spread.items()})
     values |= spread
-    meta = {
+    normalised_on = ("reference texts" if reference else "training texts") if reward.normalise else None
+    meta = describe_training(reward, given, unseen, values, table) | {"normalised_on": normalised_on}
+    path = save_reward(directory, model, reward, role, meta)
+    return RewardResult(role, trunk, values["accuracy"], values, table, path)
+
+
+def describe_training(
+    reward: RewardConfig, given: Compared, unseen: Compared, values: dict[str, float], table: list[Bucket]
+) -> dict[str, Any]:
+    """List what an artifact says of its training."""
+    return {
         "accuracy": values["accuracy"],
         "heldout_pairs": len(unseen.better),
         "pairs": len(given.better),
         "heldout": values,
         "calibration": [bucket._asdict() for bucket in table],
-        "normalised_on": ("reference texts" if reference else "training texts") if reward.normalise else None,
         "loss": given.loss,
         "reward": dataclasses.asdict(reward),
     }
-    path = directory / EXPORT / REWARD
+
+
+def save_reward(directory: Path, model: Model, reward: RewardConfig, role: RewardRole, meta: dict[str, Any]) -> Path:
+    """Write a run's export/reward: an artifact of the role, or the full kind as a sequence classifier."""
+    path, trunk = directory / EXPORT / REWARD, reward.trunk(model.config)
     if reward.kind == "full":
         loading.save_full(path, model, role, trunk, meta, overwrite=True)
     else:
         save_role(path, "reward", role.adapter, role.head, model, meta=meta, layers=trunk.num_layers)
-    return RewardResult(role, trunk, values["accuracy"], values, table, path)
+    return path
 
 
 def check_batch(reward: RewardConfig, data: Data) -> None:

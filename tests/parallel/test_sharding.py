@@ -21,6 +21,7 @@ from ppo_jax.models.transformer import init_cache
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Setup
@@ -272,7 +273,17 @@ def test_a_run_starts_on_its_shards(kind: str) -> None:
         none, own = PromptSet((), (), ()), CriticConfig(own=True, adapter=ADAPTERS[kind])
         adapter = create_on_mesh(make, jax.random.key(0), base)
         ppo = PPOConfig(critic=own, ema_decay=0.9)
-        setup = Setup(Model("", CONFIG, base, None, ""), adapter, none, none, ppo, HYPER, LoopConfig(), 0)
+        setup = Setup(
+            Model("", CONFIG, base, None, ""),
+            adapter,
+            none,
+            none,
+            ppo,
+            HYPER,
+            LoopConfig(),
+            0,
+            Reward(adapter_reward(CONFIG, ())),
+        )
         return make_fresh_state(setup, make_optimizer())
 
     base, mesh = random_params(CONFIG), mesh_of(MIXED)

@@ -13,6 +13,7 @@ from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.rewards.loading import load_reward, load_scorer
+from ppo_jax.rewards.model import FullReward
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.reward import (
@@ -198,8 +199,8 @@ def test_a_full_model_is_a_directory_of_its_own(model: Model, screen: Screen, tm
     scores = scorer.score_rows(reference)
     np.testing.assert_allclose([scores.mean(), scores.std(ddof=1)], [0, 1], atol=1e-4)
     found = load_reward(tmp_path, model)
-    assert found.kind == "full" and found.meta["accuracy"] == result.accuracy
-    assert found.meta["normalised_on"] == "reference texts" and found.meta["reward"]["kind"] == "full"
+    assert isinstance(found.params, FullReward) and found.metadata["accuracy"] == result.accuracy
+    assert found.metadata["normalised_on"] == "reference texts" and found.metadata["reward"]["kind"] == "full"
     trained = found.params.params
     assert trained["layers"]["q"].shape[0] == 1
     for name in ("q", "down", "mlp_norm"):

@@ -65,7 +65,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
         if (size := _count_values(root, {})) > LARGEST:
             raise ConfigError(f"{source}: its aliases (*name) expand to {size:.0e} values; at most {LARGEST} are read")
         lines = dict(_find_lines(root, source))
-        data = yaml.load(text, Loader=_Loader)
+        data = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
