@@ -167,7 +167,7 @@ def parts(settings: Benchmark) -> tuple[Any, ...]:
     config = model.config
     adapter = AdapterConfig(layers=8) if settings.model == "demo" else AdapterConfig(layers=1)
 
-    def reward(frozen: Any, rollout: Any, prefix: Any, layers: int) -> Scores:
+    def reward(frozen: Any, rollout: Any, prefix: Any, prefix_layers: int) -> Scores:
         score = jnp.sum(rollout.tokens[:, -settings.response :] % 2, axis=1) / settings.response
         return Scores(score.astype(jnp.float32), jnp.ones(score.shape, bool), {})
 
@@ -202,7 +202,8 @@ def make_population(settings: Benchmark) -> Callable[[int], None]:
     states = places.fill(state(0))
     for place in range(count):
         states = places.put(states, place, state(place))
-    iterate, active = make_members(algorithm), feed_members(np.ones(count, bool))
+    everybody: Any = np.ones(count, bool)
+    iterate, active = make_members(algorithm), feed_members(everybody)
     hypers = stack_hypers([Hyper(learning_rate=1e-4 * (1 + place)) for place in range(count)])
     held = [states]
 

@@ -6,12 +6,12 @@ reads, the frozen base included. `any_row` and `branch` keep both conditions com
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from ppo_jax.parallel.mesh import AnyMesh, current_mesh
@@ -111,6 +111,15 @@ def member_shardings(of_one: PyTree, count: int) -> PyTree:
     return jax.tree.map(stacked, of_one)
 
 
+def batch_sharding(count: int, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """How the batches of `count` members lie, each of `shape`: see `feed_members`."""
+    own = spread(count, mesh)
+    cut = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1 and not (own and axis == DATA))
+    if not shape or shape[0] % math.prod(mesh.shape[axis] for axis in cut):
+        cut = ()
+    return NamedSharding(mesh, PartitionSpec(DATA if own else None, cut or None))
+
+
 def feed_members(batch: Tree) -> Tree:
     """Host arrays [K, B, ...], equal in every process -> global arrays on the current mesh.
 
@@ -121,11 +130,7 @@ def feed_members(batch: Tree) -> Tree:
         return jax.tree.map(jnp.asarray, batch)
 
     def put(x: Any) -> jax.Array:
-        own = spread(x.shape[0], mesh)
-        cut = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1 and not (own and axis == DATA))
-        if x.ndim < 2 or x.shape[1] % math.prod(mesh.shape[axis] for axis in cut):
-            cut = ()
-        to = NamedSharding(mesh, PartitionSpec(DATA if own else None, cut or None))
+        to = batch_sharding(x.shape[0], x.shape[1:], mesh)
         return jax.make_array_from_callback(x.shape, to, lambda index: x[index])
 
     return jax.tree.map(put, batch)
