@@ -57,7 +57,8 @@ def sweep(settings: Any, make_task: Callable[[], Task]) -> None:
     if settings.dry_run:
         print("\n".join(show_plan(task, base, plan, settings.run_dir)))
         return
-    launch.start(settings.distributed)
+    if hasattr(settings, "distributed"):
+        launch.start(settings.distributed)
     if settings.overwrite:
         agree(lambda: _overwrite(settings), ValueError, ConnectionError)
     resume = "yes" if getattr(settings, "resume", "no") == "yes" and not settings.overwrite else "auto"
@@ -72,7 +73,9 @@ def _repeatable(settings: Any) -> str:
     from ppo_jax.runs.sweep.search import hide_password
 
     url = settings.sweep.storage
-    off: dict[str, Any] = {"overwrite": False, "distributed": launch.DistributedConfig()}
+    off: dict[str, Any] = {"overwrite": False}
+    if hasattr(settings, "distributed"):
+        off["distributed"] = launch.DistributedConfig()
     off["sweep"] = dataclasses.replace(settings.sweep, storage=hide_password(url) if url else "")
     return config.to_yaml(dataclasses.replace(settings, **off))
 

@@ -153,7 +153,8 @@ def make_plan(space: Space, config: SweepConfig, population: bool) -> Plan:
         listed = ", ".join(one.path for one in space.traced if one.values)
         raise ValueError(f"sweep.search=cmaes moves in numbers: give {listed} as LOW..HIGH, or choose tpe")
     shares = [trials // groups + (i < trials % groups) for i in range(groups)]
-    return Plan(space, config, points, tuple(shares), config.members if population else 1)
+    places = min(config.members, max(shares) * len(space.seeds)) if population else 1
+    return Plan(space, config, points, tuple(shares), places)
 
 
 def check_space(base: Any, space: Space, check: Callable[[Any], None]) -> None:
