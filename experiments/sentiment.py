@@ -29,9 +29,9 @@ from typing import cast
 
 import jax
 import numpy as np
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import movie_reviews, rating_model, smoke
+from experiments.judges import model_judge, vader_judge, vader_score
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
@@ -42,7 +42,6 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
-from ppo_jax.rewards.adapter import score_tokens, text_mask
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
@@ -58,7 +57,7 @@ from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.state import key_stream
-from ppo_jax.types import Frozen, Hyper, Rollout
+from ppo_jax.types import Hyper
 
 TASK = (
     "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
@@ -68,7 +67,6 @@ TASK = (
 # Pairwise accuracy on held-out sentences, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 LABELS = {"vader": "VADER", "judge": "the second reward model"}
-_VADER = SentimentIntensityAnalyzer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,29 +343,6 @@ def sentence_ends(model: Model) -> tuple[int, ...]:
     """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
     line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
     return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
-
-
-def vader_score(text: str) -> float:
-    """VADER's compound sentiment, -1 to 1 (Hutto & Gilbert 2014): a lexicon and rules."""
-    return float(_VADER.polarity_scores(text)["compound"])
-
-
-def vader_judge() -> Judge:
-    """VADER on the whole sentence."""
-    return lambda rollout, prompts, responses: np.array(
-        [vader_score(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
-    )
-
-
-def model_judge(model: Model, judge: rating_model.RatingModel, stop_ids: tuple[int, ...]) -> Judge:
-    """The second reward model on the whole sentence."""
-
-    @jax.jit
-    def score(frozen: Frozen, rollout: Rollout) -> jax.Array:
-        mask = text_mask(rollout, stop_ids)
-        return score_tokens(frozen.base, frozen.reward, judge.trunk, rollout.tokens, mask)
-
-    return lambda rollout, prompts, responses: np.asarray(score(Frozen(model.params, judge.role), rollout))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import cast
 
 from experiments import rating_model, sentiment
+from experiments.judges import model_judge, vader_judge
 from experiments.sentiment import BRIEF, LABELS, PRESETS, SentimentConfig
 from ppo_jax.cli.parse import parse
 from ppo_jax.cli.sweep import make_settings, sweep
@@ -39,12 +40,12 @@ from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Judge, Result, Setup
 from ppo_jax.runs.sweep.task import Task
 
-EXAMPLE = 'python -m experiments.sweep --preset demo --ranges hyper.kl-coef "log 0.005..0.1" --sweep.trials 24'
+EXAMPLES = ('python -m experiments.sweep --preset demo --ranges hyper.kl-coef "log 0.005..0.1" --sweep.trials 24',)
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs one slice of the sweep."""
-    made, brief = make_settings(SentimentConfig, BRIEF, "runs/sweep-sentiment", EXAMPLE)
+    made, brief = make_settings(SentimentConfig, BRIEF, "runs/sweep-sentiment", EXAMPLES)
     presets = {
         name: made(**vars(preset) | {"run_dir": Path("runs/sweep-sentiment")}) for name, preset in PRESETS.items()
     }
@@ -108,7 +109,7 @@ def make_shared(settings: SentimentConfig) -> Shared:
         models = rating_model.obtain(wanted, model, test, settings.drawn_by, cache, screen, lambda *_: None)
     print(f"reward models: {time.perf_counter() - began:.0f} s", flush=True)
     judge = models[-1]
-    judges = {"vader": sentiment.vader_judge(), "judge": sentiment.model_judge(model, judge, stop_ids)}
+    judges = {"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)}
     reward = chosen or rating_model.lora_reward(models[0], stop_ids)
     return Shared(model, data, reward, judges, (None if chosen else models[0].accuracy, judge.accuracy))
 

@@ -31,10 +31,10 @@ class Command(NamedTuple):
     brief: Brief
 
 
-def _sweep(name: str, stage: Any, settings: type, ranges: str) -> Command:
-    """The command `ppo-jax sweep NAME`."""
-    example = f"ppo-jax sweep {name} --config {name}.yaml --ranges {ranges} --sweep.trials 24"
-    made, brief = sweep.make_settings(settings, stage.BRIEF, f"runs/sweep-{name}", example)
+def _sweep(name: str, stage: Any, settings: type, *examples: str) -> Command:
+    """Make the command `ppo-jax sweep NAME`."""
+    shown = tuple(f"ppo-jax sweep {name} {example}" for example in examples)
+    made, brief = sweep.make_settings(settings, stage.BRIEF, f"runs/sweep-{name}", shown)
     return Command(made, lambda given: sweep.sweep(given, stage.sweep_task), brief)
 
 
@@ -48,10 +48,23 @@ COMMANDS = {
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
     "export-reward": Command(reward.ExportRewardSettings, reward.export_reward, reward.BRIEF_EXPORT),
     "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),
-    "sweep ppo": _sweep("ppo", ppo, ppo.PPOSettings, 'hyper.kl-coef "log 0.005..0.2" policy.rank "4 8 16" seed 0..2'),
-    "sweep sft": _sweep("sft", sft, sft.SFTSettings, 'sft.learning-rate "log 1e-5..1e-3"'),
-    "sweep reward": _sweep("reward", reward, reward.RewardSettings, 'reward.learning-rate "log 1e-5..1e-3"'),
-    "sweep dpo": _sweep("dpo", dpo, dpo.DPOSettings, 'dpo.beta "0.05 0.1 0.3"'),
+    "sweep ppo": _sweep(
+        *("ppo", ppo, ppo.PPOSettings),
+        'runs/sft/export/model --prompts prompts.jsonl --reward runs/reward --ranges hyper.kl-coef "log 0.005..0.2"',
+        "--config runs/ppo/config.yaml --ranges policy.rank '4 8' seed '0 1 2' --sweep.search grid --dry-run",
+    ),
+    "sweep sft": _sweep(
+        *("sft", sft, sft.SFTSettings),
+        'MODEL --data texts.jsonl --ranges sft.learning-rate "log 1e-5..1e-3" --sweep.objective=-heldout_loss',
+    ),
+    "sweep reward": _sweep(
+        *("reward", reward, reward.RewardSettings),
+        'MODEL --pairs pairs.jsonl --ranges reward.learning-rate "log 1e-5..1e-3" --sweep.objective heldout_accuracy',
+    ),
+    "sweep dpo": _sweep(
+        *("dpo", dpo, dpo.DPOSettings),
+        'MODEL --pairs pairs.jsonl --ranges dpo.beta "0.05 0.1 0.3" --sweep.objective heldout_accuracy',
+    ),
     "sweep-report": Command(sweep.SweepReportSettings, sweep.report_sweep, sweep.BRIEF_REPORT),
     "compare": Command(sweep.CompareSettings, sweep.compare, sweep.BRIEF_COMPARE),
 }
@@ -67,7 +80,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ppo_jax {metadata.version('ppo_jax')}")
         return 0
     name, *options = args
-    if name == "sweep" and options:
+    if name == "sweep":
+        stages = [command.removeprefix("sweep ") for command in COMMANDS if command.startswith("sweep ")]
+        if not options or options[0] not in stages:
+            print(f"ppo-jax sweep: name what is swept: {', '.join(stages)}", file=sys.stderr)
+            return MISTAKE
         name, *options = f"sweep {options[0]}", *options[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

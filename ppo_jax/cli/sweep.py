@@ -18,32 +18,34 @@ from ppo_jax.runs.sweep.command import delete_sweep, plan_sweep, run_sweep, show
 from ppo_jax.runs.sweep.plan import SweepConfig
 from ppo_jax.runs.sweep.task import Task
 
-RANGES = """Give the range of any option by its dotted name, as hyper.kl-coef "log 0.005..0.2" policy.rank "4 8 16" seed
-0..4; a range of seed repeats every setting with each seed."""
-DRY_RUN = "Show the plan (groups, members, programs, how long it takes), and do nothing else."
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Search ranges of a command's options."""
+
+    ranges: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Give options by dotted name and their ranges, as hyper.kl-coef "log 0.005..0.2" policy.rank "4 8 16" seed 0..4;
+    a range of seed repeats every setting with each seed."""
+    sweep: SweepConfig = SweepConfig()
+    """These options say how the ranges are searched."""
+    dry_run: bool = False
+    """Print the plan (groups, members, programs, how long it takes), and do nothing else."""
 
 
-def make_settings(cls: type, brief: Brief, run_dir: str, example: str) -> tuple[type, Brief]:
-    """The settings of a sweep over those of a command, and what its --help shows."""
-
-    def option(name: str, kind: Any, text: str, default: Any) -> tuple[str, Any, Any]:
-        return name, Annotated[kind, tyro.conf.arg(help=text)], default
-
-    fields: list[Any] = [
-        option("ranges", dict[str, str], RANGES, dataclasses.field(default_factory=dict)),
-        option("sweep", SweepConfig, "These options say how the ranges are searched.", SweepConfig()),
-        option("dry_run", bool, DRY_RUN, False),
-        option("run_dir", Path, "All trials, the study and the report go into this directory.", Path(run_dir)),
-    ]
-    shown = tuple(name for name in brief.fields.get(cls, ()) if name not in ("resume", "run_dir"))
-    made = dataclasses.make_dataclass(f"Sweep{cls.__name__}", fields, bases=(cls,), frozen=True, kw_only=True)
-    made.__doc__ = f"Search ranges of the options of `ppo-jax {run_dir.rpartition('-')[2]}` in a study of many runs."
-    kept = {kind: names for kind, names in brief.fields.items() if kind is not cls}
+def make_settings(cls: type, brief: Brief, run_dir: str, examples: tuple[str, ...]) -> tuple[type, Brief]:
+    """Make the settings of a sweep over those of a command, and choose what its --help shows."""
+    here: Any = [("run_dir", Path, dataclasses.field(default=Path(run_dir)))]
+    made = dataclasses.make_dataclass(
+        f"Sweep{cls.__name__}", here, bases=(SweepOptions, cls), frozen=True, kw_only=True
+    )
+    made.__module__ = cls.__module__
+    made.__doc__ = f"Search ranges of the options of {cls.__name__.removesuffix('Settings')} in a study of many runs."
+    shown = tuple(name for name in brief.fields.get(cls, ()) if name not in ("resume", "compute", "hyper"))
     parts = {
-        made: ("ranges", "sweep", "dry_run", "run_dir", *shown),
+        made: ("ranges", "sweep", "dry_run", *shown),
         SweepConfig: ("search", "trials", "objective", "members", "prune", "storage"),
     }
-    return made, Brief((example,), {**parts, **kept})
+    return made, Brief(examples, {**parts, **{kind: names for kind, names in brief.fields.items() if kind is not cls}})
 
 
 def sweep(settings: Any, make_task: Callable[[], Task]) -> None:

@@ -172,8 +172,9 @@ def test_the_examples_can_be_copied(cls: type, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "runs" / "ppo" / "config.yaml").write_text(to_yaml(least(COMMANDS["ppo"].settings)))
     for example in BRIEFS[cls].examples:
         words = shlex.split(example)
-        start = 3 if words[0] == "python" else 2
-        assert words[:start] in ([["ppo-jax", name] for name in COMMANDS] + [["python", "-m", cls.__module__]])
+        start = 3 if words[0] == "python" or words[1] == "sweep" else 2
+        known = [["ppo-jax", *name.split()] for name in COMMANDS]
+        assert words[:start] in [*known, ["python", "-m", cls.__module__]]
         presets = sentiment.PRESETS if cls is sentiment.SentimentConfig else None
         assert isinstance(parse(cls, words[start:], presets=presets), cls)  # type: ignore[type-var]
 
@@ -183,7 +184,8 @@ def test_the_examples_can_be_copied(cls: type, tmp_path: Path, monkeypatch: pyte
 
 def least(cls: type) -> Any:
     """A record with some value for each field that needs one, and defaults else."""
-    some, missing = {str: "m", Path: "p", tuple[str, ...]: ["r"]}, dataclasses.MISSING
+    some: dict[Any, Any] = {str: "m", Path: "p", tuple[str, ...]: ["r"], tuple[Path, ...]: ["r"]}
+    missing = dataclasses.MISSING
     kinds = typing.get_type_hints(cls)
     needed = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
     return from_plain(cls, {name: some[kinds[name]] for name in needed})

@@ -7,6 +7,7 @@ CPU devices are chosen once per process. Nothing is ever run and no array is mad
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -266,7 +267,7 @@ def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
-        return sum(x.dtype.itemsize * _elements(x.sharding.shard_shape(x.shape)) for x in leaves)
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
     state, frozen = inputs["state"], inputs["frozen"]
     sizes = {
@@ -278,13 +279,6 @@ def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
     if state.policy.critic is not None:
         sizes["critic"] = size(state.policy.critic)
     return sizes if state.ema is None else sizes | {"average": size(state.ema)}
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 # -- compile and measure ---------------------------------------------------------------------------------------------

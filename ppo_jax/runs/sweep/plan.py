@@ -11,38 +11,38 @@ from ppo_jax.runs.sweep.ranges import SEED, Range, describe, set_fields
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """How ranges are searched."""
+    """Search ranges of settings in a study of many runs."""
 
     search: Literal["tpe", "random", "grid", "cmaes"] = "tpe"
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), random, every point of a grid, or CMA-ES."""
+    """A search draws values by a Parzen estimator (tpe), at random, or by CMA-ES, or takes every point of a grid."""
     trials: int = 20
-    """Settings that are tried; a grid tries all of its points."""
+    """The search tries this many settings; a grid tries all of its points."""
     objective: tuple[str, ...] = ("reward",)
-    """Metrics of the last evaluation that should be high; -NAME: low. Several give the frontier between them."""
+    """These metrics of the last evaluation should be high, or low after a minus; several give their frontier."""
     members: int = 8
-    """Runs that train at once in one program (of ppo; the other stages train one after another)."""
+    """This many runs train at once in one program (of ppo; the other stages train one run after another)."""
     prune: Literal["off", "halving", "hyperband"] = "off"
-    """Ends bad trials early: asynchronous successive halving (Li et al. 2020), or several of these (Li et al. 2018)."""
+    """Bad trials fall out early by asynchronous halving (Li et al. 2020), or by several of these (Li et al. 2018)."""
     prune_metric: str = ""
-    """Metric of the updates, or of evaluations, that pruning goes by; -NAME: low is good. Empty: the objective."""
+    """Pruning goes by this metric of updates or evaluations, after a minus by its low values; empty: the objective."""
     prune_after: int = 0
-    """Updates that every trial may do; 0: one chunk."""
+    """Every trial may do this many updates; 0 means one chunk."""
     prune_factor: int = 3
     """One of so many trials goes on at each rung."""
     chunk: int = 0
-    """Updates between two reports to the study; 0: a tenth of the run."""
+    """The study hears of a trial after every so many updates; 0 means a tenth of the run."""
     storage: str = ""
-    """URL of the study's database, such as postgresql+psycopg://USER@HOST/NAME; empty: a journal file in run_dir."""
+    """The study is in the database at this URL (postgresql+psycopg://USER@HOST/NAME); empty means a file in run_dir."""
     study: str = ""
-    """Name of the study in the database; empty: that of run_dir."""
+    """The study has this name in the database; empty means the name of run_dir."""
     seed: int = 0
-    """Decides what the search draws."""
+    """This number seeds what the search draws."""
     heartbeat: float = 10.0
-    """Seconds between two signs of life of a slice."""
+    """A slice gives a sign of life every so many seconds."""
     grace: float = 60.0
-    """Seconds without one after which a slice's trials are taken up by others, from their checkpoints."""
+    """After so many seconds without one, a slice's trials are taken up by others, from their checkpoints."""
     attempts: int = 50
-    """A trial that has been taken up so often is given up."""
+    """A trial is given up once it has been taken up so often."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

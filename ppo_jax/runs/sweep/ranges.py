@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from ppo_jax.runs.output.config import from_yaml
+from ppo_jax.runs.output.config import dotted_fields, from_yaml, nearest
 from ppo_jax.types import Hyper
 
 Settings = TypeVar("Settings")
@@ -146,7 +146,9 @@ def field_type(cls: type, path: str, where: str) -> Any:
         if name not in names:
             inside = ".".join(parts[:i])
             known = ", ".join(f"{inside}.{other}" if inside else other for other in names)
-            raise ValueError(f"{where}: unknown field; {'there are: ' + known if known else inside + ' is one value'}")
+            near = nearest(path, [field for field, _ in dotted_fields(cls)]) if known else None
+            hint = f"did you mean {near}? There are: {known}" if near else f"there are: {known}"
+            raise ValueError(f"{where}: unknown field; {hint if known else inside + ' is one value'}")
         kind = names[name]
     if _fields(kind):
         raise ValueError(f"{where}: this is a group of fields; name one of {', '.join(_fields(kind))}")

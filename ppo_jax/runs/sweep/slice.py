@@ -5,10 +5,9 @@ Process 0 alone talks to the study; what it decides is told to the other process
 
 import collections
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,46 +24,13 @@ from ppo_jax.runs.sweep.crowd import Crowd, Request, member_iteration
 from ppo_jax.runs.sweep.plan import Plan
 from ppo_jax.runs.sweep.ranges import describe
 from ppo_jax.runs.sweep.routine import Routine
+from ppo_jax.runs.sweep.setting import Lost, Member, Pruned, Setting, mean_of, spread_of
 from ppo_jax.runs.sweep.study import Claim, Study
 from ppo_jax.runs.sweep.task import Job, Task, job_name, job_settings
 from ppo_jax.runs.sweep.values import final_value, read_records, value_at
 from ppo_jax.train.loop import Interrupted, Stopped
 
 T = TypeVar("T")
-
-
-class Pruned(Interrupted):
-    """The run ends early since others are better; it is saved, and could go on."""
-
-
-class Lost(RuntimeError):
-    """Another slice has taken the run up: this one must not write there any more."""
-
-
-@dataclasses.dataclass
-class Setting:
-    """A trial under way: the runs of one setting, one for each seed."""
-
-    claim: Claim
-    seeds: set[int]  # that have not ended
-    reports: dict[int, dict[int, float]] = dataclasses.field(default_factory=dict)  # update -> seed -> metric
-    finals: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # seed -> objectives
-    updates: dict[int, int] = dataclasses.field(default_factory=dict)  # seed -> how many were done
-    fault: str = ""  # why it ends early
-    lost: bool = False
-
-
-@dataclasses.dataclass
-class Member:
-    """A run in a place."""
-
-    job: Job
-    routine: Routine
-    directory: Path
-    updates: int
-    done: int = 0
-    shown: tuple[float, float] = (math.nan, math.nan)  # reward and KL of the last update
-    state: str = "trains"
 
 
 class Slice:
@@ -168,7 +134,7 @@ class Slice:
         for place in moved:  # all of them first: a run that ends may end others, which must know of this update
             member, answer = self._member(place), answers[place]
             member.done += 1
-            member.shown = _mean(answer[1], "reward"), _mean(answer[1], "kl")  # type: ignore[index]
+            member.shown = mean_of(answer[1], "reward"), mean_of(answer[1], "kl")  # type: ignore[index]
             member.routine.resume(answer)
         for place in moved:
             if self.members[place] is not None:
@@ -234,7 +200,7 @@ class Slice:
         else:
             columns = list(zip(*(setting.finals[seed] for seed in sorted(setting.finals)), strict=True))
             means = [sum(column) / len(column) for column in columns]
-            spread = [_spread(column) for column in columns]
+            spread = [spread_of(column) for column in columns]
             facts |= {"spread": spread, "seeds": sorted(setting.finals), "by_seed": [list(c) for c in columns]}  # type: ignore[dict-item]
             shown = ", ".join(
                 f"{metric.removeprefix('-')} {mean:.4g}" + (f" ± {s:.2g}" if len(columns[0]) > 1 else "")
@@ -347,16 +313,3 @@ class Slice:
         member = self.members[place]
         assert member is not None
         return member
-
-
-def _mean(metrics: Any, name: str) -> float:
-    total, count = metrics.get(name, (math.nan, 1))
-    return float(total / count) if count else math.nan
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Standard deviation over the seeds; 0 for one."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
