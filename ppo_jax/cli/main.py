@@ -50,20 +50,20 @@ COMMANDS = {
     "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),
     "sweep ppo": _sweep(
         *("ppo", ppo, ppo.PPOSettings),
-        'runs/sft/export/model --prompts prompts.jsonl --reward runs/reward --ranges hyper.kl-coef "log 0.005..0.2"',
+        '--model MODEL --prompts prompts.jsonl --reward runs/reward --ranges hyper.kl-coef "log 0.005..0.2"',
         "--config runs/ppo/config.yaml --ranges policy.rank '4 8' seed '0 1 2' --sweep.search grid --dry-run",
     ),
     "sweep sft": _sweep(
         *("sft", sft, sft.SFTSettings),
-        'MODEL --data texts.jsonl --ranges sft.learning-rate "log 1e-5..1e-3" --sweep.objective=-heldout_loss',
+        '--model MODEL --data texts.jsonl --ranges sft.learning-rate "log 1e-5..1e-3" --sweep.objective=-heldout_loss',
     ),
     "sweep reward": _sweep(
         *("reward", reward, reward.RewardSettings),
-        'MODEL --pairs pairs.jsonl --ranges reward.learning-rate "log 1e-5..1e-3" --sweep.objective heldout_accuracy',
+        '--model MODEL --pairs pairs.jsonl --ranges reward.learning-rate "log 1e-5..1e-3" --sweep.objective heldout_accuracy',
     ),
     "sweep dpo": _sweep(
         *("dpo", dpo, dpo.DPOSettings),
-        'MODEL --pairs pairs.jsonl --ranges dpo.beta "0.05 0.1 0.3" --sweep.objective heldout_accuracy',
+        '--model MODEL --pairs pairs.jsonl --ranges dpo.beta "0.05 0.1 0.3" --sweep.objective heldout_accuracy',
     ),
     "sweep-report": Command(sweep.SweepReportSettings, sweep.report_sweep, sweep.BRIEF_REPORT),
     "compare": Command(sweep.CompareSettings, sweep.compare, sweep.BRIEF_COMPARE),

@@ -14,15 +14,15 @@ class SweepConfig:
     """Search ranges of settings in a study of many runs."""
 
     search: Literal["tpe", "random", "grid", "cmaes"] = "tpe"
-    """A search draws values by a Parzen estimator (tpe), at random, or by CMA-ES, or takes every point of a grid."""
+    """The search takes values from a Parzen estimator (tpe), at random, from CMA-ES, or every point of a grid."""
     trials: int = 20
-    """The search tries this many settings; a grid tries all of its points."""
+    """The search makes this many trials; a grid takes all of its points."""
     objective: tuple[str, ...] = ("reward",)
-    """These metrics of the last evaluation should be high, or low after a minus; several give their frontier."""
+    """A good run has high values of these metrics at its last evaluation, low ones of -NAME; several give a frontier."""
     members: int = 8
-    """This many runs train at once in one program (of ppo; the other stages train one run after another)."""
+    """One program holds this many runs at once (of ppo; the other stages make one run after another)."""
     prune: Literal["off", "halving", "hyperband"] = "off"
-    """Bad trials fall out early by asynchronous halving (Li et al. 2020), or by several of these (Li et al. 2018)."""
+    """Asynchronous halving (Li et al. 2020), or several of it (Li et al. 2018), stops bad trials early."""
     prune_metric: str = ""
     """Pruning goes by this metric of updates or evaluations, after a minus by its low values; empty: the objective."""
     prune_after: int = 0
@@ -30,7 +30,7 @@ class SweepConfig:
     prune_factor: int = 3
     """One of so many trials goes on at each rung."""
     chunk: int = 0
-    """The study hears of a trial after every so many updates; 0 means a tenth of the run."""
+    """A report of each trial goes to the study after so many updates; 0 means a tenth of the run."""
     storage: str = ""
     """The study is in the database at this URL (postgresql+psycopg://USER@HOST/NAME); empty means a file in run_dir."""
     study: str = ""
