@@ -59,7 +59,7 @@ COMMANDS = {
     ),
     "sweep reward": _sweep(
         *("reward", reward, reward.RewardSettings),
-        '--model MODEL --pairs pairs.jsonl --ranges reward.learning-rate "log 1e-5..1e-3" --sweep.objective heldout_accuracy',
+        '--model MODEL --pairs pairs.jsonl --ranges reward.epochs "1 2" --sweep.objective heldout_accuracy',
     ),
     "sweep dpo": _sweep(
         *("dpo", dpo, dpo.DPOSettings),

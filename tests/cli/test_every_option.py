@@ -279,7 +279,7 @@ def test_home_is_a_tilde_in_every_path(cls: type, tmp_path: Path, monkeypatch: p
     assert all(with_value(cls, path, ["~/x"]) == (tmp_path / "x",) for path in lists), lists
     paths = [path for path in named if path not in lists]
     assert all(with_value(cls, path, "~/x") == tmp_path / "x" for path in paths), paths
-    for path in paths[:2]:
+    for path in [] if lists else paths[:2]:
         if path != "run" and tyro.conf.Positional not in typing.get_args(dict(dotted_fields(cls))[path]):
             assert by_option(cls, path, "~/x") == tmp_path / "x"
 

@@ -18,11 +18,11 @@ class SweepConfig:
     trials: int = 20
     """The search makes this many trials; a grid takes all of its points."""
     objective: tuple[str, ...] = ("reward",)
-    """A good run has high values of these metrics at its last evaluation, low ones of -NAME; several give a frontier."""
+    """A good run has these metrics high at its last evaluation, those after a minus low; several give a frontier."""
     members: int = 8
     """One program holds this many runs at once (of ppo; the other stages make one run after another)."""
     prune: Literal["off", "halving", "hyperband"] = "off"
-    """Asynchronous halving (Li et al. 2020), or several of it (Li et al. 2018), stops bad trials early."""
+    """Asynchronous halving stops bad trials early (Li et al. 2020); hyperband runs several of it (Li et al. 2018)."""
     prune_metric: str = ""
     """Pruning goes by this metric of updates or evaluations, after a minus by its low values; empty: the objective."""
     prune_after: int = 0

@@ -78,8 +78,16 @@ def test_scalars_of_hyper_are_members_of_one_program_and_nothing_else_is() -> No
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("hyper.kl-coeff", "0.1 0.2", r"ranges: hyper\.kl_coeff: unknown field; did you mean hyper\.kl_coef\? There are: hyper\.learning_rate"),
-        ("hyperr.kl-coef", "0.1 0.2", r"ranges: hyperr\.kl_coef: unknown field; did you mean hyper\.kl_coef\? There are: model"),
+        (
+            "hyper.kl-coeff",
+            "0.1 0.2",
+            r"hyper\.kl_coeff: unknown field; did you mean hyper\.kl_coef\? There are: hyper\.lear",
+        ),
+        (
+            "hyperr.kl-coef",
+            "0.1 0.2",
+            r"hyperr\.kl_coef: unknown field; did you mean hyper\.kl_coef\? There are: model",
+        ),
         ("hyper", "0.1 0.2", r"ranges: hyper: this is a group of fields; name one of learning_rate"),
         ("hyper.gamma.x", "0.1 0.2", r"ranges: hyper\.gamma\.x: unknown field; hyper\.gamma is one value"),
         ("run-dir", "a b", r"ranges: run_dir belongs to the sweep itself"),

@@ -165,6 +165,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_same_call(tmp_path: Path) -> N
         assert records(tmp_path / "trials" / name)[: len(kept)] == kept
 
 
+@pytest.mark.long
 def test_members_on_a_mesh_of_eight(tmp_path: Path) -> None:
     base = dataclasses.replace(Settings(), mesh=MeshConfig(data=4, fsdp=2))
     sweep(tmp_path, base, task=TASK, trials=5, members=4)
