@@ -24,6 +24,7 @@ from ppo_jax.runs.output.screen import Screen, progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out
 from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
 from ppo_jax.runs.setup import OfflineSetup
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.reward_model import RewardConfig
@@ -195,3 +196,8 @@ def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:
     if len(rows) < 2:
         raise ValueError(f"{settings.reference} has {len(rows)} text; a standard deviation needs at least 2")
     return rows
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax reward` to a sweep, which makes one run after another."""
+    return Task("ppo-jax reward", RewardSettings, lambda settings: 0, run=reward)

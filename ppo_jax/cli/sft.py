@@ -28,6 +28,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.sft import SFTConfig
 
@@ -118,3 +119,8 @@ def _sft(settings: SFTSettings) -> None:
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}; report: {page}"
         )
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax sft` to a sweep, which makes one run after another."""
+    return Task("ppo-jax sft", SFTSettings, lambda settings: 0, run=sft)
