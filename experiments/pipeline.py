@@ -37,7 +37,7 @@ from ppo_jax.runs.setup import OfflineSetup, Result, Setup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.sft import SFTConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper

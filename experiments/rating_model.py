@@ -29,7 +29,7 @@ from ppo_jax.train.comparisons import (
     rated_pairs,
     text_features,
 )
-from ppo_jax.train.reward_model import RewardConfig, fit_head, init_role, normalise_head, train_role
+from ppo_jax.train.reward import RewardConfig, fit_head, init_role, normalise_head, train_role
 from ppo_jax.train.state import key_stream
 
 LENGTHS = (16, 24, 36, 80)  # padded lengths; one program is compiled for each

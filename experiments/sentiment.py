@@ -56,7 +56,7 @@ from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Judge, Result, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 

@@ -27,7 +27,7 @@ from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.loop import OfflineLoop
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.dpo import DPOConfig
 from ppo_jax.train.loop import Interrupted, OfflineLoop, Stopped
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.sft import SFTConfig
 from tests.checkpoints import read_arrays
 from tests.data.tokenizer import EOS
