@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, which device holds which part of an array, and what several processes tell each other."""
+"""Devices and processes: the mesh, which device holds what of an array, and what processes tell each other."""
