@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("ops/advantages.py", "jnp.where(valid, advantage, next_advantage))", "advantage)"),
     Mutant("ops/advantages.py", "jnp.maximum(count - 1, 1)", "jnp.maximum(count, 1)"),
     Mutant("ops/losses.py", "jnp.maximum(unclipped, clipped)\n    bound", "jnp.minimum(unclipped, clipped)\n    bound"),
-    Mutant("ops/losses.py", "jnp.clip(ratio, 1 - clip_low, 1 + clip_high)\n", "jnp.clip(ratio, 1 - clip_high, 1 + clip_low)\n"),
+    Mutant("ops/losses.py", "(ratio, 1 - clip_low, 1 + clip_high)\n", "(ratio, 1 - clip_high, 1 + clip_low)\n"),
     Mutant("ops/losses.py", "jnp.where(advantages < 0,", "jnp.where(advantages > 0,"),
     Mutant("ops/losses.py", "old_values - clip, old_values + clip", "returns - clip, returns + clip"),
     Mutant("ops/losses.py", "jnp.sum(jnp.where(mask, terms, 0)) / jnp", "jnp.sum(terms) / jnp"),
