@@ -2,6 +2,7 @@
 # make test   everything it needs, then the tests                                 (ARGS="tests/ops -x" to choose)
 # make test-all   the long ones too: every mesh, every place to be killed in, long fuzzing (see docs/testing.md)
 # make lint   ruff (lint and format) and mypy
+# make serve  the packages of the reward server; likewise: sweep, wandb, notebooks, cuda, tpu
 # make clean  removes the environment and caches; never runs/
 #
 # Needs Python 3.11 or newer with venv and pip; another interpreter: make PYTHON=python3.12 demo
@@ -22,7 +23,7 @@ CREATED := $(VENV)/.stamp-created
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
 
-.PHONY: demo test test-all lint format install dev clean
+.PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint format install dev clean
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
@@ -42,6 +43,10 @@ lint: $(DEV)
 format: $(DEV)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
+
+# The packages of an extra: the reward server, sweeps, Weights & Biases, notebooks, JAX for NVIDIA GPUs or TPUs.
+serve sweep wandb notebooks cuda tpu: $(CORE)
+	$(INSTALL) --no-build-isolation --editable ".[$@]"
 
 install: $(CORE)
 dev: $(DEV)

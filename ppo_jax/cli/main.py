@@ -18,8 +18,10 @@ from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
 from ppo_jax.cli.serve import settings as serving
 from ppo_jax.cli.serve.command import serve_reward
+from ppo_jax.data import assets
 from ppo_jax.data.locks import release_all
 from ppo_jax.parallel import launch
+from ppo_jax.parallel.programs import keep_programs
 from ppo_jax.runs.output.streams import claim_streams, drop_stream, flush_streams
 from ppo_jax.runs.signals import INTERRUPTED, PREEMPTED, end_when_asked
 from ppo_jax.train.loop import Interrupted
@@ -132,6 +134,8 @@ def _run_command(args: Sequence[str] | None) -> int:
 def usage() -> str:
     """List the commands, from the docstrings of their settings."""
     lines = [f"  {name:<15}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    cache = "Compiled programs are kept in ~/.cache/ppo_jax/programs; $JAX_COMPILATION_CACHE_DIR names another place."
+    lines += ["", cache]
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 
@@ -145,6 +149,8 @@ def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> 
     at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
     (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
+    with contextlib.suppress(assets.AssetError):  # this user has no home folder
+        keep_programs(assets.cache_dir())
     try:
         with end_when_asked() if resumable else contextlib.nullcontext():
             code = _exit_code(prog, run, resumable)

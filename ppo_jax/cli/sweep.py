@@ -14,6 +14,7 @@ from ppo_jax.parallel.agreement import agree
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output import config
+from ppo_jax.runs.output.extras import install_line
 from ppo_jax.runs.sweep.command import delete_sweep, plan_sweep, run_sweep, show_plan
 from ppo_jax.runs.sweep.plan import SweepConfig
 from ppo_jax.runs.sweep.task import Task
@@ -51,7 +52,7 @@ def make_settings(cls: type, brief: Brief, run_dir: str, examples: tuple[str, ..
 def sweep(settings: Any, make_task: Callable[[], Task]) -> None:
     """Run one slice of `ppo-jax sweep STAGE`."""
     if importlib.util.find_spec("optuna") is None:
-        raise ValueError("a sweep needs Optuna: pip install 'ppo_jax[sweep]'")
+        raise ValueError(f"a sweep needs Optuna: {install_line('sweep')}")
     task = make_task()
     names = [field.name for field in dataclasses.fields(task.settings)]
     base = task.settings(**{name: getattr(settings, name) for name in names})

@@ -20,6 +20,7 @@ from ppo_jax.cli.plan.chips import GIB, Topology, bound, topology
 from ppo_jax.cli.plan.programs import PlanSettings, Program, check, micro_rows
 from ppo_jax.models.config import Remat
 from ppo_jax.runs.output import config
+from ppo_jax.runs.output.extras import install_line
 
 Report = dict[str, Any]
 Compile = Callable[[Program, PlanSettings], Report]
@@ -156,7 +157,7 @@ def compile_program(name: Program, settings: PlanSettings) -> Report:
         environment["JAX_NUM_CPU_DEVICES"] = "1"
         if not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None:
             raise ValueError(
-                f"compiling for {settings.topology} needs libtpu: pip install 'ppo_jax[tpu]' (no TPU is needed), or "
+                f"compiling for {settings.topology} needs libtpu: {install_line('tpu')} (no TPU is needed), or "
                 "plan for CPUs, as in --topology cpu:8"
             )
     worker = subprocess.run(

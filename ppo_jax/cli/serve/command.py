@@ -1,6 +1,7 @@
 """`ppo-jax serve-reward`. The server itself needs the packages of the extra `serve`."""
 
 from ppo_jax.cli.serve.settings import ServeSettings
+from ppo_jax.runs.output.extras import install_line
 
 
 def serve_reward(settings: ServeSettings) -> None:
@@ -10,5 +11,5 @@ def serve_reward(settings: ServeSettings) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("starlette", "uvicorn"):
             raise
-        raise ValueError("the reward server needs two more packages: pip install 'ppo_jax[serve]'") from error
+        raise ValueError(f"the reward server needs more packages: {install_line('serve')}") from error
     serve(settings)

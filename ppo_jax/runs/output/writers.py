@@ -17,6 +17,7 @@ import jax
 
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.runs.output import rundir
+from ppo_jax.runs.output.extras import install_line
 from ppo_jax.runs.output.screen import Screen
 
 Writer = Callable[[int, str, Mapping[str, float]], object]
@@ -110,7 +111,7 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
     except ImportError:
-        text = "TensorBoard events are not written: pip install 'ppo_jax[tensorboard]' (metrics.jsonl has all numbers)"
+        text = f"TensorBoard events are not written: {install_line('tensorboard')} (metrics.jsonl has all numbers)"
         (notify or _to_stderr)(text)
         return combine([])
 
@@ -163,7 +164,7 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
     try:
         import wandb
     except ImportError as error:
-        raise ImportError("wandb was asked for but is not installed: pip install 'ppo_jax[wandb]'") from error
+        raise ImportError(f"wandb was asked for but is not installed: {install_line('wandb')}") from error
 
     run_dir = Path(run_dir).resolve()
     run = wandb.init(
