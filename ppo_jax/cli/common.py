@@ -15,6 +15,7 @@ from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
+from ppo_jax.runs.facts import record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.offline import OfflineConfig
@@ -64,8 +65,9 @@ def micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
 
 
 def open_directory(settings: Any) -> Path:
-    """The run directory, with the settings that repeat the run in it."""
+    """The run directory, with the settings that repeat the run in it, and who started it when (`record_start`)."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
+    record_start(directory)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
         (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
     return directory

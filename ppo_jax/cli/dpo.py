@@ -12,7 +12,7 @@ from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.dpo import encode, run_dpo
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
 from ppo_jax.train.dpo import DPOConfig
@@ -71,7 +71,7 @@ def _dpo(settings: DPOSettings) -> None:
     if settings.dpo.batch_size > len(train.starts):
         raise ValueError(too_few_rows("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs))
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
-    with progress("ppo-jax dpo", is_first()) as screen:
+    with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.say_long(screen, long, settings.max_length, settings.too_long)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)

@@ -21,7 +21,7 @@ from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.facts import environment
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
@@ -124,7 +124,7 @@ def _ppo(settings: PPOSettings) -> None:
         config=repeatable_yaml(settings),
     )
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
-    with progress("ppo-jax ppo", is_first()) as screen:
+    with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)

@@ -15,7 +15,7 @@ from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out
 from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
@@ -110,7 +110,7 @@ def _reward(settings: RewardSettings) -> None:
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
-    with progress("ppo-jax reward", is_first()) as screen:
+    with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference

@@ -10,7 +10,7 @@ from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
-from ppo_jax.runs.output.rundir import run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
 from ppo_jax.runs.sft import run_sft
@@ -67,7 +67,7 @@ def _sft(settings: SFTSettings) -> None:
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
-    with progress("ppo-jax sft", is_first()) as screen:
+    with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(

@@ -50,7 +50,7 @@ class Hooks:
         self.stage, self.keep, self.best, self.asked = stage, keep, best, asked
         directory, screen = stage.directory, stage.screen
         self.evaluations = earlier_evaluations(directory)
-        self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
+        self.put_samples = resilient(rundir.write_evaluation, screen.message, rundir.SAMPLES)
         self.files = run_files(directory, screen, stage.loop.wandb, stage.config)
         self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}

@@ -15,6 +15,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -50,21 +52,26 @@ def progress(
     live: bool | None = None,
     interval: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
+    log: Path | None = None,
 ) -> Iterator["Screen"]:
     """A `Screen` for the length of a `with` block; what it last showed stays on the terminal, also after an error.
 
     main_process: False (every process but the first of a multi-host run) shows nothing at all.
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
+    log: a file that all that is said is added to, as plain lines, and what ended it where that was an error.
     """
     screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
-    if screen.live:
-        with Live(screen, console=screen.console, refresh_per_second=2):
+    screen.log = log if main_process else None
+    screen.put_in_log(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {title}")
+    shown = Live(screen, console=screen.console, refresh_per_second=2) if screen.live else contextlib.nullcontext()
+    with shown:
+        try:
             yield screen
-        return
-    try:
-        yield screen
-    finally:
+        except BaseException as error:
+            screen.flush()
+            screen.put_in_log(f"ended by {type(error).__name__}: {error}")
+            raise
         screen.flush()
 
 
@@ -104,6 +111,7 @@ class Screen:
         self.start = clock()
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
+        self.log: Path | None = None
         self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
 
     def update(
@@ -127,11 +135,11 @@ class Screen:
             self.flush()
 
     def flush(self) -> None:
-        """Without a live terminal: prints the line of the last update, if it was held back."""
+        """Without a live terminal: prints the line of the last update, if it was held back. The log gets it always."""
         state = self.current
-        if state is not None and not self.live and state.printed_step != state.step:
+        if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
-            self.message(self._summary(state))
+            (self.put_in_log if self.live else self.message)(self._summary(state))
 
     def sample(
         self,
@@ -164,6 +172,14 @@ class Screen:
         """Onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
         with contextlib.suppress(OSError):
             self.console.print(what, **how)
+        self.put_in_log(what, **how)
+
+    def put_in_log(self, what: RenderableType, **how: Any) -> None:
+        """Into the log alone. It is opened each time: the run directory may have been removed."""
+        if self.log is not None:
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
+                plain = Console(file=file, width=120, force_terminal=False, color_system=None, highlight=False)
+                plain.print(what, **(dict(markup=False, emoji=False, soft_wrap=True) if isinstance(what, str) else how))
 
     def message(self, text: str) -> None:
         """Text above the live part, shown as it is (no markup)."""
