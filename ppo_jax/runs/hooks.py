@@ -9,7 +9,7 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.writers import combine, resilient, run_files
+from ppo_jax.runs.output.writers import Writer, combine, resilient, run_files
 from ppo_jax.runs.signals import stop_requests
 from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
@@ -43,6 +43,7 @@ class Hooks:
 
     measure: (step, state) -> what the state is worth, recorded; None: given up, because the run is to stop.
     dump, causes: as in `train.loop.Hooks`.
+    watch: (step, phase, values) of every record, to say what is wrong.
     evaluations: step -> values, of this process and of those before it.
     """
 
@@ -56,11 +57,13 @@ class Hooks:
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""
         self.causes: Callable[[], str] = lambda: ""
+        self.watch: Writer = lambda step, phase, values: None
 
     def record(self, step: int, phase: str, values: Values) -> None:
         """Puts a line of values into the files of the run, and shows it."""
         combine(self.files)(step, phase, values)
         self.stage.screen.update(phase=phase, step=step, total=self.stage.loop.updates, values=values)
+        self.watch(step, phase, values)
 
     def write(self, done: int, values: Values) -> None:
         self.record(done, self.stage.phase, values)

@@ -13,6 +13,7 @@ from ppo_jax.models.placement import create_on_mesh
 from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel import processes
 from ppo_jax.runs.exports import save_role, write_model
+from ppo_jax.runs.health import watched
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.output.writers import PhaseWriter, phase_writer
 from ppo_jax.train.state import key_stream
@@ -64,7 +65,7 @@ def run_offline(
       measure: adapter -> what it is worth.
       train: (adapter, which it may donate; write) -> the trained adapter.
     """
-    write = phase_writer(directory, screen, phase.name, phase.steps)
+    write = watched(phase_writer(directory, screen, phase.name, phase.steps), phase.name, screen)
 
     def measured(step: int, tuned: PyTree) -> dict[str, float]:
         values = measure(tuned)

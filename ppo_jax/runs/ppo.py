@@ -4,19 +4,24 @@ The algorithm knows no files and no screens; here it gets them: run directory, c
 samples, the live display, and the policy saved at the end.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.rewards.combine import SplitReward
 from ppo_jax.rewards.failures import FailureLog
+from ppo_jax.runs import health
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dump import dumper
 from ppo_jax.runs.evaluation import make_evaluator
 from ppo_jax.runs.exports import export_policies
-from ppo_jax.runs.facts import run_facts
+from ppo_jax.runs.facts import reported_facts, run_facts
 from ppo_jax.runs.hooks import Hooks, open_hooks
+from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.output.writers import Writer
 from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.runs.stage import Stage, start_or_resume
 from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
@@ -41,7 +46,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
     """Trains by PPO in an opened run directory (`rundir.open_run`); unless `resume` is "no", from its last checkpoint.
 
     Writes config.yaml (once the checkpoint has been read), metrics.jsonl, TensorBoard events, samples.jsonl,
-    checkpoints/, export/policy and, where another update than the last evaluated best, export/best.
+    evaluations.jsonl, run.json, checkpoints/, export/policy and, where another update than the last evaluated best,
+    export/best.
 
     Raises:
       Interrupted, Stopped, Exploded: as `train.loop.train`; the message says which update is saved. An Interrupted run
@@ -69,6 +75,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
         )
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
+        hooks.watch = watch_run(directory, reported_facts(setup), screen)
 
         def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
             return iteration(state, frozen, prompts(number), hyper(number))
@@ -110,6 +117,13 @@ def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
     screen.labels.update({name: setup.labels.get(name, name) for name in setup.judges})
     setup.reward.failures.notify = screen.message
     return setup.reward.failures
+
+
+def watch_run(directory: Path, facts: dict[str, Any], screen: Screen) -> Writer:
+    """Leaves the facts for the report, and says on the screen what the metrics show to be wrong (`runs.health`)."""
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        rundir.add_facts(directory, **facts)
+    return health.watch(health.known_from(facts), screen.message, read_jsonl(directory / rundir.METRICS))
 
 
 def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:

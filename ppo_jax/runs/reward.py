@@ -21,6 +21,7 @@ from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards import loading
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs.exports import save_role
+from ppo_jax.runs.health import watched
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.output.writers import phase_writer
 from ppo_jax.train.calibration import Bucket, calibration, calibration_error
@@ -73,7 +74,7 @@ def run_reward(
     check_batch(reward, train)
     trunk, given, size = reward.trunk(model.config), compared(train, seed, TRAINING), reward.batch_size
     batches, steps = training_batches(train, reward, seed, model.pad_id)
-    write = phase_writer(directory, screen, "reward", steps)
+    write = watched(phase_writer(directory, screen, "reward", steps), "reward", screen)
     model = model._replace(params=place_on_mesh(model.params))
     key = key_stream(seed, "reward")
     role = create_on_mesh(lambda k, base: init_role(k, model.config, reward, base), key, model.params)
