@@ -24,7 +24,7 @@ from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
@@ -103,15 +103,17 @@ def main(args: list[str] | None = None) -> Path:
     for directory in stages:
         repeatable = dataclasses.replace(settings, overwrite=False)
         (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
+        record_start(directory)
     rng = np.random.default_rng(settings.seed)
     base = model(settings.seed)
-    with progress("ppo_jax · pipeline") as screen:
+    with progress("ppo_jax · pipeline", log=stages[2] / rundir.LOG) as screen:
         # -- 1: SFT, on sentences whose words are good and bad by chance ------------------------------------------
         demonstrations, unseen = (
             encode_sft(sentences(rng, n), base.tokenizer, MAX_LENGTH) for n in (settings.demonstrations, 64)
         )
         adapter = AdapterConfig(kind="full")
         sft = run_sft(stages[0], base, adapter, demonstrations, unseen, settings.sft, settings.seed, screen)
+        page.write(stages[0], {"title": "SFT on a toy language", "task": f"{TASK} This is the first of the three."})
         screen.message(f"SFT: perplexity {sft.before['perplexity']:.1f} -> {sft.after['perplexity']:.2f}")
 
         # -- 2: reward model, on pairs of sentences of which one has more good words --------------------------------
@@ -119,6 +121,8 @@ def main(args: list[str] | None = None) -> Path:
             encode_pairs(comparisons(rng, n), base.tokenizer, MAX_LENGTH, eos=False) for n in (settings.pairs, 128)
         )
         reward = run_reward(stages[1], sft.model, settings.reward, pairs, unseen_pairs, settings.seed, screen)
+        task = f"{TASK} This is the second of the three."
+        page.write(stages[1], {"title": "A reward model of a toy language", "task": task})
         screen.message(f"reward model: {reward.accuracy:.3f} of held-out pairs in the right order")
 
         # -- 3: PPO, from the fine-tuned model, which is also its reference -----------------------------------------
@@ -135,29 +139,29 @@ def main(args: list[str] | None = None) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=Reward(adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role),
+            reward=Reward(
+                adapter_reward(reward.trunk, sampling.stop_ids),
+                params=reward.role,
+                metadata={"accuracy": reward.accuracy, "heldout": reward.heldout},
+            ),
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
             labels=LABELS,
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),
         )
+        summary: page.Summary = {
+            "title": "SFT, reward model, PPO on a toy language",
+            "task": TASK,
+            "prompts": len(rows),
+            "reward_accuracy": reward.accuracy,
+            "reward_accuracy_note": "held-out pairs",
+            "raters": "the count of good words does",
+            "seed": settings.seed,
+            "judges": LABELS,
+            **environment(),  # type: ignore[typeddict-item]
+        }
+        rundir.write_summary(stages[2], summary)  # for a report in the middle of the run
         result = run_ppo(stages[2], setup, screen)
-        facts = environment()
-        path = page.write(
-            stages[2],
-            {
-                "title": "SFT, reward model, PPO on a toy language",
-                "task": TASK,
-                "before": result.before,
-                "after": result.after,
-                "prompts": len(rows),
-                "reward_accuracy": reward.accuracy,
-                "reward_accuracy_note": "held-out pairs",
-                "seed": settings.seed,
-                "judges": LABELS,
-                "versions": facts["versions"],
-                "machine": facts["machine"],
-            },
-        )
+        path = page.write(stages[2], {**summary, "before": result.before, "after": result.after})
         screen.message(f"report: {path}")
     return path
 

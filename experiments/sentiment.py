@@ -47,19 +47,23 @@ from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup
+from ppo_jax.runs.setup import Judge, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Frozen, Hyper, Rollout
 
+TOY_TASK = (
+    "A smoke run: random sentences of a toy grammar stand for the ratings, and a random model of four layers for the "
+    "policy. It shows that everything runs, and nothing else."
+)
 TASK = (
     "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
@@ -201,9 +205,10 @@ def run(settings: SentimentConfig) -> Path:
     config_file = directory / rundir.CONFIG
     if not config_file.exists():  # a resumed run's is replaced when its checkpoint has been read
         config_file.write_text(repeatable, encoding="utf-8")
+    record_start(directory)
     clock["load"] = time.perf_counter()
 
-    with progress("ppo_jax · sentiment") as screen:
+    with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
         screen.message(
@@ -235,49 +240,58 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=chosen or Reward(adapter_reward(reward.trunk, stop_ids), params=reward.role),
+            reward=chosen or scored_by(reward, settings.reward, stop_ids),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
             config=repeatable,
         )
         for notice in setup.reward.notices:
             screen.message(notice)
+        summary = summarise(settings, len(held_out.rows), test, setup.reward.metadata.get("accuracy"), judge.accuracy)
+        rundir.write_summary(directory, summary)  # for a report in the middle of the run
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        accuracy = reward.accuracy if chosen is None else chosen.metadata.get("accuracy")
-        summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
+        summary |= {"before": result.before, "after": result.after, "seconds": durations(clock)}
         path = page.write(directory, summary)
         screen.message(f"report: {path}")
     return path
 
 
+def scored_by(model: rating_model.RatingModel, how: RewardConfig, stop_ids: tuple[int, ...]) -> Reward:
+    """The reward that a rating model gives, with what the report is told of it."""
+    metadata = {"accuracy": model.accuracy, "reward": {"normalise": how.normalise}}
+    return Reward(adapter_reward(model.trunk, stop_ids), params=model.role, metadata=metadata)
+
+
+def durations(clock: dict[str, float]) -> dict[str, float]:
+    """Seconds of each phase, from the time at the end of each."""
+    return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
+
+
 def summarise(
     settings: SentimentConfig,
-    result: Result,
     prompts: int,
     test: list[movie_reviews.Review],
     reward_accuracy: float | None,
     judge_accuracy: float,
-    clock: dict[str, float],
 ) -> page.Summary:
-    """The numbers of the report; `clock` has the time at the end of each phase."""
-    times = list(clock.items())
+    """What the report is told before there are results. Nothing of SmolLM2 or of people where neither took part."""
+    toy = settings.smoke
+    task = TOY_TASK if toy else TASK
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
-        "title": "PPO on film-review sentiment",
-        "task": f"{TASK} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else TASK,
-        "before": result.before,
-        "after": result.after,
+        "title": "Smoke run of PPO on film-review sentiment" if toy else "PPO on film-review sentiment",
+        "task": f"{task} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else task,
         "prompts": prompts,
         "kl_budget": 15.0,
         "reward_accuracy": reward_accuracy,
         "judge_accuracy": judge_accuracy,
         "judges": LABELS,
-        "reference_accuracies": {**REFERENCES, "VADER": vader},
+        "reference_accuracies": {"VADER": vader} if toy else {**REFERENCES, "VADER": vader},
+        "raters": "the toy ratings say" if toy else "people did",
         "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
-        "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
         "seed": settings.seed,
         "date": date.today().isoformat(),
         **environment(),
