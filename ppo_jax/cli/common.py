@@ -7,15 +7,18 @@ Everything that a user may have got wrong is looked at before the run directory 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ppo_jax.data import TooLong
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
-from ppo_jax.runs.facts import record_start
+from ppo_jax.parallel.processes import is_first
+from ppo_jax.report import page
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.offline import OfflineConfig
@@ -86,3 +89,17 @@ def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     if count:
         done = "dropped" if too_long == "drop" else "truncated from the left"
         screen.message(f"{count} texts were longer than {limit} tokens and were {done}")
+
+
+def write_report(directory: Path, title: str, settings: RunSettings, **more: Any) -> str:
+    """Writes the report of a stage on fixed data, and says where it is: words to end a message with.
+
+    more: further fields of `report.page.Summary`. The other processes have no run directory of their own to report on.
+    """
+    if not is_first():
+        return ""
+    facts = environment()
+    task = f"Base: {settings.model}."
+    summary: page.Summary = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
+    path = page.write(directory, cast(page.Summary, {**summary, **facts, **more}))
+    return f"; report: {path}"

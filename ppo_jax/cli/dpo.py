@@ -75,7 +75,8 @@ def _dpo(settings: DPOSettings) -> None:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.say_long(screen, long, settings.max_length, settings.too_long)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
+        report = common.write_report(directory, f"DPO on {settings.pairs.name}", settings)
         screen.message(
             f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
-            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}"
+            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}{report}"
         )

@@ -21,7 +21,7 @@ from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.facts import environment
-from ppo_jax.runs.output.rundir import LOG, run_directory
+from ppo_jax.runs.output.rundir import LOG, run_directory, write_summary
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
@@ -128,15 +128,10 @@ def _ppo(settings: PPOSettings) -> None:
         say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
-        result = run_ppo(directory, setup, screen, settings.resume)
-        exported = directory / EXPORT / MODEL
-        write_model(exported, model, result.policy.adapter)
         facts = environment()
         summary: report.Summary = {
             "title": f"PPO on {settings.prompts.name}",
             "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
-            "before": result.before,
-            "after": result.after,
             "prompts": len(held_out.rows),
             "seed": settings.seed,
             "date": date.today().isoformat(),
@@ -145,7 +140,11 @@ def _ppo(settings: PPOSettings) -> None:
         }
         if "accuracy" in chosen.metadata:
             summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
-        page = report.write(directory, summary)
+        write_summary(directory, summary)  # for a report in the middle of the run
+        result = run_ppo(directory, setup, screen, settings.resume)
+        exported = directory / EXPORT / MODEL
+        write_model(exported, model, result.policy.adapter)
+        page = report.write(directory, {**summary, "before": result.before, "after": result.after})
         screen.message(f"the model is at {exported}; report: {page}")
 
 

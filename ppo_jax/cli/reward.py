@@ -123,9 +123,11 @@ def _reward(settings: RewardSettings) -> None:
             f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
             f"calibration error {100 * values['calibration_error']:.1f} %"
         )
+        table = [bucket._asdict() for bucket in result.calibration]
+        report = common.write_report(directory, f"Reward model of {where.name}", settings, calibration=table)
         screen.message(
             f"{100 * result.accuracy:.1f} % of {pairs} held-out pairs in the right order; "
-            f"the reward model is at {result.path}"
+            f"the reward model is at {result.path}{report}"
         )
 
 

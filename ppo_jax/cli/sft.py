@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say_long
+from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say_long, write_report
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_sft
 from ppo_jax.models.adapters import AdapterConfig
@@ -72,5 +72,5 @@ def _sft(settings: SFTSettings) -> None:
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
-            f"the model is at {result.path}"
+            f"the model is at {result.path}{write_report(directory, f'SFT on {settings.data.name}', settings)}"
         )
