@@ -142,28 +142,36 @@ def main(args: list[str] | None = None) -> Path:
             reward=Reward(
                 adapter_reward(reward.trunk, sampling.stop_ids),
                 params=reward.role,
+                layers=reward.trunk.num_layers,
                 metadata={"accuracy": reward.accuracy, "heldout": reward.heldout},
             ),
             judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
             labels=LABELS,
             config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),
         )
-        summary: page.Summary = {
-            "title": "SFT, reward model, PPO on a toy language",
-            "task": TASK,
-            "prompts": len(rows),
-            "reward_accuracy": reward.accuracy,
-            "reward_accuracy_note": "held-out pairs",
-            "raters": "the count of good words does",
-            "seed": settings.seed,
-            "judges": LABELS,
-            **environment(),  # type: ignore[typeddict-item]
-        }
+        summary = summarise(len(rows), reward.accuracy, settings.seed)
         rundir.write_summary(stages[2], summary)  # for a report in the middle of the run
         result = run_ppo(stages[2], setup, screen)
         path = page.write(stages[2], {**summary, "before": result.before, "after": result.after})
         screen.message(f"report: {path}")
     return path
+
+
+def summarise(prompts: int, accuracy: float, seed: int) -> page.Summary:
+    """What the report is told before there are results."""
+    facts = environment()
+    return {
+        "title": "SFT, reward model, PPO on a toy language",
+        "task": TASK,
+        "prompts": prompts,
+        "reward_accuracy": accuracy,
+        "reward_accuracy_note": "held-out pairs",
+        "raters": "the count of good words does",
+        "seed": seed,
+        "judges": LABELS,
+        "versions": facts["versions"],
+        "machine": facts["machine"],
+    }
 
 
 def sentences(rng: np.random.Generator, count: int) -> list[SFTRecord]:

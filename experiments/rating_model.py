@@ -16,7 +16,8 @@ from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.adapter import RewardRole
+from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.runs.output import writers
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.comparisons import (
@@ -42,6 +43,13 @@ class RatingModel(NamedTuple):
     trunk: ModelConfig
     accuracy: float  # over all pairs of the held-out sentences with different ratings
     path: Path  # the artifact
+
+
+def lora_reward(found: RatingModel, stop_ids: tuple[int, ...], normalised: bool) -> Reward:
+    """The trained reward model as PPO takes it: an adapter and a head on the policy's own base."""
+    device = adapter_reward(found.trunk, stop_ids)
+    metadata = {"accuracy": found.accuracy, "reward": {"normalise": normalised}}
+    return Reward(device, params=found.role, layers=found.trunk.num_layers, metadata=metadata)
 
 
 class Wanted(NamedTuple):

@@ -11,7 +11,7 @@ a second reward model, neither of which PPO ever sees, say whether the sentences
 What it stands on (docs/algorithm.md has every formula):
 
     the reward of this demo      rewards/adapter.py  adapter_reward
-    what a failed score becomes  rewards/scores.py   only_finite
+    what a failed score becomes  rewards/scores.py   to_scores
     the sampler                  ops/sampling.py     sample
     the KL penalty               ops/kl.py           kl_penalty
     GAE                          ops/advantages.py   gae
@@ -42,8 +42,7 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
-from ppo_jax.rewards.adapter import adapter_reward, score_tokens, text_mask
-from ppo_jax.rewards.base import Reward
+from ppo_jax.rewards.adapter import score_tokens, text_mask
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -69,7 +68,7 @@ TASK = (
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
     "VADER and a second reward model, which PPO never saw, judge the result."
 )
-# Pairwise accuracy on held-out sentences of the same data, measured apart from this run.
+# Pairwise accuracy on held-out sentences, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 LABELS = {"vader": "VADER", "judge": "the second reward model"}
 _VADER = SentimentIntensityAnalyzer()
@@ -199,32 +198,21 @@ def run(settings: SentimentConfig) -> Path:
         raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
     stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
-    directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
-    # Passed back with --config it must neither delete nor continue anything by itself.
-    repeatable = config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
-    config_file = directory / rundir.CONFIG
-    if not config_file.exists():  # a resumed run's is replaced when its checkpoint has been read
-        config_file.write_text(repeatable, encoding="utf-8")
-    record_start(directory)
+    directory = open_directory(settings)
     clock["load"] = time.perf_counter()
 
     with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
-        screen.message(
-            f"{len(prompts.rows)} prompts; {left_out} openings are over {settings.max_prompt} tokens or empty"
-        )
+        over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
+        screen.message(f"{len(prompts.rows)} prompts; {over}")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
         cache = assets.cache_dir() / "reward-models"
-        wanted = [
-            Wanted("reward", splits.reward_train[: settings.reward_texts or None], settings.reward),
-            Wanted("judge", splits.judge_train[: settings.judge_texts or None], settings.judge),
-        ]
-        wanted = wanted if chosen is None else wanted[1:]
+        wanted = wanted_models(settings, splits)[0 if chosen is None else 1 :]
         models = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
-        reward, judge = models[0], models[-1]
+        reward, judge = models[0], models[-1]  # the same one where another reward was chosen
         for one, found in zip(wanted, models, strict=True):
             shutil.copytree(found.path, directory / EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
@@ -240,10 +228,10 @@ def run(settings: SentimentConfig) -> Path:
             hyper=settings.hyper,
             loop=settings.loop,
             seed=settings.seed,
-            reward=chosen or scored_by(reward, settings.reward, stop_ids),
+            reward=chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise),
             judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
             labels=LABELS,
-            config=repeatable,
+            config=repeatable_yaml(settings),
         )
         for notice in setup.reward.notices:
             screen.message(notice)
@@ -259,15 +247,30 @@ def run(settings: SentimentConfig) -> Path:
     return path
 
 
-def scored_by(model: rating_model.RatingModel, how: RewardConfig, stop_ids: tuple[int, ...]) -> Reward:
-    """The reward that a rating model gives, with what the report is told of it."""
-    metadata = {"accuracy": model.accuracy, "reward": {"normalise": how.normalise}}
-    return Reward(adapter_reward(model.trunk, stop_ids), params=model.role, metadata=metadata)
-
-
 def durations(clock: dict[str, float]) -> dict[str, float]:
     """Seconds of each phase, from the time at the end of each."""
     return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
+
+
+def open_directory(settings: SentimentConfig) -> Path:
+    """Opens the run directory and writes the settings that repeat the run into it."""
+    directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
+    record_start(directory)
+    if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
+        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+    return directory
+
+
+def repeatable_yaml(settings: SentimentConfig) -> str:
+    """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+
+
+def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
+    """The reward model that PPO sees, and the one that only judges, trained on other sentences."""
+    reward = splits.reward_train[: settings.reward_texts or None]
+    judge = splits.judge_train[: settings.judge_texts or None]
+    return [Wanted("reward", reward, settings.reward), Wanted("judge", judge, settings.judge)]
 
 
 def summarise(

@@ -1,4 +1,4 @@
-"""What `ppo-jax sft` and `ppo` do: files -> records -> token rows -> a stage -> a run directory.
+"""The parts that several commands share: files -> records -> token rows -> a stage -> a run directory.
 
 Everything that a user may have got wrong is looked at before the run directory is touched, so that a mistake beside
 `--overwrite` deletes nothing.
@@ -46,8 +46,8 @@ class RunSettings:
 
 
 @contextlib.contextmanager
-def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
-    """Joins the other processes, if there are any; inside the block everything runs on the mesh of the settings.
+def use_run_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
+    """Join the other processes, if there are any; inside the block everything runs on the mesh of the settings.
 
     Args:
       rows: how many the devices work on at once.
@@ -61,14 +61,14 @@ def on_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
         yield
 
 
-def micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
-    """The arguments of `on_mesh` for a configuration under `--option`."""
+def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
+    """Describe the micro-batch of a configuration under `--option`, as `use_run_mesh` takes it."""
     what = f"a micro-batch (--{option}.batch-size {config.batch_size} / --{option}.accumulate {config.accumulate})"
     return config.micro_batch, what
 
 
 def open_directory(settings: Any) -> Path:
-    """The run directory, with the settings that repeat the run in it, and who started it when (`record_start`)."""
+    """Open the run directory, and write into it the settings that repeat the run, and who started it when."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     record_start(directory)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
@@ -77,15 +77,15 @@ def open_directory(settings: Any) -> Path:
 
 
 def repeatable_yaml(settings: Any) -> str:
-    """As YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    """Write settings as YAML that, passed back with --config, neither deletes nor continues anything by itself."""
     off: dict[str, Any] = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
     if hasattr(settings, "distributed"):  # where a process ran is not part of what it did
         off["distributed"] = launch.DistributedConfig()
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
-def say_long(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
-    """Says how many texts were too long and what was done with them."""
+def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
+    """Say how many texts were too long and what was done with them."""
     if count:
         done = "dropped" if too_long == "drop" else "truncated from the left"
         screen.message(f"{count} texts were longer than {limit} tokens and were {done}")

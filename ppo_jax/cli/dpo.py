@@ -57,8 +57,8 @@ BRIEF = Brief(
 
 
 def dpo(settings: DPOSettings) -> None:
-    """`ppo-jax dpo`."""
-    with common.on_mesh(settings, *common.micro_batch("dpo", settings.dpo)):
+    """Run `ppo-jax dpo`."""
+    with common.use_run_mesh(settings, *common.describe_micro_batch("dpo", settings.dpo)):
         _dpo(settings)
 
 
@@ -73,7 +73,7 @@ def _dpo(settings: DPOSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
-        common.say_long(screen, long, settings.max_length, settings.too_long)
+        common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
         report = common.write_report(directory, f"DPO on {settings.pairs.name}", settings)
         screen.message(

@@ -63,7 +63,7 @@ BRIEF = Brief(
 
 
 def export(settings: ExportSettings) -> None:
-    """`ppo-jax export`."""
+    """Run `ppo-jax export`."""
     if settings.format == "peft" and settings.dtype != "float32":
         raise ValueError(f"--format peft writes float32; leave out --dtype {settings.dtype}")
     with use_mesh(settings.mesh):
@@ -89,7 +89,7 @@ def _export(settings: ExportSettings) -> None:
 
 
 def write(target: Path, found: trained.Trained, settings: ExportSettings) -> None:
-    """Makes the directory beside `target` and renames it: it is there whole or not at all."""
+    """Make the directory beside `target` and rename it: it is there whole or not at all."""
     model = found.model
     with replaced_directory(target) as partial:
         if settings.format == "peft":
@@ -116,7 +116,7 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
 
 
 def base_name(found: trained.Trained, settings: ExportSettings) -> str:
-    """What the export calls the base: as the user gave it. A path that some program chose is cut to its last part."""
+    """Name the base as the user gave it. A path that some program chose is cut to its last part."""
     if settings.model:
         return settings.model
     given = found.settings.get("model")
@@ -124,7 +124,7 @@ def base_name(found: trained.Trained, settings: ExportSettings) -> str:
 
 
 def check_target(target: Path, settings: ExportSettings) -> None:
-    """Raises before anything is read when the directory cannot be taken, so that nothing of the user's is replaced."""
+    """Raise, before anything is read, when the directory cannot be taken, so that nothing of the user's is replaced."""
     if settings.run is not None:
         run, here = settings.run.expanduser().resolve(), target.resolve()
         if here == run or here in run.parents or run in here.parents:
@@ -145,14 +145,14 @@ def check_target(target: Path, settings: ExportSettings) -> None:
 
 
 def check_apart(target: Path, base: Path, settings: ExportSettings) -> None:
-    """Raises when the export would take the place of the base model that it is made from."""
+    """Raise when the export would take the place of the base model that it is made from."""
     here, model = target.resolve(), base.resolve()
     if here == model or here in model.parents:
         raise ValueError(f"--to {settings.to} would replace the base model {base}; choose another directory")
 
 
 def foreign_files(target: Path) -> list[str]:
-    """What lies in an earlier export beside that which its list names."""
+    """List what lies in an earlier export beside that which its list names."""
     try:
         listed = json.loads((target / MARK).read_text(encoding="utf-8"))["files"]
         known = {MARK, *map(str, listed)}

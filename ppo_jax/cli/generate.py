@@ -89,7 +89,7 @@ BRIEF = Brief(
 
 
 def generate_responses(settings: GenerateSettings) -> None:
-    """`ppo-jax generate`."""
+    """Run `ppo-jax generate`."""
     if settings.temperature < 0:
         raise ValueError(f"--temperature {settings.temperature} must not be negative")
     if settings.run and settings.policy:
@@ -134,7 +134,7 @@ class Response(NamedTuple):
 
 
 def check_output(output: Path) -> None:
-    """Raises OSError unless a new file can be made at `output`; nothing is replaced, nor what is left of a kill."""
+    """Raise OSError unless a new file can be made at `output`; nothing is replaced, nor what is left of a kill."""
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}; make it first")
     if output.exists():
@@ -146,7 +146,7 @@ def check_output(output: Path) -> None:
 
 
 def write(found: Iterable[Response], output: Path) -> int:
-    """Writes responses as JSON lines, each when it comes, and returns how many.
+    """Write responses as JSON lines, each when it comes, and return how many.
 
     They go into a file beside `output` that gets its name at the end: what stops early leaves those that were finished.
     """
@@ -172,7 +172,7 @@ def _partial(output: Path) -> Path:
 def responses(
     model: Model, policy: Policy, prompts: PromptSet, sampling: Sampling, settings: GenerateSettings
 ) -> Iterator[Response]:
-    """Samples one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
+    """Sample one response per prompt, `settings.batch_size` at a time; one program serves all batches."""
     run, policy = jax.jit(partial(generate, config=model.config, sampling=sampling)), place_on_mesh(policy)
     key, count = key_stream(settings.seed, "generate"), len(prompts.rows)
     size = min(settings.batch_size, count)
@@ -188,7 +188,7 @@ def responses(
 
 
 def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
-    """The model and the role that answers."""
+    """Load the model and the role that answers."""
     run = settings.run or settings.policy
     if run is None:
         if settings.step is not None:

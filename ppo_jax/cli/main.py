@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `ppo-jax COMMAND OPTIONS`; returns the exit code."""
+    """Run `ppo-jax COMMAND OPTIONS`; return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if args else sys.stderr)
@@ -65,28 +65,28 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The list of commands, from the docstrings of their settings."""
+    """List the commands, from the docstrings of their settings."""
     lines = [f"  {name:<15}{(command.settings.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 
 def exit_code(prog: str, run: Callable[[], object]) -> int:
-    """Calls `run`. An error that a user can act on becomes a message on standard error and an exit code.
+    """Call `run`. An error that a user can act on becomes a message on standard error and an exit code.
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
     at once. Anything else is a bug of ours, and keeps its traceback. One of several processes that has failed ends here
-    (`distributed.leave`), so that the others do not wait for it; all stop together when asked to (75).
+    (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
     try:
         code = _exit_code(prog, run)
     except Exception:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            launch.leave(FAILED)
+            launch.end_process(FAILED)
         raise
     if code not in (0, PREEMPTED):
-        launch.leave(code)
+        launch.end_process(code)
     return code
 
 

@@ -35,7 +35,7 @@ def parse(
     prog: str | None = None,
     brief: Brief = WHOLE,
 ) -> C:
-    """Reads the command line: `--preset NAME`, over it `--config FILE`, over both `--field.sub-field VALUE`.
+    """Read the command line: `--preset NAME`, over it `--config FILE`, over both `--field.sub-field VALUE`.
 
     Options, types and help come from the fields of `cls` and their comments or docstrings (tyro). Any mistake
     prints one message to standard error and exits with status 2.
@@ -74,7 +74,7 @@ def _fail(prog: str, message: str) -> NoReturn:
 
 
 def find_options(cls: type, more: Sequence[str] = ()) -> dict[str, Any]:
-    """{option: type} of every value in a settings record, of the other spelling of a flag, and of `more`."""
+    """Collect {option: type} of every value in a settings record, of the other spelling of a flag, and of `more`."""
     found: dict[str, Any] = dict.fromkeys([*more, "--help", "--help-all"])
     for path, kind in dotted_fields(cls):
         marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is Annotated else ()
@@ -87,7 +87,7 @@ def find_options(cls: type, more: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def write_out(args: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """The words as tyro reads them; raises ConfigError for an option that there is not, with the nearest that there is.
+    """Write the words as tyro reads them; raise ConfigError for an option that there is not, with the nearest one.
 
     `--field` without a value means yes where the field's choices include "yes"; `off` is the value that turns a field
     off; a text may begin with a dash.
@@ -127,7 +127,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _starting_point(cls: type[C], args: Sequence[str], presets: Mapping[str, C], read_file: bool) -> C | None:
-    """What --preset and --config say; tyro reads these two again and checks them."""
+    """Read what --preset and --config say; tyro reads these two again and checks them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--config", nargs="?")
@@ -137,7 +137,7 @@ def _starting_point(cls: type[C], args: Sequence[str], presets: Mapping[str, C],
 
 
 def _command(cls: type[C], base: C | None, presets: Mapping[str, C]) -> type:
-    """A record of --preset, --config and the settings, whose defaults are `base`."""
+    """Make a record of --preset, --config and the settings, whose defaults are `base`."""
 
     def option(name: str, kind: Any, text: str) -> tuple[str, Any, Any]:
         return name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=None)
@@ -161,7 +161,7 @@ def _describe(cls: type, brief: Brief) -> str:
 
 
 def _help_of(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.ConstructorRegistry:
-    """Rules by which tyro's help leaves out the fields that are not shown, and breaks no line where the source does."""
+    """Make rules by which tyro's help leaves out fields that are not shown, and breaks no line as the source does."""
     registry = tyro.constructors.ConstructorRegistry()
     asked: list[Any] = []
 

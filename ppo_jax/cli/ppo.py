@@ -4,7 +4,7 @@ import dataclasses
 from datetime import date
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, say_long
+from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_prompts, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -88,7 +88,7 @@ BRIEF = Brief(
 
 
 def ppo(settings: PPOSettings) -> None:
-    """`ppo-jax ppo`."""
+    """Run `ppo-jax ppo`."""
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
@@ -125,7 +125,7 @@ def _ppo(settings: PPOSettings) -> None:
     )
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
-        say_long(screen, long + long_too, settings.max_prompt, settings.too_long)
+        report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
         for notice in chosen.notices:
             screen.message(notice)
         facts = environment()
@@ -149,7 +149,7 @@ def _ppo(settings: PPOSettings) -> None:
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:
-    """Token rows of PPO-ptx, no longer than prompt and response together."""
+    """Read the token rows of PPO-ptx, no longer than prompt and response together."""
     if (settings.pretrain is None) != (settings.hyper.ptx_coef == 0):
         raise ValueError("PPO-ptx needs both --pretrain FILE and a positive --hyper.ptx-coef")
     if settings.pretrain is None:

@@ -18,7 +18,7 @@ from ppo_jax.rewards import loading
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out
-from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, compared, run_reward
+from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, collect_comparisons, run_reward
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.reward_model import RewardConfig
 
@@ -83,18 +83,18 @@ BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output class
 
 
 def export_reward(settings: ExportRewardSettings) -> None:
-    """`ppo-jax export-reward`."""
+    """Run `ppo-jax export-reward`."""
     path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 
 def reward(settings: RewardSettings) -> None:
-    """`ppo-jax reward`."""
+    """Run `ppo-jax reward`."""
     given = {name: getattr(settings, name) for name in ("pairs", "ratings", "choices")}
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
     size = settings.reward.batch_size
-    with common.on_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
+    with common.use_run_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
         _reward(settings)
 
 
@@ -104,14 +104,14 @@ def _reward(settings: RewardSettings) -> None:
     train, held_out, where = _data(settings, model)
     reference = _reference(settings, model)
     for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
-        check_room(model, compared(part, settings.seed, f"{what} of {where}").rows)
+        check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
     try:
         check_batch(settings.reward, train)
     except ValueError as error:
         raise ValueError(f"--reward.{error}: {where} leaves no more to train on; change it, or the data") from error
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
-        common.say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_reward(
             directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
         )
@@ -132,7 +132,7 @@ def _reward(settings: RewardSettings) -> None:
 
 
 def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
-    """(training, held-out) token rows, and the file. No EOS: the reward reads the text of a response, whether it ended
+    """Read (training, held-out) token rows, and the file. No EOS: the reward reads a response's text, whether it ended
     by itself or was cut (rewards.adapter)."""
     tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
 

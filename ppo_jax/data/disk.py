@@ -19,7 +19,7 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]', re.DOTAL
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file; of a folder: of the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
+    """Hash a file by sha256; a folder: the sorted lines `<sha256>  <path>` of its files, hidden ones apart."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def strict(value: Any) -> Any:
-    """The value with what JSON cannot hold replaced, recursively; arrays of one number become that number."""
+    """Replace what JSON cannot hold in a value, recursively; arrays of one number become that number."""
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -45,7 +45,7 @@ def strict(value: Any) -> Any:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file atomically."""
+    """Write a whole file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
@@ -53,7 +53,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`, which takes its place at the end of the block.
+    """Give an empty directory beside `target`, which takes its place at the end of the block.
 
     Where the block fails the new directory goes, and `target` is as it was. Parents are made. A link stays one, and
     what it leads to is replaced.
@@ -70,7 +70,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
 
 
 def keep_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
-    """Gives the directory `target` what `source` has and it has not, apart from the names `without`.
+    """Give the directory `target` what `source` has and it has not, apart from the names `without`.
 
     Files are linked where the disk can do that, and copied where not; `source` keeps them.
     """
@@ -92,7 +92,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def swap(partial: Path, target: Path) -> None:
-    """Puts the directory `partial` in the place of `target`; what was there is removed.
+    """Put the directory `partial` in the place of `target`; what was there is removed.
 
     Where that fails, `target` is as it was, and OSError is raised. Both lie in one directory.
     """
@@ -109,7 +109,7 @@ def swap(partial: Path, target: Path) -> None:
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
-    """The value of a JSON text (bytes: UTF-8, or as `json` detects). ValueError where it is none, or nested deeper."""
+    """Parse a JSON text (bytes: UTF-8, or as `json` detects). Raise ValueError where it is none, or nested deeper."""
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
     level = 0
     for found in _TOKEN.finditer(text):

@@ -49,7 +49,7 @@ class EncodedSFT(NamedTuple):
 
 
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
-    """Chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
+    """Render chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
 
     Raises:
       ValueError: the tokenizer has no chat template, or its template refuses these messages.
@@ -76,7 +76,7 @@ def encode_prompts(
     too_long: TooLong = "error",
     where: Sequence[str] | None = None,
 ) -> EncodedPrompts:
-    """Token rows of prompts, each of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
+    """Encode prompts as token rows of 1 to `max_length` tokens; BOS comes first where the tokenizer uses one.
 
     Args:
       too_long: what to do with longer ones. "error"; "truncate_left" keeps BOS and the last tokens; "drop".
@@ -99,7 +99,7 @@ def encode_prompts(
 def encode_pairs(
     records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error", eos: bool = True
 ) -> EncodedPairs:
-    """Token rows of prompt + answer (+ EOS), as a finished response looks in PPO. Arguments as `encode_prompts`.
+    """Encode prompt + answer (+ EOS) as token rows, as a finished response looks in PPO. Arguments as `encode_prompts`.
 
     A pair is too long if one of its rows is; both then lose the same tokens of the prompt. Without `eos` an answer that
     spells EOS loses it, since a reward reads the text of a response (`rewards.adapter`).
@@ -119,7 +119,7 @@ def encode_pairs(
 def encode_sft(
     records: Sequence[SFTRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedSFT:
-    """Token rows of prompt + response + EOS, and where the responses start. Arguments as `encode_prompts`.
+    """Encode prompt + response + EOS as token rows, and where the responses start. Arguments as `encode_prompts`.
 
     Raises:
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
@@ -141,7 +141,7 @@ def encode_sft(
 
 
 def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str]:
-    """(prompt, response) of an answer; one in messages is its last message, and earlier ones follow the prompt."""
+    """Split an answer into (prompt, response); one in messages is its last message, earlier ones follow the prompt."""
     if isinstance(answer, str):
         return prompt, answer
     return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
@@ -155,7 +155,7 @@ def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]
 def _answered(
     texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, end: list[int]
 ) -> list[tuple[list[int], int]]:
-    """(tokens of prompt + response + end, where the response begins) of each (prompt, response, name for messages)."""
+    """Encode each (prompt, response, name for messages) as (tokens with the end, where the response begins)."""
     bos, ends = leading_bos(tokenizer), end_ids(tokenizer)
     befores = ["" if prompt is None else render(prompt, tokenizer, where) for prompt, _, where in texts]
     rows = []
@@ -175,7 +175,7 @@ def _eos(tokenizer: Any) -> list[int]:
 
 
 def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
-    """Which rows to keep, and how many were too long."""
+    """Choose which rows to keep, and count those that were too long."""
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
     if max_length < 2:
@@ -200,7 +200,7 @@ def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
 
 
 def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list[int]) -> list[tuple[list[int], int]]:
-    """Answers (row, start) to one prompt, cut on the left to `max_length` so that the prompt stays one and the same.
+    """Cut answers (row, start) to one prompt on the left to `max_length`, so that the prompt stays one and the same.
 
     The longest says how much of the prompt goes, from all of them. An answer that is too long by itself is cut further,
     and its start is -1.
@@ -220,7 +220,7 @@ def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list
 def encode_ratings(
     records: Sequence[RatingRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedRatings:
-    """Token rows of prompt + response, without EOS. Arguments and errors as `encode.encode_prompts`."""
+    """Encode prompt + response as token rows, without EOS. Arguments and errors as `encode.encode_prompts`."""
     bos = leading_bos(tokenizer)
     rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, [])]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
@@ -230,7 +230,7 @@ def encode_ratings(
 def encode_choices(
     records: Sequence[ChoiceRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error"
 ) -> EncodedChoices:
-    """Token rows of prompt + each response, without EOS. As above.
+    """Encode prompt + each response, without EOS; a choice is too long if one of its rows is. As above.
 
     A choice is too long if one of its rows is; all of them then lose the same tokens of the prompt.
     """

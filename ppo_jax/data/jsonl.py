@@ -10,7 +10,7 @@ from ppo_jax.data.disk import parse_json, replace_file, strict
 
 
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends records as strict JSON, a line each. NaN becomes null; an infinity becomes "Infinity" / "-Infinity"."""
+    """Append records as strict JSON, a line each. NaN becomes null; an infinity becomes "Infinity" / "-Infinity"."""
     lines = [json.dumps(strict(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     data = memoryview("".join(lines).encode("utf-8", "replace"))
     with open(path, "ab", buffering=0) as file:
@@ -24,7 +24,7 @@ def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, in order; [] when the file is missing.
+    """Read the records of a JSON-lines file, in order; [] when the file is missing.
 
     A torn last line (the process was killed while writing it) is left out. Any other line that is not a JSON
     object raises ValueError with file and line number.
@@ -36,7 +36,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def repair_jsonl(path: str | os.PathLike) -> None:
-    """Removes a torn last line in place, and ends a whole one that lacks its newline."""
+    """Remove a torn last line in place, and end a whole one that lacks its newline."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     if data and not data.endswith(b"\n"):
@@ -45,7 +45,7 @@ def repair_jsonl(path: str | os.PathLike) -> None:
 
 
 def truncate_jsonl(path: str | os.PathLike, step: int, phases: Collection[str] | None = None) -> int:
-    """Removes the records of a resumed run that lie after `step`; returns how many.
+    """Remove the records of a resumed run that lie after `step`; return how many.
 
     Phases count their steps separately, so resuming PPO at step 20 must not touch reward-model step 300: with
     `phases` only records of those phases are considered. A torn last line goes too. The file is replaced
@@ -65,7 +65,7 @@ def truncate_jsonl(path: str | os.PathLike, step: int, phases: Collection[str] |
 
 
 def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line without newline, record) of each line that is not blank."""
+    """Yield (line without newline, record) of each line that is not blank."""
     lines = path.read_bytes().split(b"\n")
     parsed = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""What a line of a JSON-lines file may say: checked objects, chat messages and texts."""
+"""The lines of JSON-lines files, and what they may say: checked objects, chat messages and texts."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _MESSAGES = '[{"role": ..., "content": ...}, ...]'
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", line) for each line of a UTF-8 file; blank lines at the end are ignored."""
+    """Yield ("file:line", line) for each line of a UTF-8 file; blank lines at the end are ignored."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -46,23 +46,23 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) for each line of a JSON Lines file."""
+    """Yield ("file:line", object) for each line of a JSON Lines file."""
     for where, line in read_lines(path):
         try:
             value = parse_json(line)
         except ValueError as error:  # also an integer of thousands of digits
             raise ValueError(
-                f"{where}: not JSON ({error}); each line must be one JSON object: {shown(line)}"
+                f"{where}: not JSON ({error}); each line must be one JSON object: {show_value(line)}"
             ) from error
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: each line must be one JSON object, got {shown(value)}")
+            raise ValueError(f"{where}: each line must be one JSON object, got {show_value(value)}")
         yield where, value
 
 
-def form_of(
+def choose_form(
     line: dict[str, Any], where: str, forms: Sequence[tuple[str, ...]], optional: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """The one of `forms` (sets of required fields) that this line has; ValueError if none, several, or more fields."""
+    """Choose the one of `forms` (sets of required fields) a line has; ValueError if none, several, or more fields."""
     allowed = " or ".join(" and ".join(f'"{field}"' for field in form) for form in forms)
     if optional:
         allowed += "; optional: " + ", ".join(f'"{field}"' for field in optional)
@@ -71,7 +71,7 @@ def form_of(
         if field not in known:
             near = difflib.get_close_matches(field[:60], known, n=1)
             hint = f' (did you mean "{near[0]}"?)' if near else ""
-            raise ValueError(f'{where}: unknown field "{shown(field)[1:-1]}"{hint}; allowed: {allowed}')
+            raise ValueError(f'{where}: unknown field "{show_value(field)[1:-1]}"{hint}; allowed: {allowed}')
     given = {field for field in line if field not in optional}
     for form in forms:
         if given == set(form):
@@ -89,7 +89,7 @@ def check_chat_or_text(value: Any, where: str, field: str) -> Text:
 
 def check_text(value: Any, where: str, field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f'{where}: "{field}" must be text, got {shown(value)}')
+        raise ValueError(f'{where}: "{field}" must be text, got {show_value(value)}')
     if not value.strip():
         raise ValueError(f'{where}: "{field}" is empty')
     try:
@@ -102,14 +102,14 @@ def check_text(value: Any, where: str, field: str) -> str:
 def check_messages(value: Any, where: str, field: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         kind = "a list of messages" if field == "messages" else "text or a list of messages"
-        raise ValueError(f'{where}: "{field}" must be {kind}, {_MESSAGES}; got {shown(value)}')
+        raise ValueError(f'{where}: "{field}" must be {kind}, {_MESSAGES}; got {show_value(value)}')
     for number, message in enumerate(value):
         at = f"{field}[{number}]"
         if not isinstance(message, dict):
-            raise ValueError(f'{where}: "{at}" must be {{"role": ..., "content": ...}}, got {shown(message)}')
-        form_of(message, f"{where}: {at}", [("role", "content")])
+            raise ValueError(f'{where}: "{at}" must be {{"role": ..., "content": ...}}, got {show_value(message)}')
+        choose_form(message, f"{where}: {at}", [("role", "content")])
         if message["role"] not in ROLES:
-            raise ValueError(f'{where}: "{at}.role" is {shown(message["role"])}; allowed: {", ".join(ROLES)}')
+            raise ValueError(f'{where}: "{at}.role" is {show_value(message["role"])}; allowed: {", ".join(ROLES)}')
         check_text(message["content"], where, f"{at}.content")
     return value
 
@@ -121,11 +121,11 @@ def check_answered(messages: list[dict[str, str]], where: str, field: str) -> No
         raise ValueError(f'{where}: "{field}" has only a response; put the messages it answers before it')
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_prompt(line: dict[str, Any], where: str) -> Text | None:
-    """The field `prompt` of a line, checked; None where there is none."""
+    """Read the field `prompt` of a line, checked; None where there is none."""
     return check_chat_or_text(line["prompt"], where, "prompt") if "prompt" in line else None

@@ -15,11 +15,11 @@ from ppo_jax.data.lines import (
     check_chat_or_text,
     check_messages,
     check_text,
-    form_of,
+    choose_form,
     read_lines,
     read_objects,
     read_prompt,
-    shown,
+    show_value,
 )
 
 
@@ -58,7 +58,7 @@ class SFTRecord(NamedTuple):
 
 
 def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """Prompts: one text per line of a .txt file, otherwise one JSON object per line.
+    """Read prompts: one text per line of a .txt file, otherwise one JSON object per line.
 
     {"prompt": text} or {"messages": [...]}, and optionally "metadata": {...}.
 
@@ -70,7 +70,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         return [PromptRecord(check_text(line, where, "prompt"), {}, where) for where, line in read_lines(path)]
     records = []
     for where, line in read_objects(path):
-        form = form_of(line, where, [("prompt",), ("messages",)], optional=("metadata",))
+        form = choose_form(line, where, [("prompt",), ("messages",)], optional=("metadata",))
         prompt = check_chat_or_text(line[form[0]], where, form[0])
         if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             raise ValueError(
@@ -78,7 +78,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
             )
         metadata = line.get("metadata", {})
         if not isinstance(metadata, dict):
-            raise ValueError(f'{where}: "metadata" must be an object, got {shown(metadata)}')
+            raise ValueError(f'{where}: "metadata" must be an object, got {show_value(metadata)}')
         try:
             json.dumps(metadata, ensure_ascii=False).encode()  # it goes to reward servers and into files
         except UnicodeEncodeError:
@@ -88,7 +88,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
 
 
 def read_pairs(path: str | Path) -> list[PairRecord]:
-    """Preferences, one JSON object per line: {"chosen": text, "rejected": text}, optionally "prompt" and "margin".
+    """Read preferences, a JSON object per line: {"chosen": text, "rejected": text}, optionally "prompt" and "margin".
 
     Each text is a string or a list of messages; the answers are both the one or both the other. Strings are joined
     as they are, so a space between prompt and answer belongs to one of them.
@@ -97,7 +97,7 @@ def read_pairs(path: str | Path) -> list[PairRecord]:
     """
     records = []
     for where, line in read_objects(path):
-        form_of(line, where, [("chosen", "rejected")], optional=("prompt", "margin"))
+        choose_form(line, where, [("chosen", "rejected")], optional=("prompt", "margin"))
         chosen, rejected = (check_chat_or_text(line[field], where, field) for field in ("chosen", "rejected"))
         prompt = check_chat_or_text(line["prompt"], where, "prompt") if "prompt" in line else None
         if isinstance(chosen, str) != isinstance(rejected, str):
@@ -109,13 +109,13 @@ def read_pairs(path: str | Path) -> list[PairRecord]:
                 check_answered([*(prompt or []), *answer], where, field)
         margin = line.get("margin", 0.0)
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1e38:
-            raise ValueError(f'{where}: "margin" must be a finite number, at least 0, got {shown(margin)}')
+            raise ValueError(f'{where}: "margin" must be a finite number, at least 0, got {show_value(margin)}')
         records.append(PairRecord(prompt, chosen, rejected, float(margin), where))
     return records
 
 
 def read_sft(path: str | Path) -> list[SFTRecord]:
-    """Demonstrations: one text per line of a .txt file, otherwise one JSON object per line.
+    """Read demonstrations: one text per line of a .txt file, otherwise one JSON object per line.
 
     {"prompt": text or messages, "response": text}, {"messages": [...]} (the last one, the assistant's, is the
     response) or {"text": text} (all of it is learnt).
@@ -126,7 +126,7 @@ def read_sft(path: str | Path) -> list[SFTRecord]:
         return [SFTRecord(None, check_text(line, where, "text"), where) for where, line in read_lines(path)]
     records = []
     for where, line in read_objects(path):
-        form = form_of(line, where, [("prompt", "response"), ("messages",), ("text",)])
+        form = choose_form(line, where, [("prompt", "response"), ("messages",), ("text",)])
         prompt: Text | None = None
         if form == ("messages",):
             messages = check_messages(line["messages"], where, "messages")
@@ -140,7 +140,7 @@ def read_sft(path: str | Path) -> list[SFTRecord]:
 
 
 def read_ratings(path: str | Path) -> list[RatingRecord]:
-    """Rated responses, one JSON object per line: {"response": text, "rating": number}, optionally "prompt".
+    """Read rated responses, a JSON object per line: {"response": text, "rating": number}, optionally "prompt".
 
     Raises:
       ValueError: a line is not that; the message names file, line and field.
@@ -148,10 +148,10 @@ def read_ratings(path: str | Path) -> list[RatingRecord]:
     """
     records = []
     for where, line in read_objects(path):
-        form_of(line, where, [("response", "rating")], optional=("prompt",))
+        choose_form(line, where, [("response", "rating")], optional=("prompt",))
         rating = line["rating"]
         if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
-            raise ValueError(f'{where}: "rating" must be a finite number, got {shown(rating)}')
+            raise ValueError(f'{where}: "rating" must be a finite number, got {show_value(rating)}')
         records.append(
             RatingRecord(
                 read_prompt(line, where), check_text(line["response"], where, "response"), float(rating), where
@@ -161,18 +161,18 @@ def read_ratings(path: str | Path) -> list[RatingRecord]:
 
 
 def read_choices(path: str | Path) -> list[ChoiceRecord]:
-    """Best of n, one JSON object per line: {"responses": [text, ...], "best": place from 0}, optionally "prompt".
+    """Read best of n, a JSON object per line: {"responses": [text, ...], "best": place from 0}, optionally "prompt".
 
     Raises: as `read_ratings`.
     """
     records = []
     for where, line in read_objects(path):
-        form_of(line, where, [("responses", "best")], optional=("prompt",))
+        choose_form(line, where, [("responses", "best")], optional=("prompt",))
         responses, best = line["responses"], line["best"]
         if not isinstance(responses, list) or len(responses) < 2:
-            raise ValueError(f'{where}: "responses" must be a list of at least 2 texts, got {shown(responses)}')
+            raise ValueError(f'{where}: "responses" must be a list of at least 2 texts, got {show_value(responses)}')
         texts = [check_text(text, where, f"responses[{i}]") for i, text in enumerate(responses)]
         if isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < len(texts):
-            raise ValueError(f'{where}: "best" must be from 0 to {len(texts) - 1}, got {shown(best)}')
+            raise ValueError(f'{where}: "best" must be from 0 to {len(texts) - 1}, got {show_value(best)}')
         records.append(ChoiceRecord(read_prompt(line, where), texts, best, where))
     return records

@@ -17,7 +17,7 @@ GUARDS = ("\n", "a", ".", "1", "a ")
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens that each text spells, special ones among them; none is added."""
+    """Find the tokens that each text spells, special ones among them; none is added."""
     if not texts:  # transformers' tokenizers cannot take none
         return []
     rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -25,18 +25,18 @@ def tokenise(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def leading_bos(tokenizer: Any) -> list[int]:
-    """[the BOS id] if this tokenizer puts one before plain text, else []."""
+    """List [the BOS id] if this tokenizer puts one before plain text, else []."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that close an answer: EOS, where the tokenizer has one."""
+    """List the tokens that close an answer: EOS, where the tokenizer has one."""
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def token_rows(befores: Sequence[str], afters: Sequence[str], tokenizer: Any) -> list[tuple[list[int], int]]:
-    """(tokens of before + after, where those of after begin) of each pair of texts; nothing is added."""
+    """Find (tokens of before + after, where those of after begin) of each pair of texts; nothing is added."""
     whole = tokenise([before + after for before, after in zip(befores, afters, strict=True)], tokenizer)
     rows = []
     for row, front, after in zip(whole, tokenise(befores, tokenizer), afters, strict=True):
@@ -46,7 +46,7 @@ def token_rows(befores: Sequence[str], afters: Sequence[str], tokenizer: Any) ->
 
 
 def continuation(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that stands behind another: those that follow a line break, or the like, in one text."""
+    """Find the tokens of a text that stands behind another: those that follow a line break, or the like, in one."""
     for guard in GUARDS:
         front, row = tokenise([guard, guard + text], tokenizer)
         if front and row[: len(front)] == front:
@@ -55,12 +55,12 @@ def continuation(text: str, tokenizer: Any) -> list[int]:
 
 
 def with_bos(row: Sequence[int], bos: Sequence[int]) -> list[int]:
-    """The row behind `bos` ([] or one token): a text that spells BOS at its beginning gets no second one."""
+    """Put the row behind `bos` ([] or one token): a text that spells BOS at its beginning gets no second one."""
     return list(row) if list(row[: len(bos)]) == list(bos) else [*bos, *row]
 
 
 def without_ends(row: Sequence[int], ends: Sequence[int], start: int = 0) -> list[int]:
-    """The row without the end tokens at its end: an answer that spells them is closed once, or not at all.
+    """Cut the end tokens off the row's end: an answer that spells them is closed once, or not at all.
 
     What lies before `start` stays.
     """

@@ -1,4 +1,4 @@
-"""Several processes that save and read checkpoints: what fails in one of them fails in all, at the same place.
+"""Agreement of processes that save and read checkpoints: what fails in one fails in all, at the same place.
 
 Otherwise one would go on alone, and the next collective call of the others would wait for it for ever.
 """
@@ -19,7 +19,7 @@ class Elsewhere(RuntimeError):
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, in their order. Collective."""
+    """Gather the texts of all processes, in their order. Collective."""
     data = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
     if jax.process_count() == 1:
         return [text]
@@ -31,17 +31,17 @@ def gather_texts(text: str) -> list[str]:
 
 
 def of_first(value: T) -> T:
-    """What process 0 gives (any JSON value), in all processes. Collective."""
+    """Give what process 0 gives (any JSON value) to all processes. Collective."""
     return value if jax.process_count() == 1 else json.loads(gather_texts(json.dumps(value))[0])
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is true in any process. Collective."""
+    """Tell whether it is true in any process. Collective."""
     return any(gather_texts("x" if flag else "")) if jax.process_count() > 1 else flag
 
 
 def agree(action: Callable[[], T], *kinds: type[Exception]) -> T:
-    """`action()`, which must not be collective; if it fails in one process, all raise. Collective.
+    """Call `action`, which must not be collective; if it fails in one process, all raise. Collective.
 
     With one process it is just called. With several all raise an error of the same of `kinds`, the first one that
     came up in any process, with the words of the lowest process that had it. Any other error is raised as it is where

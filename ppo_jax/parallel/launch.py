@@ -1,4 +1,4 @@
-"""Starting one run on several machines, or as several processes on one.
+"""Start one run on several machines, or as several processes on one.
 
     Cloud TPU pod slice      every host runs the same command with --distributed.start on
     Slurm                    srun starts one task per GPU or host; found by itself
@@ -6,7 +6,7 @@
 
 `experiments/launch/` holds a commented script for each. A process that dies is missed after `heartbeat` seconds, and
 the others end with an error instead of waiting for it for ever: start the run again with --resume. One that fails
-leaves at once (`leave`).
+ends at once (`end_process`).
 """
 
 import contextlib
@@ -56,8 +56,8 @@ class DistributedConfig:
                 raise ValueError(f"distributed.{name}={getattr(self, name)} must be at least 1 second")
 
 
-def leave(code: int) -> None:
-    """Ends this process at once where it is one of several; returns where it is not.
+def end_process(code: int) -> None:
+    """End this process at once where it is one of several; return where it is not.
 
     At its usual end a process waits for the others, which wait for this one inside a program: all would hang until
     they are timed out. So one that has failed, and has said why, does not say goodbye; the others then fail too.
@@ -72,8 +72,8 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def several(environment: dict[str, str]) -> bool:
-    """Whether Slurm or a TPU pod slice says, in the environment, that this is one of several processes."""
+def is_one_of_several(environment: dict[str, str]) -> bool:
+    """Tell whether Slurm or a TPU pod slice says, in the environment, that this is one of several processes."""
     # The step's list of nodes is what srun adds; a batch script that calls the program itself has the rest too.
     if all(f"SLURM_{name}" in environment for name in ("JOB_ID", "PROCID", "STEP_NODELIST")):
         return int(environment.get("SLURM_NTASKS", "1")) > 1
@@ -82,14 +82,14 @@ def several(environment: dict[str, str]) -> bool:
 
 
 def start(config: DistributedConfig = DistributedConfig()) -> None:
-    """Joins the other processes, if there are any; call it before anything touches a device.
+    """Join the other processes, if there are any; call it before anything touches a device.
 
     Raises:
       ConnectionError: they did not come together in time, or the platform does not say who they are.
     """
     if config.start == "off" or jax.distributed.is_initialized():
         return
-    if not (config.coordinator or config.start == "on" or several(dict(os.environ))):
+    if not (config.coordinator or config.start == "on" or is_one_of_several(dict(os.environ))):
         return
     explicit: dict[str, Any] = {}
     if config.coordinator:

@@ -44,20 +44,20 @@ class MeshConfig:
 
 
 def use_mesh(config: MeshConfig) -> contextlib.AbstractContextManager[object]:
-    """Inside the block everything runs on the mesh. One device alone needs none."""
+    """Run everything inside the block on the mesh. One device alone needs none."""
     if config.size == 1 and jax.process_count() == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(make_mesh(config))
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh of `jax.set_mesh`, if any."""
+    """Find the mesh of `jax.set_mesh`, if any."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh with axes ("data", "fsdp", "tensor"), laid out along the machine's links.
+    """Make the mesh with axes ("data", "fsdp", "tensor"), laid out along the machine's links.
 
     On several slices (TPU pods joined by a data-centre network) `data`, or else `fsdp`, spans the slices, and the other
     axes stay inside one.
@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _hybrid_shape(config: MeshConfig, slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape within a slice, shape over slices)."""
+    """Compute (shape within a slice, shape over slices)."""
     for axis in (0, 1):
         if config.shape[axis] % slices == 0:
             inner = [size // slices if i == axis else size for i, size in enumerate(config.shape)]
@@ -99,14 +99,14 @@ def _hybrid_shape(config: MeshConfig, slices: int) -> tuple[tuple[int, ...], tup
 
 
 def check_rows(rows: int, mesh: MeshConfig, what: str) -> None:
-    """Raises ValueError unless `rows` (described by `what`) divide over the axes that cut the batch."""
+    """Raise ValueError unless `rows` (described by `what`) divide over the axes that cut the batch."""
     parts = mesh.data * mesh.fsdp
     if rows % parts:
         raise ValueError(f"{what} has {rows} rows, which mesh.data x mesh.fsdp = {parts} does not divide")
 
 
 def round_up_to_devices(rows: int) -> int:
-    """`rows`, rounded up on a mesh to a multiple of the devices that cut the batch."""
+    """Round `rows` up on a mesh to a multiple of the devices that cut the batch."""
     mesh = current_mesh()
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-rows // parts) * parts

@@ -24,18 +24,18 @@ _WORDS = 4096  # bytes of a text that processes tell each other
 
 
 def is_first() -> bool:
-    """Whether this process writes metrics, logs, samples and reports. Checkpoints are written by all."""
+    """Tell whether this process writes metrics, logs, samples and reports. Checkpoints are written by all."""
     return jax.process_index() == 0
 
 
 def own_rows(rows: int, index: int | None = None) -> slice:
-    """This process's share of `rows` rows (or that of process `index`); every row has one owner."""
+    """Find this process's share of `rows` rows (or that of process `index`); every row has one owner."""
     count, index = jax.process_count(), jax.process_index() if index is None else index
     return slice(rows * index // count, rows * (index + 1) // count)
 
 
 def feed(batch: Tree, mesh: Mesh | None = None) -> Tree:
-    """A batch on the host -> global arrays, rows over ("data", "fsdp"); a process hands over its devices' rows only.
+    """Make global arrays of a host's batch, rows over ("data", "fsdp"); a process hands over its devices' rows only.
 
     Args:
       batch: numpy arrays [rows, ...], the same function of the step in every process. Where `mesh.data * mesh.fsdp`
@@ -57,7 +57,7 @@ def feed(batch: Tree, mesh: Mesh | None = None) -> Tree:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Numpy arrays of whole global arrays, in every process."""
+    """Fetch numpy arrays of whole global arrays, in every process."""
 
     def whole(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -68,7 +68,7 @@ def fetch(tree: Tree) -> Tree:
 
 
 def pieces(array: Any, most: int = PIECE) -> Iterator[np.ndarray | None]:
-    """A whole array (global, or numpy), cut along its first axis, piece after piece; nothing of it is kept.
+    """Yield a whole array (global, or numpy), cut along its first axis, piece after piece; nothing of it is kept.
 
     Process 0 is given the pieces, the others None for each. A piece has at most `most` bytes, or is one row: one layer
     of a stacked array. So neither a host nor a device holds more than the piece beside what it held.
@@ -93,7 +93,7 @@ def _piece(array: Any, start: int, size: int) -> np.ndarray | None:
 
 @functools.lru_cache(maxsize=128)
 def _cutter(size: int, to: NamedSharding | None) -> Callable[[jax.Array, int], jax.Array]:
-    """Rows [start, start + size), which all devices of `to` are given; None: as they lie."""
+    """Make the cut of rows [start, start + size), which all devices of `to` are given; None: as they lie."""
 
     def cut(array: jax.Array, start: Any) -> jax.Array:
         # Rows picked by number: of an axis that the mesh cuts, each device adds what it has, and nothing else travels
@@ -110,7 +110,7 @@ def _cutter(size: int, to: NamedSharding | None) -> Callable[[jax.Array, int], j
 def first_writes(
     write: Callable[[Iterator[np.ndarray | None]], str | None], source: Iterable[np.ndarray | None] = ()
 ) -> str | None:
-    """`write(source)` in process 0 alone; every process is given its result, at most 4 kB of text ("" is None).
+    """Call `write(source)` in process 0 alone; all are given its result, at most 4 kB of text ("" is None).
 
     To fetch what is written is collective, so the others go through `source` too; and so does process 0 to the end
     where writing fails, so that nobody waits for it.
@@ -145,7 +145,7 @@ def first_writes(
 
 
 def gather_rows(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], slice]:
-    """The token rows of all processes, in the order of the processes, and which of them are this one's."""
+    """Gather the token rows of all processes, in their order, and tell which of them are this one's."""
     if jax.process_count() == 1:
         return [list(row) for row in rows], slice(0, len(rows))
     own = np.array([len(rows), max(map(len, rows), default=0)], np.int32)

@@ -54,7 +54,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 def spec(axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-    """The spec of an array of `shape` whose dimensions have these logical axes.
+    """Choose the spec of an array of `shape` whose dimensions have these logical axes.
 
     A dimension that its axes do not divide is left whole (`check_model` has refused models where that would matter).
     """
@@ -70,12 +70,12 @@ def spec(axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionS
 
 
 def row_shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
-    """A NamedSharding per leaf of a batch: the first dimension over ("data", "fsdp")."""
+    """Make a NamedSharding per leaf of a batch: the first dimension over ("data", "fsdp")."""
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(("batch",), x.shape[:1], mesh)), tree)
 
 
 def abstract(tree: PyTree, of: PyTree) -> PyTree:
-    """`jax.ShapeDtypeStruct`s of `tree` with the shardings `of`: arguments for `jit(...).lower` without any array."""
+    """Give `tree` the shardings `of` as `jax.ShapeDtypeStruct`s: arguments for `jit(...).lower` without any array."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, of)
 
 
@@ -83,7 +83,7 @@ def abstract(tree: PyTree, of: PyTree) -> PyTree:
 
 
 def build(shape: Sequence[int], to: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-    """An array of which this process holds, and reads, the shards of its own devices, one after the other.
+    """Build an array of which this process holds, and reads, the shards of its own devices, one after the other.
 
     `read(index)` gives one shard, every slice with a start and a stop; a shard that several devices share is read once.
     """
@@ -104,7 +104,7 @@ def build(shape: Sequence[int], to: NamedSharding, read: Callable[[tuple[slice, 
 
 
 def place(tree: Tree, to: PyTree) -> Tree:
-    """Host arrays that are equal in every process -> global arrays; each device receives its shard only."""
+    """Place host arrays that are equal in every process as global arrays; each device receives its shard only."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
@@ -124,19 +124,19 @@ def place(tree: Tree, to: PyTree) -> Tree:
 
 
 def abstract_mesh() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh`, if any."""
+    """Find the mesh of `jax.set_mesh`, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
 def constrain(x: Any, name: str) -> Any:
-    """`x` laid out as ACTIVATIONS[name] says; `x` itself without a mesh."""
+    """Lay `x` out as ACTIVATIONS[name] says; `x` itself without a mesh."""
     mesh = abstract_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name], x.shape, mesh))
 
 
 def constrain_rows(tree: Tree) -> Tree:
-    """A batch with its rows over ("data", "fsdp"); the same tree without a mesh."""
+    """Lay the rows of a batch over ("data", "fsdp"); the same tree without a mesh."""
     mesh = abstract_mesh()
     if mesh is None:
         return tree

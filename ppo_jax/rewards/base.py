@@ -53,6 +53,8 @@ class Reward:
     """Scores texts."""
     params: PyTree = None
     """Arrays of the device function, which it finds in `Frozen.reward`."""
+    layers: int | None = None
+    """How many layers of the policy's base a LoRA reward model reads; None: all of them, or not on that base."""
     name: str = ""
     """What it is, where its arrays do not tell: a run resumes with a reward of the same name only."""
     failures: FailureLog = dataclasses.field(default_factory=FailureLog)

@@ -51,7 +51,7 @@ def load_reward(
         found = artifacts.load(where, "reward")
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
         device, role = adapter_reward(found.trunk(policy_model.config), stop_ids), RewardRole(found.adapter, found.head)
-        return Reward(device, params=role, metadata=found.meta)
+        return Reward(device, params=role, layers=found.layers, metadata=found.meta)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
     check_vocabulary(model.config, tokenizer)

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
 
 def encode(records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error") -> Pairs:
-    """`data.encode_pairs` with EOS, and the first response token of each row.
+    """Encode pairs as `data.encode_pairs` does, with EOS, and find the first response token of each row.
 
     Raises:
       ValueError: as `encode_pairs`; also with "truncate_left" if a response alone is too long.
@@ -42,7 +42,7 @@ def encode(records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_l
 
 
 def preferences(batch: PairBatch, starts: Int[np.ndarray, "N 2"]) -> Preferences:
-    """The batch, still the host's, with the loss on its responses."""
+    """Give the batch, still the host's, the loss on its responses."""
     mask = np.stack([batch.chosen_mask, batch.rejected_mask], axis=1)
     loss_mask = mask & (np.arange(mask.shape[2]) >= starts[batch.index][..., None])
     tokens = np.stack([batch.chosen, batch.rejected], axis=1)
@@ -59,7 +59,7 @@ def run_dpo(
     seed: int,
     screen: Screen,
 ) -> StageResult:
-    """Trains on pairs in an opened run directory; leaves export/policy and, merged, export/model.
+    """Train on pairs in an opened run directory; leave export/policy and, merged, export/model.
 
     It measures the metrics of `train.dpo.preference_loss`. Raises ValueError when there are fewer pairs than a batch
     has.
@@ -72,7 +72,7 @@ def run_dpo(
         model._replace(params=base),
         adapter,
         Phase("dpo", steps, ("loss", "accuracy", "margin")),
-        lambda tuned: evaluate(run, tuned, base, in_order(held_out, size, model.pad_id)),
+        lambda tuned: evaluate(run, tuned, base, batch_in_order(held_out, size, model.pad_id)),
         lambda tuned, write: train_dpo(
             tuned, base, model.config, dpo, lambda step: preferences(batches[step], train.starts), steps, write
         ),
@@ -81,8 +81,8 @@ def run_dpo(
     )
 
 
-def in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:
-    """All pairs once, in batches of one shape: the last one is filled up with pairs whose loss mask is empty."""
+def batch_in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:
+    """Yield all pairs once, in batches of one shape: the last one is filled up with pairs whose loss mask is empty."""
     rows = _batches(pairs, len(pairs.starts), 0, pad_id)[0]
     return offline.in_order(preferences(rows, pairs.starts), batch_size)
 

@@ -1,4 +1,4 @@
-"""What a run leaves of the batch that training stopped at: arrays without pickle, and the texts to read."""
+"""The dump of the batch that training stopped at: arrays without pickle, and the texts to read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Dump = Callable[[int, TrainState, Hyper], str]
 
 
 def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int], Prompts]) -> Dump:
-    """dump(step, state, hyper): samples the batch of iteration `step` again and writes it into `faults/`.
+    """Return dump(step, state, hyper), which samples the batch of iteration `step` again and writes it into `faults/`.
 
     All optimizer steps of that iteration were skipped, so the policy in `state` is the one that wrote the batch, and
     its key is fold_in(state.key, step): the tokens are the same. Two files per update: .npz with tokens, masks,
@@ -68,7 +68,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
 
 
 def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | None]]:
-    """The first half of an iteration, with the reference's log-probs."""
+    """Compile the first half of an iteration, with the reference's log-probs."""
     ppo = setup.ppo
     algorithm = Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device)
 
@@ -85,7 +85,7 @@ def _again(setup: Setup) -> Callable[..., tuple[Rollout, jax.Array, Scores | Non
 
 
 def _host_scores(setup: Setup, prompts: list[str], responses: list[str], rows: list[int]) -> Scores | None:
-    """The host's reward, asked again; NaN where it fails altogether, since this must not hide why the run stopped."""
+    """Ask the host's reward again; NaN where it fails altogether, since this must not hide why the run stopped."""
     if setup.reward.host is None:
         return None
     try:

@@ -38,7 +38,7 @@ def make_evaluator(
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
 ) -> Callable[[int, TrainState], dict[str, float] | None]:
-    """evaluate(step, state): scores the held-out prompts, writes samples and phase "eval", fills `evaluations`.
+    """Return evaluate(step, state), which scores held-out prompts, writes samples and "eval", fills `evaluations`.
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
     same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
@@ -67,10 +67,10 @@ def make_evaluator(
             result = processes.fetch(run(state.policy, frozen, prompts, jax.random.fold_in(key, number), setup.hyper))
             result = jax.tree.map(lambda x, used=used: x[:used], result)
             texts = decode_responses(setup.model, setup.ppo.sampling, result.rollout)
-            pieces.append(columns_of(setup, result, rows[:used], texts))
+            pieces.append(collect_columns(setup, result, rows[:used], texts))
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        values = summary(columns)
+        values = summarise(columns)
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
         scores = [name for name in columns if name not in NOT_SCORES]
@@ -85,7 +85,7 @@ def make_evaluator(
 
 
 def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """What an interrupted run had already evaluated."""
+    """Read what an interrupted run had already evaluated."""
     return {
         record["step"]: {name: value for name, value in record.items() if name not in writers.RESERVED}
         for record in read_jsonl(directory / rundir.METRICS)
@@ -93,8 +93,8 @@ def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
-    """Of the held-out prompts `rows`, one number per response and score."""
+def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
+    """Collect one number per response and score, for the held-out prompts `rows`."""
     prompts, from_host = [setup.held_out.texts[i] for i in rows], None
     if setup.reward.host is not None:
         given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
@@ -110,8 +110,8 @@ def columns_of(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Se
     return columns
 
 
-def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means and deviations. Rewards and their parts are those of the rows that were scored. Everything else is of all
+def summarise(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Compute means and deviations. Rewards and their parts are those of the rows that were scored. All else is of all
     rows: a KL or a judge that is not a number there is a defect, and shows as one."""
     valid = columns["valid"]
     scores = {
@@ -130,7 +130,7 @@ def summary(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _mean(column: np.ndarray) -> float:
-    """NaN where there is nothing, as where every reward failed."""
+    """Take the mean; NaN where there is nothing, as where every reward failed."""
     return float(np.mean(column, dtype=np.float64)) if column.size else float("nan")
 
 
@@ -139,7 +139,7 @@ def _std(column: np.ndarray) -> float:
 
 
 def _show(directory: Path, step: int, screen: Screen) -> None:
-    """Samples before and after, as a table; read from the file, since an earlier process may have written the first."""
+    """Show samples before and after; read from the file, since an earlier process may have written the first."""
     try:
         found = read_jsonl(directory / rundir.SAMPLES)
     except (OSError, ValueError):

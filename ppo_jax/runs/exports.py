@@ -1,4 +1,4 @@
-"""What a run leaves for others: policies as artifacts, and merged models."""
+"""The exports of a run: policies as artifacts, and merged models."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ def export_policies(
     best: Mapping[str, Any],
     notify: Callable[[str], None],
 ) -> Result:
-    """Saves the last policy, and the best one where that is another; what the run returns."""
+    """Save the last policy, and the best one where that is another; return what the run returns."""
     updates = setup.loop.updates
     after = evaluations.get(updates, {})
     _save_policy(directory / EXPORT / POLICY, setup, state.policy, {"updates": updates, "evaluation": after})
@@ -56,7 +56,7 @@ def save_role(
     meta: dict,
     layers: int | None = None,
 ) -> None:
-    """An artifact of this model, replacing the one that an interrupted run may have left. All processes call it."""
+    """Save an artifact of this model in place of what an interrupted run may have left. All processes call it."""
     artifacts.save(
         path,
         kind,
@@ -70,5 +70,5 @@ def save_role(
 
 
 def write_model(path: Path, model: Model, adapter: PyTree) -> None:
-    """Writes base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
+    """Write base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
     hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)

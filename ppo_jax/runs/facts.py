@@ -1,4 +1,4 @@
-"""What a run is, in JSON values: for its checkpoints, its report, and the card of its export."""
+"""The facts of a run, in JSON values: for its checkpoints, its report, and the card of its export."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from ppo_jax.types import Policy, PyTree
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the report and for checkpoints."""
+    """Collect versions and machine, for the report and for checkpoints."""
     names = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     device = jax.devices()[0]
     return {
@@ -90,7 +90,7 @@ def reported_facts(setup: Setup) -> dict[str, Any]:
 
 
 def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
-    """What a run is, as JSON values: what a checkpoint has to agree with before the run goes on from it.
+    """Collect, as JSON values, what a checkpoint has to agree with before the run goes on from it.
 
     What the arrays of a state do not tell is named here: the scales of LoRAs, the compute dtype.
     """
@@ -124,7 +124,7 @@ def _mesh() -> str:
 
 
 def _digest(tree: PyTree) -> str:
-    """Of the bytes of a tree's arrays, in their order."""
+    """Hash the bytes of a tree's arrays, in their order."""
     sums = [array_sum(leaf) for leaf in jax.tree.leaves(tree)]
     return f"{len(sums)} arrays, {array_sum(np.array(sums, np.uint32)):08x}"
 
@@ -134,7 +134,7 @@ def _rows_digest(rows: Sequence[Sequence[int]]) -> str:
 
 
 def _text_digest(prompts: PromptSet) -> str:
-    """Of what a reward on the host is given: texts and metadata."""
+    """Hash what a reward on the host is given: texts and metadata."""
     total = 0
     for row in zip(prompts.texts, prompts.metadata, strict=True):
         total = zlib.crc32(json.dumps(row, sort_keys=True, default=str).encode(), total)
@@ -142,7 +142,7 @@ def _text_digest(prompts: PromptSet) -> str:
 
 
 def _scales(tree: PyTree) -> dict[str, float]:
-    """{path: alpha / rank} of the LoRAs in a tree."""
+    """Collect {path: alpha / rank} of the LoRAs in a tree."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Lora))
     loras = [(path, node) for path, node in nodes if isinstance(node, Lora)]
     return {jax.tree_util.keystr(path, simple=True, separator="."): float(lora.scale) for path, lora in loras}

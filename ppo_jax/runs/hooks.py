@@ -60,7 +60,7 @@ class Hooks:
         self.watch: Writer = lambda step, phase, values: None
 
     def record(self, step: int, phase: str, values: Values) -> None:
-        """Puts a line of values into the files of the run, and shows it."""
+        """Put a line of values into the files of the run, and shows it."""
         combine(self.files)(step, phase, values)
         self.stage.screen.update(phase=phase, step=step, total=self.stage.loop.updates, values=values)
         self.watch(step, phase, values)
@@ -74,7 +74,7 @@ class Hooks:
         return values
 
     def evaluate_left(self, state: Any) -> Any:
-        """Makes the evaluation that a run was stopped before; the state that knows of it. Raises `Interrupted`."""
+        """Make the evaluation that a run was stopped before; the state that knows of it. Raises `Interrupted`."""
         done = int(state.step)
         if not done:
             return state
@@ -139,6 +139,6 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
 
 
 def write_config(stage: Stage) -> None:
-    """Writes config.yaml, if the stage has a configuration."""
+    """Write config.yaml, if the stage has a configuration."""
     if stage.config:
         replace_file(stage.directory / rundir.CONFIG, stage.config.encode())

@@ -57,7 +57,7 @@ def run_offline(
     seed: int,
     screen: Screen,
 ) -> StageResult:
-    """A fresh adapter, measured, trained, measured again, and saved: export/policy and, merged, export/model.
+    """Measure a fresh adapter, train, measure again, and save: export/policy and, merged, export/model.
 
     On a mesh the adapter is born on its shards, every process takes part, and the first one writes.
 
@@ -67,16 +67,16 @@ def run_offline(
     """
     write = watched(phase_writer(directory, screen, phase.name, phase.steps), phase.name, screen)
 
-    def measured(step: int, tuned: PyTree) -> dict[str, float]:
+    def measure_at(step: int, tuned: PyTree) -> dict[str, float]:
         values = measure(tuned)
         write(step, {f"heldout_{name}": values[name] for name in phase.shown})
         return values
 
     key = key_stream(seed, "adapter")
     tuned = create_on_mesh(lambda k, base: init_adapter(k, base, model.config, adapter), key, model.params)
-    before = measured(0, tuned)
+    before = measure_at(0, tuned)
     tuned = train(tuned, write)
-    after = measured(phase.steps, tuned)
+    after = measure_at(phase.steps, tuned)
     export = directory / EXPORT
     save_role(export / POLICY, "policy", tuned, {}, model, meta={"steps": phase.steps, "heldout": after})
     write_model(export / MODEL, model, tuned)

@@ -21,7 +21,7 @@ class PromptSet(NamedTuple):
 
 
 def split_held_out(records: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
-    """(training, held-out) records: `count` random ones are held out, at most a fifth; none left: both are all."""
+    """Split into (training, held-out): `count` random records, at most a fifth, are held out; if none, both are all."""
     if count < 0:
         raise ValueError(f"--held-out {count} must not be negative")
     count = min(count, len(records) // 5)
@@ -32,14 +32,14 @@ def split_held_out(records: Sequence[T], count: int, seed: int) -> tuple[list[T]
 
 
 def too_few_rows(option: str, batch_size: int, rows: int, path: Path) -> str:
-    """What is said of a batch that has more rows than there are."""
+    """Say that a batch has more rows than there are."""
     return f"{option} {batch_size}, but {path} leaves only {rows} to train on; lower it or give more data"
 
 
 def encode_prompt_set(
     records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong
 ) -> tuple[PromptSet, int]:
-    """Prompts as token rows and as the text of those tokens; and how many were too long.
+    """Encode prompts as token rows and as the text of those tokens; and count those that were too long.
 
     Of a prompt that "truncate_left" cut, the text is cut too: rewards that read text score what the policy read.
     """
@@ -54,7 +54,7 @@ def encode_prompt_set(
 
 
 def _tail(row: Sequence[int], text: str, model: Model) -> str:
-    """The end of `text` that the last tokens of it, in `row`, stand for; all of it where `row` holds them all."""
+    """Find the end of `text` that its last tokens, in `row`, stand for; all of it where `row` holds them all."""
     fast = getattr(model.tokenizer, "is_fast", False)
     found = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
     ids = list(found["input_ids"])
@@ -67,7 +67,7 @@ def _tail(row: Sequence[int], text: str, model: Model) -> str:
 def check_room(
     model: Model, rows: Sequence[Sequence[int]], response: int = 0, option: str = "--sampling.response-length"
 ) -> None:
-    """ValueError unless the longest row and `response` more tokens fit into the model's positions.
+    """Raise ValueError unless the longest row and `response` more tokens fit into the model's positions.
 
     The message says which option to lower: where rows get responses, of the length that `option` gives, --max-prompt
     limits them, or that option must be lowered first; rows without are limited by --max-length.

@@ -63,7 +63,7 @@ def run_reward(
     screen: Screen,
     reference: Sequence[Sequence[int]] = (),
 ) -> RewardResult:
-    """Trains a reward model in an opened run directory; leaves export/reward.
+    """Train a reward model in an opened run directory; leave export/reward.
 
     The head is fitted on frozen features, then adapter and head together. With `reward.normalise` scores have mean 0
     and std 1 on the `reference` rows, by default the training texts. LoRA leaves an artifact (`ppo_jax.artifacts`),
@@ -72,7 +72,7 @@ def run_reward(
     Raises ValueError when a batch cannot be filled (`check_batch`), or nothing is compared.
     """
     check_batch(reward, train)
-    trunk, given, size = reward.trunk(model.config), compared(train, seed, TRAINING), reward.batch_size
+    trunk, given, size = reward.trunk(model.config), collect_comparisons(train, seed, TRAINING), reward.batch_size
     batches, steps = training_batches(train, reward, seed, model.pad_id)
     write = watched(phase_writer(directory, screen, "reward", steps), "reward", screen)
     model = model._replace(params=place_on_mesh(model.params))
@@ -84,13 +84,11 @@ def run_reward(
 
     def measure(step: int) -> tuple[dict[str, float], list[Bucket]]:
         values, table = evaluate(role, features(unseen.rows), unseen)
-        kept = {
-            name: value for name, value in values.items() if not name.startswith("score_")
-        }  # normalising moves those
-        write(step, {f"heldout_{name}": value for name, value in kept.items()})
+        kept = [name for name in values if not name.startswith("score_")]  # normalising moves those
+        write(step, {f"heldout_{name}": values[name] for name in kept})
         return values, table
 
-    unseen = compared(held_out, seed, HELD_OUT)
+    unseen = collect_comparisons(held_out, seed, HELD_OUT)
     screen.message(f"reward model: reading {len(given.rows)} texts")
     found = features(given.rows)
     if reward.head_steps:
@@ -108,26 +106,39 @@ def run_reward(
     spread = _spread(head_scores(role.head, features(unseen.rows)))  # of the model as it is saved
     write(steps, {f"heldout_{name}": value for name, value in spread.items()})
     values |= spread
-    meta = {
+    normalised_on = ("reference texts" if reference else "training texts") if reward.normalise else None
+    meta = describe_training(reward, given, unseen, values, table) | {"normalised_on": normalised_on}
+    path = save_reward(directory, model, reward, role, meta)
+    return RewardResult(role, trunk, values["accuracy"], values, table, path)
+
+
+def describe_training(
+    reward: RewardConfig, given: Compared, unseen: Compared, values: dict[str, float], table: list[Bucket]
+) -> dict[str, Any]:
+    """List what an artifact says of its training."""
+    return {
         "accuracy": values["accuracy"],
         "heldout_pairs": len(unseen.better),
         "pairs": len(given.better),
         "heldout": values,
         "calibration": [bucket._asdict() for bucket in table],
-        "normalised_on": ("reference texts" if reference else "training texts") if reward.normalise else None,
         "loss": given.loss,
         "reward": dataclasses.asdict(reward),
     }
-    path = directory / EXPORT / REWARD
+
+
+def save_reward(directory: Path, model: Model, reward: RewardConfig, role: RewardRole, meta: dict[str, Any]) -> Path:
+    """Write a run's export/reward: an artifact of the role, or the full kind as a sequence classifier."""
+    path, trunk = directory / EXPORT / REWARD, reward.trunk(model.config)
     if reward.kind == "full":
         loading.save_full(path, model, role, trunk, meta, overwrite=True)
     else:
         save_role(path, "reward", role.adapter, role.head, model, meta=meta, layers=trunk.num_layers)
-    return RewardResult(role, trunk, values["accuracy"], values, table, path)
+    return path
 
 
 def check_batch(reward: RewardConfig, data: Data) -> None:
-    """Raises ValueError unless `batch_size` texts are a whole number of pairs or choices, and there are so many."""
+    """Raise ValueError unless `batch_size` texts are a whole number of pairs or choices, and there are so many."""
     size = reward.batch_size
     if isinstance(data, EncodedRatings):
         if size > len(data.rows):
@@ -144,8 +155,8 @@ def check_batch(reward: RewardConfig, data: Data) -> None:
         raise ValueError(f"batch_size={size} texts are {size // each} {what}, but there are {count}")
 
 
-def compared(data: Data, seed: int, what: str = "texts") -> Compared:
-    """The texts and comparisons of pairs, of ratings (all, or many random ones) or of choices (the best to the others).
+def collect_comparisons(data: Data, seed: int, what: str = "texts") -> Compared:
+    """Collect texts and comparisons of pairs, of ratings (all, or many at random) or of choices (the best to others).
 
     Args:
       what: what the texts are, for the message: which part of the data.
@@ -181,12 +192,12 @@ def compared(data: Data, seed: int, what: str = "texts") -> Compared:
 def training_batches(
     data: Data, reward: RewardConfig, seed: int, pad_id: int
 ) -> tuple[Callable[[int], Comparisons], int]:
-    """(step -> batch, number of steps); no steps where the head alone is trained."""
+    """Make (step -> batch, number of steps); no steps where the head alone is trained."""
     epochs = reward.epochs if reward.trains else 0
     if isinstance(data, EncodedPairs):
         per_batch = reward.batch_size // 2
         pairs = pair_batches(data.chosen, data.rejected, data.margins, per_batch, seed, pad_id)
-        return lambda step: comparisons(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
+        return lambda step: compare_pairs(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
     rng = np.random.default_rng(seed)
     if isinstance(data, EncodedRatings):
         buckets, ratings = bucket_texts(data.rows, _lengths(data.rows), pad_id), np.asarray(data.ratings, np.float64)
@@ -195,11 +206,11 @@ def training_batches(
     per_batch = reward.batch_size // max(map(len, data.groups))
     steps = math.ceil(epochs * len(data.groups) / per_batch)
     order = np.concatenate([rng.permutation(len(data.groups)) for _ in range(epochs + 1)])
-    return lambda step: choices(data, order[step * per_batch :][:per_batch], pad_id), steps
+    return lambda step: compare_choices(data, order[step * per_batch :][:per_batch], pad_id), steps
 
 
-def comparisons(batch: PairBatch) -> Comparisons:
-    """Chosen texts in the first half of the rows, rejected in the second; row i is preferred to row B + i."""
+def compare_pairs(batch: PairBatch) -> Comparisons:
+    """Put chosen texts in the first half of the rows, rejected in the second; row i is preferred to row B + i."""
     pairs, length = batch.chosen.shape
     better = np.zeros((2 * pairs, 2 * pairs), bool)
     margin = np.zeros(better.shape, np.float32)
@@ -211,8 +222,8 @@ def comparisons(batch: PairBatch) -> Comparisons:
     return Comparisons(tokens, mask, better, margin)  # type: ignore[arg-type]  # numpy until it is fed
 
 
-def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
-    """The groups of `index`, each in as many rows as the largest group of all needs; every shape is the same."""
+def compare_choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> Comparisons:
+    """Put the groups of `index` in as many rows each as the largest of all needs; every shape is the same."""
     each = max(map(len, data.groups))
     length = max(len(row) for group in data.groups for row in group)
     count = each * len(index)
@@ -231,7 +242,7 @@ def choices(data: EncodedChoices, index: Int[np.ndarray, " G"], pad_id: int) -> 
 def evaluate(
     role: RewardRole, features: Float[np.ndarray, "N D"], unseen: Compared
 ) -> tuple[dict[str, float], list[Bucket]]:
-    """What a role is worth on held-out comparisons, from the features of their texts; gaps without the head's gain."""
+    """Measure a role on held-out comparisons, from the features of their texts; gaps without the head's gain."""
     scores = head_scores(role.head, features)
     leads = (scores[unseen.better] - scores[unseen.worse]) / float(role.head["gain"])
     table = calibration(leads)
@@ -253,6 +264,6 @@ def _spread(scores: Float[np.ndarray, " N"]) -> dict[str, Any]:
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Three padded lengths; one program is compiled for each."""
+    """Choose three padded lengths; one program is compiled for each."""
     longest = max(map(len, rows))
     return sorted({-(-longest // 4), -(-longest // 2), longest})

@@ -1,4 +1,4 @@
-"""What a PPO run is about: the records that the command line, the experiments and `runs.run_ppo` share."""
+"""The records that describe a PPO run, which the command line, the experiments and `runs.run_ppo` share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -46,14 +46,14 @@ class Result(NamedTuple):
 
 
 def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
-    """The text of every response."""
+    """Decode the text of every response."""
     return response_texts(
         np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
     )
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
-    """Sampling with the model's stop tokens, unless it names some, and pad id; ValueError where it names another."""
+    """Add the model's stop tokens, unless some are named, and its pad id; raise ValueError where another is named."""
     if sampling.pad_id not in (Sampling.pad_id, model.pad_id):
         raise ValueError(
             f"sampling.pad_id={sampling.pad_id} has no effect: {model.name} pads with {model.pad_id}; leave it out"

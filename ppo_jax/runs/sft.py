@@ -28,7 +28,7 @@ def run_sft(
     seed: int,
     screen: Screen,
 ) -> StageResult:
-    """Fine-tunes on demonstrations in an opened run directory; leaves export/policy and, merged, export/model.
+    """Fine-tune on demonstrations in an opened run directory; leave export/policy and, merged, export/model.
 
     It measures loss and perplexity (`train.sft.evaluate`). Raises ValueError when there are fewer demonstrations than a
     batch has rows.

@@ -14,7 +14,7 @@ SHOW_CURSOR = "\x1b[?25h"  # a live display hides it
 
 @contextlib.contextmanager
 def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[], str | None]]:
-    """Inside the block, asked() -> "SIGTERM" or "SIGINT" once that signal has arrived, else None.
+    """Give, inside the block, asked() -> "SIGTERM" or "SIGINT" once that signal has arrived, else None.
 
     The first SIGTERM or SIGINT (Ctrl-C) only asks, and is announced through `notify`; more SIGTERMs change nothing,
     since a scheduler may send several. A second SIGINT ends the process at once, with exit status 130, even where it

@@ -38,6 +38,12 @@ def make_fresh_state(setup: Setup, optimizer: Any) -> TrainState:
     if ppo.critic.init == "reward":
         if not isinstance(setup.reward.params, RewardRole):
             raise ValueError('ppo.critic.init="reward" needs a LoRA reward model on the same base as the only reward')
+        if (read := setup.reward.layers or model.config.num_layers) != model.config.num_layers:
+            raise ValueError(
+                f'ppo.critic.init="reward" needs a reward model that reads all {model.config.num_layers} layers of the '
+                f"base; this one reads {read}, so its adapter and head would meet other layers and states than in "
+                'training. Train one with --reward.depth 0, or leave ppo.critic.init at "zero"'
+            )
         value_head = value_head_of_reward(setup.reward.params.head)
         critic = setup.reward.params.adapter if ppo.critic.own else None
     elif ppo.critic.init != "zero":

@@ -43,7 +43,7 @@ class Trained(NamedTuple):
 def find(
     run: str | Path, step: int | None = None, model: str | None = None, options: ModelOptions | None = None
 ) -> Trained:
-    """The newest policy of a run, or that of update `step`, with its base.
+    """Find the newest policy of a run, or that of update `step`, with its base.
 
     A run directory's export/policy counts unless a newer checkpoint is whole; `run` may also be an artifact itself.
 
@@ -75,7 +75,7 @@ def find(
 
 
 def settings(run: Path) -> dict[str, Any]:
-    """The content of a run's config.yaml; {} where there is none."""
+    """Read the content of a run's config.yaml; {} where there is none."""
     file = run / rundir.CONFIG
     if not file.is_file():
         return {}
@@ -88,7 +88,7 @@ def settings(run: Path) -> dict[str, Any]:
 
 
 def _stored(where: Path, step: int | None) -> artifacts.Artifact | None:
-    """The artifact that serves; None: a checkpoint does."""
+    """Find the artifact that serves; None: a checkpoint does."""
     if (where / artifacts.DESCRIPTION).is_file():
         if step is not None:
             raise ValueError(f"{where} is a single adapter, not a run: --step {step} has nothing to choose from")
@@ -123,7 +123,7 @@ def _updates(found: artifacts.Artifact) -> int | None:
 
 
 def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
-    """The policy of one checkpoint, or of the newest that is whole."""
+    """Read the policy of one checkpoint, or of the newest that is whole."""
     folder = where / rundir.CHECKPOINTS
     load = functools.lru_cache(maxsize=1)(lambda name: load_model(name, options))  # once for all checkpoints of a base
     if step is not None:
@@ -184,7 +184,7 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
 
 
 def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
-    """The adapter, read straight onto the current mesh, or onto the default device."""
+    """Read the adapter straight onto the current mesh, or onto the default device."""
     mesh = current_mesh()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     layout = jax.tree.map(lambda x: device, shapes) if mesh is None else shardings(shapes, mesh)
@@ -193,7 +193,7 @@ def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
 
 
 def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
-    """The adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
+    """Build the adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.removeprefix(_PREFIX).split(".")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_jax import ops
-from ppo_jax.ops import advantages, losses, masked, rewards
+from ppo_jax.ops import advantages, kl, losses, masked, rewards
 
 B, T = 3, 5
 floats = st.floats(-5, 5, width=32)
@@ -38,6 +38,7 @@ def over_positions(name: str) -> Callable:
         "truncation_mask": lambda x, mask: rewards.truncation_mask(tokens(x[0], mask), mask, (1, 2)),
         "gae": lambda x, mask: advantages.gae(x[0], x[1], mask, 0.9, 0.8),
         "rewards_to_go": lambda x, mask: advantages.rewards_to_go(x[0], mask, 0.9),
+        "response_k2": lambda x, mask: kl.response_k2(x[0], x[1], mask),
         "clipped_policy_loss": lambda x, mask: losses.clipped_policy_loss(x[0], x[1], x[2], mask, 0.2, 0.3),
         "clipped_value_loss": lambda x, mask: losses.clipped_value_loss(x[0], x[1], x[2], mask, 0.2),
         "bradley_terry_loss": lambda x, mask: losses.bradley_terry_loss(x[0], x[1], mask=mask),
@@ -56,7 +57,7 @@ def tokens(x: jax.Array, mask: jax.Array) -> jax.Array:
 POSITIONS = (
     "masked_mean", "masked_var", "masked_whiten", "deviations", "prepare", "last_token", "shape_rewards",
     "truncation_mask", "gae", "rewards_to_go", "clipped_policy_loss", "clipped_value_loss", "bradley_terry_loss",
-    "dpo_loss", "token_weights",
+    "dpo_loss", "token_weights", "response_k2",
 )  # fmt: skip
 ROWS = ("rloo", "grpo", "update")  # a mask over whole rows: `valid`
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.files import hf
-from ppo_jax.parallel.launch import DistributedConfig, several
+from ppo_jax.parallel.launch import DistributedConfig, is_one_of_several
 from ppo_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from ppo_jax.parallel.processes import feed, fetch, own_rows
 from ppo_jax.rewards.combine import SplitReward
@@ -196,7 +196,7 @@ def test_options_that_cannot_be(given: dict, message: str) -> None:
     ],
 )
 def test_what_says_that_there_are_others(environment: dict, expected: bool) -> None:
-    assert several(environment) == expected
+    assert is_one_of_several(environment) == expected
 
 
 def test_a_micro_batch_has_to_spread_over_the_devices() -> None:

@@ -21,14 +21,15 @@ from ppo_jax.models.transformer import init_cache
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Setup
 from ppo_jax.runs.start import make_fresh_state
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.objective import ppo_loss
+from ppo_jax.train.objective import Counts, ppo_loss
 from ppo_jax.train.optimizer import accumulate, make_optimizer
-from ppo_jax.train.options import CriticConfig, PPOConfig
+from ppo_jax.train.options import Algorithm, CriticConfig, PPOConfig
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Minibatch, Policy, Prompts, PyTree
@@ -168,10 +169,11 @@ def gradient(config: MeshConfig) -> tuple[jax.Array, Policy]:
     behaviour = rollout.logprobs + 0.1 * advantages  # ratios that differ from 1, some of them clipped
     rows = Minibatch(rollout.tokens, rollout.mask, None, rollout.response_mask, behaviour, values, advantages, returns)
     state, frozen, _ = placed(problem("full"), mesh)
-    count = jnp.float32(rollout.response_mask.sum())
+    counts = Counts(jnp.float32(rollout.response_mask.sum()))
+    algorithm = Algorithm(CONFIG, PPO, make_optimizer(PPO.optimizer))
 
     def loss(policy: Policy, rows: Minibatch) -> tuple[Policy, dict]:
-        return jax.grad(ppo_loss, has_aux=True)(policy, frozen, rows, count, HYPER, CONFIG, PPO)
+        return jax.grad(ppo_loss, has_aux=True)(policy, algorithm, frozen, rows, counts, HYPER)
 
     with jax.set_mesh(mesh):
         rows = sharding.place(rows, sharding.row_shardings(rows, mesh))
@@ -271,7 +273,17 @@ def test_a_run_starts_on_its_shards(kind: str) -> None:
         none, own = PromptSet((), (), ()), CriticConfig(own=True, adapter=ADAPTERS[kind])
         adapter = create_on_mesh(make, jax.random.key(0), base)
         ppo = PPOConfig(critic=own, ema_decay=0.9)
-        setup = Setup(Model("", CONFIG, base, None, ""), adapter, none, none, ppo, HYPER, LoopConfig(), 0)
+        setup = Setup(
+            Model("", CONFIG, base, None, ""),
+            adapter,
+            none,
+            none,
+            ppo,
+            HYPER,
+            LoopConfig(),
+            0,
+            Reward(adapter_reward(CONFIG, ())),
+        )
         return make_fresh_state(setup, make_optimizer())
 
     base, mesh = random_params(CONFIG), mesh_of(MIXED)

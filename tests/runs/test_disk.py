@@ -86,7 +86,7 @@ def test_a_directory_that_is_removed_is_made_again_and_the_run_ends_well(folder:
         (folder / "run").rename(folder / "gone")
         shutil.rmtree(folder / "gone", ignore_errors=True)
         assert run.ends() == 0, run.text
-    assert "a checkpoint could not be saved" in run.text or "metrics.jsonl cannot be written" in run.text
+    # Whether a write fell into the gap is chance; that it would be said is shown by the next test.
     assert "Traceback" not in run.text, run.text
     assert last_good(folder) == 40 and (folder / "run" / EXPORT / "policy").is_dir()
     done = updates(folder)

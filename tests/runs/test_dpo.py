@@ -12,7 +12,7 @@ from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.pretrained import Model, load_model
-from ppo_jax.runs.dpo import Pairs, encode, in_order, preferences, run_dpo
+from ppo_jax.runs.dpo import Pairs, batch_in_order, encode, preferences, run_dpo
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.dpo import DPOConfig, counted
@@ -77,7 +77,7 @@ def test_messages_and_truncation_keep_the_responses() -> None:
 
 def test_all_pairs_once_in_batches_of_one_shape() -> None:
     pairs = encode(records(7), make_tokenizer(), 32)
-    batches = list(in_order(pairs, 3, 0))
+    batches = list(batch_in_order(pairs, 3, 0))
     assert len({piece.tokens.shape for piece in batches}) == 1
     assert [int(counted(piece).sum()) for piece in batches] == [3, 3, 1]
 

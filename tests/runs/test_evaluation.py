@@ -11,7 +11,7 @@ import pytest
 from experiments import smoke
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
-from ppo_jax.runs.evaluation import columns_of, make_evaluator, summary
+from ppo_jax.runs.evaluation import collect_columns, make_evaluator, summarise
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.evaluate import Evaluation
@@ -90,7 +90,7 @@ def test_only_rewards_leave_out_the_rows_that_were_not_scored():
         "judge": np.array([1.0, 5.0, 6.0]), "broken": np.array([1.0, nan, 6.0]), "kl": np.array([0.5, nan, 0.5]),
         "tokens": np.array([2, 2, 2]), "ended": np.array([True, True, False]),
     }  # fmt: skip
-    found = summary(columns)
+    found = summarise(columns)
     assert (found["reward"], found["reward/part"], found["judge"]) == (2.0, 2.0, 4.0)
     assert found["invalid_scores"] == pytest.approx(1 / 3)
     assert np.isnan([found["broken"], found["kl"], found["kl_per_token"]]).all()
@@ -103,7 +103,7 @@ def test_device_and_host_are_summed():
     scores = Scores(np.array([10, np.nan, 30], np.float32), np.ones(3, bool), {"model": np.array([5, 6, 7])})
     rollout = Rollout(*[np.zeros((3, 2), np.float32)] * 6, np.ones(3, bool), np.arange(3))
     setup = SETUP._replace(judges={}, reward=Reward(lambda *_: scores, host))
-    found = columns_of(setup, Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
+    found = collect_columns(setup, Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
     np.testing.assert_array_equal(found["reward"], [11, np.nan, np.nan])
     np.testing.assert_array_equal(found["reward/model"], [5, np.nan, np.nan])
     np.testing.assert_array_equal(found["reward/inner"], [0, np.nan, np.nan])
@@ -113,6 +113,6 @@ def test_a_reward_on_the_device_that_is_infinite_is_no_score():
     scores = Scores(np.array([1.0, np.inf, np.nan], np.float32), np.ones(3, bool), {})
     rollout = Rollout(*[np.zeros((3, 2), np.float32)] * 6, np.ones(3, bool), np.arange(3))
     setup = SETUP._replace(judges={}, reward=Reward(lambda *_: scores))
-    found = columns_of(setup, Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
-    values = summary(found)
+    found = collect_columns(setup, Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
+    values = summarise(found)
     assert values["reward"] == 1.0 and values["invalid_scores"] == pytest.approx(2 / 3)

@@ -13,9 +13,17 @@ from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.rewards.loading import load_reward, load_scorer
+from ppo_jax.rewards.model import FullReward
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.reward import check_batch, choices, compared, comparisons, run_reward, training_batches
+from ppo_jax.runs.reward import (
+    check_batch,
+    collect_comparisons,
+    compare_choices,
+    compare_pairs,
+    run_reward,
+    training_batches,
+)
 from ppo_jax.train.reward_model import RewardConfig
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
@@ -45,7 +53,7 @@ def test_comparisons_by_hand() -> None:
     chosen, rejected = np.array([[4, 5, 6], [7, 0, 0]], np.int32), np.array([[4, 0, 0], [8, 9, 0]], np.int32)
     mask = np.array([[1, 1, 1], [1, 0, 0]], bool), np.array([[1, 0, 0], [1, 1, 0]], bool)
     batch = PairBatch(chosen, mask[0], rejected, mask[1], np.array([0.5, 2.0], np.float32), np.arange(2))
-    found = comparisons(batch)
+    found = compare_pairs(batch)
     np.testing.assert_array_equal(found.tokens, [[4, 5, 6], [7, 0, 0], [4, 0, 0], [8, 9, 0]])
     np.testing.assert_array_equal(found.mask, np.concatenate(mask))
     np.testing.assert_array_equal(np.argwhere(found.better), [[0, 2], [1, 3]])
@@ -111,7 +119,7 @@ def some_ratings(count: int, seed: int = 0) -> EncodedRatings:
 def test_choices_by_hand() -> None:
     """Groups of 2 and 3 responses in 3 rows each; the missing row is a filler that nothing is compared with."""
     data = EncodedChoices([[[4, 5], [6]], [[7], [8, 9, 10], [11]]], [1, 0], 0)
-    batch = choices(data, np.array([1, 0]), 0)
+    batch = compare_choices(data, np.array([1, 0]), 0)
     np.testing.assert_array_equal(batch.tokens[:5], [[7, 0, 0], [8, 9, 10], [11, 0, 0], [4, 5, 0], [6, 0, 0]])
     np.testing.assert_array_equal(batch.mask.sum(1), [1, 3, 1, 2, 1, 1])
     np.testing.assert_array_equal(np.argwhere(batch.better), [[0, 1], [0, 2], [4, 3]])
@@ -119,16 +127,18 @@ def test_choices_by_hand() -> None:
 
 
 def test_comparisons_of_ratings_and_choices() -> None:
-    rated = compared(EncodedRatings([[1], [2], [3]], [0.5, 2.0, 0.5], 0), 0)
+    rated = collect_comparisons(EncodedRatings([[1], [2], [3]], [0.5, 2.0, 0.5], 0), 0)
     assert (rated.better.tolist(), rated.worse.tolist(), rated.loss) == ([1, 1], [0, 2], "pairwise")
-    chosen = compared(EncodedChoices([[[4, 5], [6]], [[7], [8, 9], [9]]], [1, 0], 0), 0)
+    chosen = collect_comparisons(EncodedChoices([[[4, 5], [6]], [[7], [8, 9], [9]]], [1, 0], 0), 0)
     assert (chosen.better.tolist(), chosen.worse.tolist(), chosen.loss) == ([1, 2, 2], [0, 3, 4], "best")
     assert chosen.rows == [[4, 5], [6], [7], [8, 9], [9]]
-    many = compared(EncodedRatings([[1]] * 400, [float(i % 7) for i in range(400)], 0), 0)  # 160,000 ordered pairs
+    many = collect_comparisons(
+        EncodedRatings([[1]] * 400, [float(i % 7) for i in range(400)], 0), 0
+    )  # 160,000 ordered pairs
     better, worse = (np.array([i % 7 for i in side]) for side in (many.better, many.worse))
     assert 30_000 < len(better) <= 50_000 and np.all(better > worse)
     with pytest.raises(ValueError, match="all 3 texts have the same rating.*give texts with different ratings"):
-        compared(EncodedRatings([[1]] * 3, [1.0] * 3, 0), 0)
+        collect_comparisons(EncodedRatings([[1]] * 3, [1.0] * 3, 0), 0)
 
 
 def test_every_choice_is_seen_once_an_epoch() -> None:
@@ -189,8 +199,8 @@ def test_a_full_model_is_a_directory_of_its_own(model: Model, screen: Screen, tm
     scores = scorer.score_rows(reference)
     np.testing.assert_allclose([scores.mean(), scores.std(ddof=1)], [0, 1], atol=1e-4)
     found = load_reward(tmp_path, model)
-    assert found.kind == "full" and found.meta["accuracy"] == result.accuracy
-    assert found.meta["normalised_on"] == "reference texts" and found.meta["reward"]["kind"] == "full"
+    assert isinstance(found.params, FullReward) and found.metadata["accuracy"] == result.accuracy
+    assert found.metadata["normalised_on"] == "reference texts" and found.metadata["reward"]["kind"] == "full"
     trained = found.params.params
     assert trained["layers"]["q"].shape[0] == 1
     for name in ("q", "down", "mlp_norm"):

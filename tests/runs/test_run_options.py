@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,16 @@ def test_a_critic_from_the_reward_model_values_states_by_their_score(tmp_path: P
     kernel, bias = (result.policy.value_head["value"][name] for name in ("kernel", "bias"))
     said = last_token(hidden[0], mask) @ kernel + bias
     np.testing.assert_allclose(said[:, 0], score(role.head, last_token(hidden[1], mask)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_critic_does_not_start_from_a_reward_model_on_a_cut_trunk(tmp_path: Path, screen: Any) -> None:
+    """Its adapter touches the last of the layers that it reads, which are others than the last of the base."""
+    trunk = dataclasses.replace(MODEL.config, num_layers=1)
+    reward = Reward(adapter_reward(trunk, MODEL.stop_ids), params=reward_role(), layers=1)
+    ppo = dataclasses.replace(SETUP.ppo, critic=CriticConfig(own=True, init="reward"))
+    with pytest.raises(ValueError, match="needs a reward model that reads all 4 layers of the base; this one reads 1"):
+        run_ppo(tmp_path, SETUP._replace(reward=reward, ppo=ppo), screen)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a chip can do, the bound that it puts on a program's time, and how a topology is written."""
+"""The peaks of chips, the bound that they put on a program's time, and the spelling of a topology."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """Reads `v5p:4x4x4` (chips along each side of the torus) or `cpu:8`.
+    """Read `v5p:4x4x4` (chips along each side of the torus) or `cpu:8`.
 
     Raises:
       ValueError: the kind is unknown, or the sides do not make a slice of it.
@@ -59,7 +59,7 @@ def topology(name: str) -> Topology:
 
 
 def bound(chip: Chip | None, flops: float, traffic: float, collectives: Mapping[str, float]) -> tuple[float, str]:
-    """(seconds that a program needs at least, what binds): the roofline (Williams et al. 2009) with a third roof.
+    """Compute (seconds that a program needs, what binds): the roofline (Williams et al. 2009) with a third roof.
 
     max(flops / peak, HBM bytes / bandwidth, received bytes / link bandwidth); (0, "unknown") without a chip.
     """

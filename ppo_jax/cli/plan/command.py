@@ -30,7 +30,7 @@ class PlanError(RuntimeError):
 
 
 def plan(settings: PlanSettings) -> None:
-    """Runs `ppo-jax plan`."""
+    """Run `ppo-jax plan`."""
     report = make_plan(settings, compile_program, lambda text: print(text, file=sys.stderr, flush=True))
     if settings.json:
         print(json.dumps(report, indent=2))
@@ -39,7 +39,7 @@ def plan(settings: PlanSettings) -> None:
 
 
 def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str], None]) -> Report:
-    """Compiles the programs and judges them.
+    """Compile the programs and judge them.
 
     Returns:
       a JSON object: `model`, `topology`, `devices`, `how` ("compiled, not run"), `memory` (bytes per device that count
@@ -83,7 +83,7 @@ def make_plan(settings: PlanSettings, compile_one: Compile, say: Callable[[str],
 
 
 def judge(report: Report, where: Topology, limit: float | None, settings: PlanSettings) -> Report:
-    """Adds to a program's report `fits` (null: unknown), `seconds` and `binds` (the bound), `choices`, and `advice`."""
+    """Add to a program's report `fits` (null: unknown), `seconds` and `binds` (the bound), `choices`, and `advice`."""
     fits = None if limit is None else bool(report["compiled"] and report["peak"] <= limit)
     seconds, binds = None, None
     if where.chip and report["compiled"]:
@@ -96,7 +96,7 @@ def judge(report: Report, where: Topology, limit: float | None, settings: PlanSe
 
 
 def shrink(settings: PlanSettings) -> PlanSettings | None:
-    """The next settings that need less memory for the same result: rematerialise, then halve the micro-batch."""
+    """Choose the next settings, with less memory for the same result: rematerialise, then halve the micro-batch."""
     order = get_args(Remat)
     if settings.compute.remat != order[-1]:
         more = order[order.index(settings.compute.remat) + 1]
@@ -110,17 +110,17 @@ def shrink(settings: PlanSettings) -> PlanSettings | None:
 
 
 def choices(settings: PlanSettings) -> Report:
-    """What the search may change."""
+    """List what the search may change."""
     return {"remat": settings.compute.remat, "accumulate": settings.ppo.accumulate}
 
 
 def options_of(chosen: Report) -> str:
-    """The choices as options of the command line."""
+    """Write the choices as options of the command line."""
     return f"--compute.remat {chosen['remat']} --ppo.accumulate {chosen['accumulate']}"
 
 
 def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
-    """What to change, the most effective first."""
+    """List what to change, the most effective first."""
     held, tips = report["held"], []
     stays = sum(held.values())
     biggest = max(held, key=lambda name: held[name])
@@ -149,7 +149,7 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
 
 
 def compile_program(name: Program, settings: PlanSettings) -> Report:
-    """`plan.programs.measure` in a fresh process; raises PlanError with the end of its messages."""
+    """Run `plan.programs.measure` in a fresh process; raise PlanError with the end of its messages."""
     where = topology(settings.topology)
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_NUM_CPU_DEVICES=str(where.devices))
     if where.chip:
@@ -182,7 +182,7 @@ def compile_program(name: Program, settings: PlanSettings) -> Report:
 
 
 def show(plan: Report, console: Console) -> None:
-    """The plan as a table, a column per program, and what to change."""
+    """Show the plan as a table, a column per program, and what to change."""
     memory, programs = plan["memory"], plan["programs"]
     of = f", {_gib(memory)} of memory each" if memory else ""
     mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1) or "one device"

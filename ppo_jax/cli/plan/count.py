@@ -51,13 +51,13 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, total, unknown)
 
     def times(self, n: int) -> "Cost":
-        """The same, n times over."""
+        """Multiply the cost by n repetitions."""
         scaled = Counter({kind: n * size for kind, size in self.collectives.items()})
         return Cost(n * self.flops, n * self.bytes, scaled, self.unknown_loops)
 
 
 def count(text: str) -> Cost:
-    """The cost of the entry computation of an HLO module (`compiled.as_text()`)."""
+    """Count the cost of the entry computation of an HLO module (`compiled.as_text()`)."""
     computations, entry = parse(text)
     return _Counter(computations).control(entry)
 
@@ -70,7 +70,7 @@ class _Counter:
         self.known: dict[str, Cost] = {}
 
     def control(self, name: str) -> Cost:
-        """An entry, loop body or branch: every instruction runs, one after the other."""
+        """Count an entry, loop body or branch: every instruction runs, one after the other."""
         if name not in self.known:
             computation = self.computations[name]
             channels: set[str] = set()
@@ -98,7 +98,7 @@ class _Counter:
         return self.plain(one, computation, channels) + Cost(bytes=_bytes(one, computation))
 
     def inside(self, computation: Computation, channels: set[str]) -> Cost:
-        """What happens within a fusion: products and collectives; its values never reach memory."""
+        """Count what happens within a fusion: products and collectives; its values never reach memory."""
         total = Cost()
         for one in computation.values():
             if one.op == "fusion":
@@ -126,14 +126,14 @@ class _Counter:
 
 
 def _share(kind: str, group: int) -> float:
-    """Bytes received / bytes of the operand."""
+    """Compute bytes received / bytes of the operand."""
     part = (group - 1) / group
     shares = {"all-gather": group - 1.0, "all-reduce": 2 * part, "collective-permute": 1.0}
     return shares.get(kind, part)
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part together: {{0,1},{2,3}}, [4,2]<=[8] or mesh['x'=4,'y'=2] {'y'}."""
+    """Count the devices that take part together: {{0,1},{2,3}}, [4,2]<=[8] or mesh['x'=4,'y'=2] {'y'}."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
@@ -159,7 +159,7 @@ def _dot_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
-    """TPUs write products as convolutions; batch dimensions become windows of which one position is real."""
+    """Count products written as convolutions: batch dimensions become windows of which one position is real."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     if labels is None:
         return 0.0
@@ -175,7 +175,7 @@ def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _valid_pairs(number: int, size: int, outputs: int, window: int, fields: dict[str, str]) -> int:
-    """(output, window) positions of one dimension that meet an input element, not padding or dilation."""
+    """Count (output, window) positions of one dimension that meet an input element, not padding or dilation."""
 
     def field(name: str, default: str) -> str:
         return fields[name].split("x")[number] if name in fields else default
@@ -195,7 +195,7 @@ _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def _kernel_flops(one: Instruction, operands: Sequence[str]) -> float:
-    """Of a splash attention kernel: half of each [S, S] product, since blocks above the diagonal are not visited."""
+    """Count a splash attention kernel: half of each [S, S] product, since blocks above the diagonal are not visited."""
     products = next((n for name, n in _SPLASH.items() if name in one.name), 0)
     floats = (dimensions(shape) for shape in operands if re.match(r"(bf16|f16|f32)\[", shape))
     queries = next((sizes for sizes in floats if len(sizes) >= 3), [])  # [rows, heads, S, H], the first one
@@ -206,7 +206,7 @@ def _kernel_flops(one: Instruction, operands: Sequence[str]) -> float:
 
 
 def _bytes(one: Instruction, computation: Computation) -> float:
-    """HBM bytes that a single instruction reads and writes."""
+    """Count the HBM bytes that a single instruction reads and writes."""
     written = shape_bytes(one.shape, hbm=True)
     if one.op == "custom-call" and "AllocateBuffer" in one.attributes:
         return 0.0
@@ -224,7 +224,7 @@ def _bytes(one: Instruction, computation: Computation) -> float:
 def _fusion_bytes(
     one: Instruction, computation: Computation, inner: Computation, computations: dict[str, Computation]
 ) -> float:
-    """HBM bytes of a fusion: a slice of a parameter reads the slice, an update in place writes the update."""
+    """Count HBM bytes of a fusion: a slice of a parameter reads the slice, an update in place writes the update."""
     total = 0.0
     for number, name in enumerate(one.operands):
         outer = computation.get(name)
@@ -243,7 +243,7 @@ def _parameter(inner: Computation, number: int) -> Instruction:
 
 
 def _read(source: Instruction, inner: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes of an array that its users look at, those in fusions within the fusion included."""
+    """Count the bytes of an array that its users look at, those in fusions within the fusion included."""
     total, whole = 0.0, shape_bytes(source.shape)
     for user in (i for i in inner.values() if source.name in i.operands):
         if user.op in ("bitcast", "reshape"):
@@ -260,7 +260,7 @@ def _read(source: Instruction, inner: Computation, computations: dict[str, Compu
 
 
 def _roots(inner: Computation, computations: dict[str, Computation]) -> list[tuple[Instruction, Computation]]:
-    """What makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
+    """Find what makes a fusion's outputs, and where it stands: seen through tuples, bitcasts and fusions within."""
     roots, waiting = [], [(i, inner) for i in inner.values() if i.root]
     while waiting:
         one, home = waiting.pop()

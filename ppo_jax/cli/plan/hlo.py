@@ -31,7 +31,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the entry."""
+    """Parse the computations by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _logical_lines(text):
@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with what a kernel's metadata broke into several put together again."""
+    """Put lines together again that a kernel's metadata broke into several."""
     waiting = ""
     for line in text.splitlines():
         if waiting and (line == "}" or line.startswith((" ", "%", "ENTRY"))):
@@ -84,7 +84,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def shape_bytes(shape: str, hbm: bool = False) -> float:
-    """Bytes of an array or tuple shape; with `hbm` only of the arrays that lie in main memory."""
+    """Count the bytes of an array or tuple shape; with `hbm` only of the arrays that lie in main memory."""
     total = 0.0
     for kind, sizes, layout in ARRAY.findall(shape):
         if kind in SIZES and not (hbm and re.search(r"S\([1-9]", layout)):
@@ -93,13 +93,13 @@ def shape_bytes(shape: str, hbm: bool = False) -> float:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Of the first array in a shape."""
+    """Read the dimensions of the first array in a shape."""
     match = ARRAY.search(shape)
     return [int(n) for n in match[2].split(",") if n] if match else []
 
 
 def called_computation(instruction: Instruction, attribute: str) -> str:
-    """The computation that an attribute such as `body` names."""
+    """Find the computation that an attribute such as `body` names."""
     match = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
     return match[1] if match else ""
 
@@ -108,7 +108,7 @@ def called_computation(instruction: Instruction, attribute: str) -> str:
 
 
 def trip_count(loop: Instruction, computation: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often a `while` runs at most; None when its text does not say.
+    """Find how often a `while` runs at most; None when its text does not say.
 
     From `known_trip_count`, or from a condition that holds `counter < bound` (or `and`s it with something else).
     """
@@ -127,7 +127,7 @@ def trip_count(loop: Instruction, computation: Computation, computations: dict[s
 def _bounds(
     condition: Computation, computations: dict[str, Computation], initial: Instruction | None, outer: Computation
 ) -> list[tuple[int, int]]:
-    """(element of the loop's tuple, bound) of every `element < bound` in a condition, fusions included."""
+    """Find (element of the loop's tuple, bound) of every `element < bound` in a condition, fusions included."""
     bounds = []
     scopes = [(condition, dict(condition))]
     for one in condition.values():
@@ -184,7 +184,7 @@ def _constant(one: Instruction | None, computation: Computation) -> int | None:
 
 
 def _step(body: Computation, computations: dict[str, Computation], index: int) -> int | None:
-    """What a loop's body adds to an element of its tuple; 1 where the text is not plain."""
+    """Find what a loop's body adds to an element of its tuple; 1 where the text is not plain."""
     root = next((one for one in body.values() if one.root), None)
     one = _element(root, index, body)
     while one is not None and one.op in ("copy", "bitcast"):

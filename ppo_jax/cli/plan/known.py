@@ -95,12 +95,12 @@ KNOWN: dict[str, ModelConfig] = {
 
 
 def short_name(name: str) -> str:
-    """`llama-3-8b` for `meta-llama/Meta-Llama-3-8B`."""
+    """Shorten `meta-llama/Meta-Llama-3-8B` to `llama-3-8b`."""
     return name.split("/")[-1].lower().removeprefix("meta-")
 
 
 def known_config(name: str) -> ModelConfig:
-    """The configuration of a well-known model, by its name on the hub or the last part of it, in any case.
+    """Find the configuration of a well-known model, by its name on the hub or the last part of it, in any case.
 
     Raises ValueError with the nearest name, or all of them, for any other.
     """

@@ -107,7 +107,7 @@ BRIEF = Brief(
 
 
 def model_config(settings: PlanSettings) -> ModelConfig:
-    """The model's shapes, run as the settings say.
+    """Read the model's shapes, run as the settings say.
 
     Raises ValueError for a model that is not known, or whose config.json cannot be read; the message names the file.
     """
@@ -123,7 +123,7 @@ def model_config(settings: PlanSettings) -> ModelConfig:
 
 
 def check(settings: PlanSettings) -> ModelConfig:
-    """Everything that can be refused before a compiler is started; raises ValueError."""
+    """Check everything that can be refused before a compiler is started; raise ValueError."""
     where, config = topology(settings.topology), model_config(settings)
     devices = where.devices
     if settings.search and not (where.chip or settings.memory):
@@ -147,7 +147,7 @@ def check(settings: PlanSettings) -> ModelConfig:
 
 
 def micro_rows(settings: PlanSettings) -> int:
-    """Responses that one gradient is taken of at once."""
+    """Count the responses that one gradient is taken of at once."""
     return settings.batch * settings.ppo.group_size // (settings.ppo.num_minibatches * settings.ppo.accumulate)
 
 
@@ -155,7 +155,7 @@ def micro_rows(settings: PlanSettings) -> int:
 
 
 def target_devices(name: str) -> list[Any]:
-    """Devices to compile for; for a TPU they cannot run anything."""
+    """List devices to compile for; for a TPU they cannot run anything."""
     if topology(name).chip is None:
         return jax.devices("cpu")[: topology(name).devices]
     from jax.experimental import topologies
@@ -167,7 +167,7 @@ def target_devices(name: str) -> list[Any]:
 
 
 def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
-    """Shapes with shardings of all that the programs take: state, frozen, prompts, rollout, scores."""
+    """Make shapes with shardings of all that the programs take: state, frozen, prompts, rollout, scores."""
     key, ppo = jax.random.key(0), settings.static
     optimizer = make_optimizer(ppo.optimizer)
 
@@ -201,7 +201,7 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
 def program(
     name: Program, settings: PlanSettings, config: ModelConfig, inputs: dict[str, PyTree]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The jitted function that training runs, and its arguments."""
+    """Choose the jitted function that training runs, and its arguments."""
     ppo, hyper = settings.static, Hyper()
     optimizer = make_optimizer(ppo.optimizer)
     reward = adapter_reward(config, ppo.sampling.stop_ids)
@@ -222,7 +222,7 @@ def program(
 
 
 def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
-    """Bytes per device of what stays between programs."""
+    """Count the bytes per device of what stays between programs."""
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
@@ -251,7 +251,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
-    """Compiles one program and reports its memory and work, all numbers per device.
+    """Compile one program and report its memory and work, all numbers per device.
 
     Bytes: `arguments` (what must lie in memory before it starts), `temporary`, `peak`. A program that the compiler
     refuses for lack of memory, or that is not given to it because weights and optimizer state alone are too large, has
@@ -290,7 +290,7 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
 
 
 def claimed_bytes(message: str) -> int | None:
-    """Bytes that a program wanted, from libtpu's two ways to say that it has not got them; None for another message."""
+    """Read the bytes that a program wanted from libtpu's two ways to say that it has not got them; None elsewhere."""
     for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
         if match := re.search(pattern, message):
             return int(float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]])
@@ -298,7 +298,7 @@ def claimed_bytes(message: str) -> int | None:
 
 
 def main() -> None:
-    """Reads settings from standard input, writes one line of JSON to standard output."""
+    """Read settings from standard input, write one line of JSON to standard output."""
     settings = configuration.from_yaml(PlanSettings, sys.stdin.read())
     try:
         result: dict[str, Any] = measure(sys.argv[1], settings)  # type: ignore[arg-type]

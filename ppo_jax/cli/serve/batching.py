@@ -45,11 +45,11 @@ class Batcher:
         self.batches = 0  # calls of score_rows
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> "Future[list[float]]":
-        """The scores of these rows, later. Raises Full when there is no room, or after `stop`."""
+        """Take these rows; their scores come later. Raise Full when there is no room, or after `stop`."""
         request = _Request(rows, Future())
         with self._changed:
             if not self._open:
@@ -62,7 +62,7 @@ class Batcher:
         return request.answer
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Takes no more requests, scores those that wait, and ends the thread; whether it ended.
+        """Take no more requests, score those that wait, and end the thread; return whether it ended.
 
         After `timeout` seconds what still waits gets Full, and a call of `score_rows` that does not return is left
         behind in its daemon thread.
@@ -88,7 +88,7 @@ class Batcher:
                 self._answer(batch)
 
     def _next_batch(self) -> list[_Request]:
-        """The next requests; [] when there will be none."""
+        """Wait for the next requests; [] when there will be none."""
         with self._changed:
             while self._open and not self._requests:
                 self._changed.wait()

@@ -4,7 +4,7 @@ from ppo_jax.cli.serve.settings import ServeSettings
 
 
 def serve_reward(settings: ServeSettings) -> None:
-    """`ppo-jax serve-reward`."""
+    """Run `ppo-jax serve-reward`."""
     try:
         from ppo_jax.cli.serve.server import serve
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What the reward server reads from a request, and why it refuses one (docs/rewards.md has both protocols)."""
+"""The requests that the reward server reads, and why it refuses one (docs/rewards.md has both protocols)."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ class Refused(Exception):
 
 
 async def read_json(request: Any, limit: int, timeout: float) -> dict[str, Any]:
-    """The JSON object in a starlette request's body of at most `limit` bytes, which arrives within `timeout` seconds.
+    """Read the JSON object in a request's body of at most `limit` bytes, which arrives within `timeout` seconds.
 
     Refused: 400 the client left, 408 too slow, 413 too large, 422 no JSON object.
     """
@@ -52,7 +52,7 @@ async def read_json(request: Any, limit: int, timeout: float) -> dict[str, Any]:
 
 
 def read_samples(body: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
-    """Our protocol's field: samples of prompt, response and metadata."""
+    """Read our protocol's field: samples of prompt, response and metadata."""
     samples = _rows(body, "samples", max_rows)
     for i, sample in enumerate(samples):
         if not isinstance(sample, dict):
@@ -65,7 +65,7 @@ def read_samples(body: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
 
 
 def read_messages(body: dict[str, Any], max_rows: int) -> tuple[str, list[str], int | None]:
-    """LLaMA-Factory's fields: model, messages, max_length."""
+    """Read LLaMA-Factory's fields: model, messages, max_length."""
     if not isinstance(body.get("model"), str):
         raise Refused(422, "model must be text")
     _check_text(body["model"], "model")
@@ -99,7 +99,7 @@ def _check_text(value: Any, where: str) -> None:
 
 
 def entry(row: Sequence[int], score: float | None) -> dict[str, Any]:
-    """Our protocol's answer for one sample, which has these tokens."""
+    """Make our protocol's answer for one sample, which has these tokens."""
     if score is not None:
         return {"score": score}
     return {"error": "the score is not finite" if row else "the text has no tokens"}

@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 
 
 def serve(settings: ServeSettings) -> None:
-    """Listens until SIGTERM or SIGINT, then finishes what is in flight."""
+    """Listen until SIGTERM or SIGINT, then finish what is in flight."""
     token = read_token(settings)
     listening = _listen(settings.host, settings.port)
     sizes = sorted({1, min(8, settings.batch_size), settings.batch_size})
@@ -87,7 +87,7 @@ class Service:
         self._tokenising = asyncio.Lock()  # tokenizers are not made for several threads at once
 
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Our protocol."""
+        """Answer a request in our protocol."""
         samples = read_samples(body, self.settings.max_rows)
         prompts, responses = ([sample[side] for sample in samples] for side in ("prompt", "response"))
         rows = await self._tokenise(self.scorer.encode, prompts, responses)
@@ -95,17 +95,17 @@ class Service:
         return {"scores": [entry(row, score) for row, score in zip(rows, scores, strict=True)]}
 
     async def evaluation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """LLaMA-Factory's protocol."""
+        """Answer a request in LLaMA-Factory's protocol."""
         name, texts, max_length = read_messages(body, self.settings.max_rows)
         scores = await self._scores(await self._tokenise(self.scorer.encode_texts, texts, max_length))
         return {"id": f"scoreval-{uuid.uuid4().hex}", "object": "score.evaluation", "model": name, "scores": scores}
 
     async def health(self, request: Request) -> Response:
-        """That the server lives, and what it serves."""
+        """Say that the server lives, and what it serves."""
         return JSONResponse({"status": "ok", "model": self.scorer.name, "max_length": self.scorer.max_length})
 
     async def metrics(self, request: Request) -> Response:
-        """Counters and gauges, a line each, as Prometheus reads them."""
+        """Write counters and gauges, a line each, as Prometheus reads them."""
         values = {
             **self.count,
             "ppo_jax_batches_total": self.batcher.batches,
@@ -117,7 +117,7 @@ class Service:
         return PlainTextResponse("".join(f"{name} {value}\n" for name, value in sorted(values.items())))
 
     def endpoint(self, handle: Handle) -> Callable[[Request], Awaitable[Response]]:
-        """A POST endpoint: JSON in, JSON or an error out, counted."""
+        """Make a POST endpoint: JSON in, JSON or an error out, counted."""
 
         async def answer(request: Request) -> Response:
             self.count["ppo_jax_requests_total"] += 1
@@ -144,7 +144,7 @@ class Service:
             return await asyncio.to_thread(encode, *args)
 
     async def _scores(self, rows: list[list[int]]) -> list[float | None]:
-        """Scores in order; None for a row that has none."""
+        """Compute scores in order; None for a row that has none."""
         self.count["ppo_jax_rows_total"] += len(rows)
         try:
             scores = await asyncio.wrap_future(self.batcher.submit(rows))
@@ -158,7 +158,7 @@ class Service:
 
 
 def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIApp:
-    """The ASGI application; its lifespan runs the thread that scores."""
+    """Make the ASGI application; its lifespan runs the thread that scores."""
     service = Service(scorer, settings)
 
     @contextlib.asynccontextmanager
@@ -184,7 +184,7 @@ def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIAp
 
 
 def read_token(settings: ServeSettings) -> str:
-    """The bearer token, "" for none. ValueError where one is asked for and is not there."""
+    """Read the bearer token, "" for none. Raise ValueError where one is asked for and is not there."""
     if settings.token_env:
         token = os.environ.get(settings.token_env, "").strip()
         if not token:
@@ -202,7 +202,7 @@ def read_token(settings: ServeSettings) -> str:
 
 
 def _guarded(app: ASGIApp, token: str) -> ASGIApp:
-    """The application behind `Authorization: Bearer TOKEN`; compared in constant time."""
+    """Put the application behind `Authorization: Bearer TOKEN`; compared in constant time."""
     wanted = token.encode()
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,7 +219,7 @@ def _guarded(app: ASGIApp, token: str) -> ASGIApp:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before the model is loaded: a port that is taken is known at once."""
+    """Open a listening socket before the model is loaded: a port that is taken is known at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)

@@ -1,5 +1,6 @@
 """Going on with a run: the newest checkpoint that is whole, the facts that must be the same, and where damage goes."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import rundir
+from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import PyTree
 
 Resume = Literal["no", "yes", "auto"]  # auto: go on with a run if there is one, else start one
@@ -116,9 +118,12 @@ def drop_later_records(directory: Path, step: int) -> None:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(lines of facts that must not differ and do, lines of those that may), by dotted name."""
     old, new = _flat(saved), _flat(now)
+    defaults = _flat({"ppo": dataclasses.asdict(PPOConfig())})
     serious: list[str] = []
     harmless: list[str] = []
     for name in sorted(old.keys() | new.keys()):
+        if name not in old and name in defaults and new[name] == defaults[name]:
+            continue  # a choice that the code of the checkpoint did not have yet, made as it did
         if old.get(name) != new.get(name):
             line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now"
             (harmless if name.startswith(MAY_CHANGE) else serious).append(line)

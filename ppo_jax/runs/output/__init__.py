@@ -1,1 +1,1 @@
-"""What a run leaves for people and other runs: its directory, configuration, records and screen."""
+"""A run's outputs for people and other runs: its directory, configuration, records and screen."""

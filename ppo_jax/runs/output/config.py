@@ -38,7 +38,7 @@ class FieldError(ConfigError):
 
 
 def to_yaml(config: Any) -> str:
-    """Plain YAML in field order; `from_yaml(type(config), to_yaml(config)) == config`.
+    """Write plain YAML in field order; `from_yaml(type(config), to_yaml(config)) == config`.
 
     Tuples become lists, paths and enum members text. Raises ConfigError for a value that YAML cannot say plainly.
     """
@@ -46,7 +46,7 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | None = None) -> C:
-    """Builds `cls` from YAML text; keys that are absent take their value from `base`, else the field's default.
+    """Build `cls` from YAML text; keys that are absent take their value from `base`, else the field's default.
 
     A field whose type allows several records (`A | B`) is written as a mapping with `type: A` beside A's keys. `off`
     stands for the value that turns a field off (`types.Off`), and `~` at the start of a path for the home directory.
@@ -64,7 +64,7 @@ def from_yaml(cls: type[C], text: str, source: str = "configuration", base: C | 
 
 
 def read_mapping(text: str, source: str = "configuration") -> dict[Any, Any]:
-    """The mapping that YAML text holds, checked as in `from_yaml` but for no fields in particular."""
+    """Read the mapping that YAML text holds, checked as in `from_yaml` but for no fields in particular."""
     data, _ = read_yaml(text, source)
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping, got {_shown(data)}")
@@ -72,7 +72,7 @@ def read_mapping(text: str, source: str = "configuration") -> dict[Any, Any]:
 
 
 def load(cls: type[C], path: str | Path, base: C | None = None) -> C:
-    """Reads a YAML file written by `to_yaml` or by hand, see `from_yaml`."""
+    """Read a YAML file written by `to_yaml` or by hand, see `from_yaml`."""
     path = Path(os.path.expanduser(path))
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def load(cls: type[C], path: str | Path, base: C | None = None) -> C:
 
 
 def dotted_fields(cls: type, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, type) of every field of a record, and of the records in it. `Annotated` types stay as they are."""
+    """Yield (dotted path, type) of every field of a record and of the records in it. `Annotated` stays as it is."""
     for name, kind in _field_types(cls).items():
         yield join(path, name), kind
         bare = _bare(kind)
@@ -97,7 +97,7 @@ def dotted_fields(cls: type, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The dotted name most like `name`, as a whole or by its last part alone; None where nothing is alike."""
+    """Find the dotted name most like `name`, as a whole or by its last part alone; None where nothing is alike."""
 
     def likeness(other: str) -> float:
         ends = name.rpartition(".")[2], other.rpartition(".")[2]
@@ -112,7 +112,7 @@ def _ratio(one: str, other: str) -> float:
 
 
 def is_record(kind: Any) -> bool:
-    """Whether a type is a dataclass or a NamedTuple."""
+    """Tell whether a type is a dataclass or a NamedTuple."""
     return dataclasses.is_dataclass(kind) or (isinstance(kind, type) and hasattr(kind, "_fields"))
 
 
@@ -125,7 +125,7 @@ def _bare(kind: Any) -> Any:
 
 
 def _field_types(cls: type) -> dict[str, Any]:
-    """{name: type} of what the constructor takes."""
+    """Collect {name: type} of what the constructor takes."""
     hints = typing.get_type_hints(cls, include_extras=True)
     if dataclasses.is_dataclass(cls):
         return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
@@ -143,12 +143,12 @@ def _has_default(cls: type, name: str) -> bool:
 
 
 def from_plain(cls: type[C], data: Any, base: C | None = None) -> C:
-    """Builds `cls` from dicts, lists and scalars, as `from_yaml` does from text. Raises FieldError."""
+    """Build `cls` from dicts, lists and scalars, as `from_yaml` does from text. Raises FieldError."""
     return typing.cast(C, _record(cls, data, "", base))
 
 
 def _record(cls: type, value: Any, path: str, base: Any = None) -> Any:
-    """A dataclass or NamedTuple from a mapping."""
+    """Build a dataclass or NamedTuple from a mapping."""
     if not isinstance(value, dict):
         raise FieldError(path, f"expected a mapping with the fields of {cls.__name__}, got {_shown(value)}")
     kinds = _field_types(cls)
@@ -177,7 +177,7 @@ def _refuse_key(cls: type, key: object, kinds: Mapping[str, Any], path: str) -> 
 
 
 def _value(kind: Any, value: Any, path: str, base: Any = None) -> Any:
-    """`value` as `kind`, or FieldError."""
+    """Read `value` as `kind`, or raise FieldError."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         off = [mark.value for mark in args[1:] if isinstance(mark, Off) and value == "off"]
@@ -213,7 +213,7 @@ def _value(kind: Any, value: Any, path: str, base: Any = None) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
-    """One of the values of a Literal. `yes` and `no`, and what YAML files say for them, mean `on` and `off` too."""
+    """Choose a value of a Literal. `yes` and `no`, and what YAML files say for them, mean `on` and `off` too."""
     value = str(value) if isinstance(value, Word) else value
     for choice in choices:
         if value == choice and type(value) is type(choice):
@@ -260,7 +260,7 @@ def _union(choices: tuple[Any, ...], value: Any, path: str, base: Any) -> Any:
 
 
 def _hint(kinds: collections.abc.Sequence[Any], value: Any) -> str:
-    """What to write instead of a value that is nearly right."""
+    """Say what to write instead of a value that is nearly right."""
     if isinstance(value, str) and {int, float} & set(kinds) and _LEADING_ZERO.fullmatch(value):
         return f"; write {int(value)}, without the zeros"
     if isinstance(value, str) and type(None) in kinds and value.lower() in ("none", "null"):
@@ -271,7 +271,7 @@ def _hint(kinds: collections.abc.Sequence[Any], value: Any) -> str:
 
 
 def _allowed(kind: Any) -> str:
-    """A type in the words of a YAML file."""
+    """Describe a type in the words of a YAML file."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _allowed(args[0])
@@ -299,7 +299,7 @@ def _shown(value: Any) -> str:
 
 
 def to_plain(value: Any, path: str = "", tagged: bool = False) -> Any:
-    """`value` as dicts, lists and scalars. `tagged`: several records are allowed here, so the class is named."""
+    """Turn `value` into dicts, lists and scalars. `tagged`: several records are allowed here, so the class is named."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a NumPy or JAX scalar
     if is_record(type(value)):
@@ -322,6 +322,6 @@ def to_plain(value: Any, path: str = "", tagged: bool = False) -> Any:
 
 
 def _several(kind: Any) -> bool:
-    """Whether a value of this type, or an item of it, may be one of several records."""
+    """Tell whether a value of this type, or an item of it, may be one of several records."""
     args = typing.get_args(kind)
     return (_is_union(kind) and sum(map(is_record, args)) > 1) or any(map(_several, args))

@@ -52,12 +52,12 @@ _Dumper.add_implicit_resolver("!word", re.compile("^None$"), ["N"])
 
 
 def write_yaml(data: Any) -> str:
-    """Dicts, lists and scalars as text, in the order that they have."""
+    """Write dicts, lists and scalars as text, in the order that they have."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """Returns (plain data, {dotted path: line}). Raises ConfigError; `source` is what it calls the text."""
+    """Read (plain data, {dotted path: line}). Raise ConfigError, in which `source` is what the text is called."""
     if len(text) > LARGEST:
         raise ConfigError(f"{source}: {len(text)} characters; at most {LARGEST} are read")
     try:
@@ -65,7 +65,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
         if (size := _count_values(root, {})) > LARGEST:
             raise ConfigError(f"{source}: its aliases (*name) expand to {size:.0e} values; at most {LARGEST} are read")
         lines = dict(_find_lines(root, source))
-        data = yaml.load(text, Loader=_Loader)
+        data = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
@@ -78,19 +78,19 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
 
 
 def find_line(lines: Mapping[str, int], path: str) -> int | None:
-    """The line of the innermost key on the way to `path` (a.b[0].c: of a.b where items have no line)."""
+    """Find the line of the innermost key on the way to `path` (a.b[0].c: of a.b where items have no line)."""
     while path and path not in lines:
         path = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", path)
     return lines.get(path)
 
 
 def join(path: str, name: object) -> str:
-    """The dotted path of `name` below `path`."""
+    """Join the dotted path of `name` below `path`."""
     return f"{path}.{name}" if path else str(name)
 
 
 def _count_values(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for when every alias is written out."""
+    """Count the values that a node stands for when every alias is written out."""
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError(f"line {node.start_mark.line + 1}: an alias that contains itself")
@@ -103,7 +103,7 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
 
 
 def _find_lines(root: Any, source: str) -> Iterator[tuple[str, int]]:
-    """(dotted path, line) of every key; a key that is given twice is an error (YAML would take the last)."""
+    """Yield (dotted path, line) of every key; a key given twice is an error (YAML would take the last)."""
     waiting, seen = [("", root)], set()
     while waiting:
         path, node = waiting.pop()

@@ -57,14 +57,14 @@ export/reward      a reward model: `ppo-jax ppo --reward DIRECTORY`
 
 
 def holds_run(path: str | os.PathLike) -> bool:
-    """Whether `path` holds a run: a config.yaml or a metrics.jsonl."""
+    """Tell whether `path` holds a run: a config.yaml or a metrics.jsonl."""
     return any((Path(path) / name).exists() for name in (CONFIG, METRICS))
 
 
 def open_run(
     path: str | os.PathLike, resume: bool | Literal["no", "yes", "auto"] = False, overwrite: bool = False
 ) -> Path:
-    """Makes `path` ready for a run and returns it.
+    """Make `path` ready for a run and return it.
 
     A new or empty directory is taken as it is, and one that holds other things keeps them. A directory that
     already holds a run is refused, unless
@@ -105,13 +105,13 @@ def open_run(
 
 
 def truncate_run(path: str | os.PathLike, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
-    """Drops what a resumed run wrote after `step`: metrics of `phases`, scores of held-out prompts, and samples."""
+    """Drop what a resumed run wrote after `step`: metrics of `phases`, scores of held-out prompts, and samples."""
     truncate_jsonl(Path(path) / METRICS, step, phases)
     drop_evaluations(path, step)
 
 
 def drop_evaluations(path: str | os.PathLike, step: int) -> None:
-    """Drops the scores and samples of evaluations after `step`."""
+    """Drop the scores and samples of evaluations after `step`."""
     for name in (EVALUATIONS, SAMPLES):
         truncate_jsonl(Path(path) / name, step)
 
@@ -124,7 +124,7 @@ def write_evaluation(
     columns: Mapping[str, Sequence[float]],
     scores: Sequence[str],
 ) -> None:
-    """Appends to evaluations.jsonl {"step", "columns": {name: a number per held-out prompt}}, and `write_samples`.
+    """Append to evaluations.jsonl {"step", "columns": {name: a number per held-out prompt}}, and `write_samples`.
 
     Args:
       prompts, responses: of the first of them, which become samples.
@@ -144,7 +144,7 @@ def write_samples(
     responses: Sequence[str],
     scores: Mapping[str, Sequence[float]],
 ) -> None:
-    """Appends one line per sample to samples.jsonl: {"step", "index", "prompt", "response", "scores": {name: number}}.
+    """Append one line per sample to samples.jsonl: {"step", "index", "prompt", "response", "scores": {name: number}}.
 
     `index` counts the prompts of this call, so give the same prompts in the same order at every step.
     Raises ValueError when the lists differ in length.
@@ -168,22 +168,22 @@ def write_samples(
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
-    """Writes summary.json, whole or not at all (NaN as null)."""
+    """Write summary.json, whole or not at all (NaN as null)."""
     _write_json(Path(path) / SUMMARY, summary)
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """The record that `write_summary` wrote; {} when there is none."""
+    """Read the record that `write_summary` wrote; {} when there is none."""
     return _read_json(Path(path) / SUMMARY)
 
 
 def add_facts(path: str | os.PathLike, **facts: Any) -> None:
-    """Puts facts into run.json, over those of the same name."""
+    """Put facts into run.json, over those of the same name."""
     _write_json(Path(path) / RUN, read_facts(path) | facts)
 
 
 def read_facts(path: str | os.PathLike) -> dict[str, Any]:
-    """What run.json says; {} when there is none."""
+    """Read what run.json says; {} when there is none."""
     return _read_json(Path(path) / RUN)
 
 
@@ -197,14 +197,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def write_readme(path: str | os.PathLike) -> None:
-    """Writes README.txt, unless there is one that somebody else wrote."""
+    """Write README.txt, unless there is one that somebody else wrote."""
     file = Path(path) / README
     if not file.exists() or file.read_bytes().startswith(GUIDE.splitlines()[0].encode()):
         replace_file(file, GUIDE.encode())
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
-    """The run directory, opened by process 0 alone.
+    """Open the run directory, in process 0 alone, and return its path to all.
 
     Every other process is given a private directory that goes when it ends, with a copy of the records so far and the
     run's own `checkpoints`: what all processes write is a checkpoint, and what they read is the same in all. The

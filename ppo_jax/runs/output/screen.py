@@ -54,7 +54,7 @@ def progress(
     clock: Callable[[], float] = time.monotonic,
     log: Path | None = None,
 ) -> Iterator["Screen"]:
-    """A `Screen` for the length of a `with` block; what it last showed stays on the terminal, also after an error.
+    """Give a `Screen` for the length of a `with` block; what it last showed stays there, also after an error.
 
     main_process: False (every process but the first of a multi-host run) shows nothing at all.
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
@@ -117,7 +117,7 @@ class Screen:
     def update(
         self, *, phase: str, step: int, total: int | None = None, values: Mapping[str, float] | None = None
     ) -> None:
-        """Shows that `step` of `total` of `phase` is done, with the newest values (names as in metrics.jsonl)."""
+        """Show that `step` of `total` of `phase` is done, with the newest values (names as in metrics.jsonl)."""
         if not self.shown:
             return
         if self.current is not None and self.current.name != phase:
@@ -135,7 +135,7 @@ class Screen:
             self.flush()
 
     def flush(self) -> None:
-        """Without a live terminal: prints the line of the last update, if it was held back. The log gets it always."""
+        """Print the line of the last update, if it was held back: without a live terminal, and always into the log."""
         state = self.current
         if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
@@ -150,7 +150,7 @@ class Screen:
         after_scores: Sequence[float] | None = None,
         title: str = "Samples before and after",
     ) -> None:
-        """A table: each prompt, what the policy wrote `before` and `after`, and what the reward says of each."""
+        """Show a table: each prompt, what the policy wrote `before` and `after`, and what the reward says of each."""
         if not self.shown:
             return
         table = Table(title=title, box=box.SIMPLE_HEAD, show_lines=True, title_justify="left", expand=True)
@@ -169,26 +169,26 @@ class Screen:
         self._print(table)
 
     def _print(self, what: RenderableType, **how: Any) -> None:
-        """Onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
+        """Print onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
         with contextlib.suppress(OSError):
             self.console.print(what, **how)
         self.put_in_log(what, **how)
 
     def put_in_log(self, what: RenderableType, **how: Any) -> None:
-        """Into the log alone. It is opened each time: the run directory may have been removed."""
+        """Print into the log alone. It is opened each time: the run directory may have been removed."""
         if self.log is not None:
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
                 plain = Console(file=file, width=120, force_terminal=False, color_system=None, highlight=False)
                 plain.print(what, **(dict(markup=False, emoji=False, soft_wrap=True) if isinstance(what, str) else how))
 
     def message(self, text: str) -> None:
-        """Text above the live part, shown as it is (no markup)."""
+        """Print text above the live part, as it is (no markup)."""
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
             self._print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """(total - step) * seconds per step of this phase - what has passed since its last step.
+        """Estimate (total - step) * seconds per step of this phase - what has passed since its last step.
 
         None before the second step, or without a total.
         """
@@ -199,7 +199,7 @@ class Screen:
         return max(0.0, (state.total - state.step) * pace - (self.clock() - state.time))
 
     def __rich__(self) -> RenderableType:
-        """The live part: bar and times in one row, values in columns below, then a sparkline."""
+        """Draw the live part: bar and times in one row, values in columns below, then a sparkline."""
         state = self.current
         head = Table.grid(padding=(0, 2))
         title = Text(self._safe(self.title), style="bold")
@@ -227,14 +227,14 @@ class Screen:
         return elapsed if left is None else f"{elapsed}  left {clock_time(left)}"
 
     def _safe(self, text: str) -> str:
-        """The text as this terminal can show it: a model may write escape sequences, and a log may be ASCII."""
+        """Make the text fit to be shown here: a model may write escape sequences, and a log may be ASCII."""
         spaced = text.replace("\n", " ⏎ ").replace("\t", " ")
         clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
         return clean.encode(self.console.encoding, "replace").decode(self.console.encoding)
 
 
 def clock_time(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    """Format seconds as m:ss, or h:mm:ss from an hour on."""
     whole = max(0, round(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
@@ -251,7 +251,7 @@ def _count(state: _Phase) -> str:
 
 
 def _pairs(state: _Phase, labels: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(label, formatted value) of what is shown of a phase."""
+    """Choose (label, formatted value) of what is shown of a phase."""
     values = state.values
     shown = SHOWN | {name: (label, "{:+.3f}") for name, label in labels.items()}
     known = [(label, form.format(values[name])) for name, (label, form) in shown.items() if name in values]
@@ -259,7 +259,7 @@ def _pairs(state: _Phase, labels: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _sparkline(state: _Phase) -> str:
-    """The last headline values as bars between their lowest and their highest; empty below two finite values."""
+    """Draw the last headline values as bars between lowest and highest; empty below two finite values."""
     points = [x for x in state.history if math.isfinite(x)]
     if len(points) < 2:
         return ""

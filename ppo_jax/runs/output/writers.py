@@ -28,7 +28,7 @@ PhaseWriter = Callable[[int, Mapping[str, float]], None]
 
 
 def combine(writers: Iterable[Writer]) -> Writer:
-    """One writer that calls each of `writers` in order."""
+    """Make one writer that calls each of `writers` in order."""
     writers = tuple(writers)
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
@@ -44,7 +44,7 @@ def resilient(
     what: str,
     errors: tuple[type[Exception], ...] = (OSError,),
 ) -> Callable[..., int]:
-    """`call`, which writes something, as a function that lets no failure through; returns how many calls are kept.
+    """Let no failure of `call`, which writes something, through; what is made returns how many calls are kept.
 
     What could not be written (a full disk, a directory that is gone) is kept in memory and written, in order, with the
     next call that succeeds; a call without arguments only tries again. `notify` hears of the first failure of each
@@ -75,7 +75,7 @@ def resilient(
 
 
 def jsonl_writer(path: str | os.PathLike) -> Writer:
-    """Writer that appends one JSON object a line to `path`: {"step", "phase", "time", and the values by name}.
+    """Make a writer of JSON objects, a line each, to `path`: {"step", "phase", "time", and the values by name}.
 
     `time` is in seconds since the Unix epoch. Every line reaches the operating system before `write` returns, so a
     killed process loses none; a torn last line that an earlier crash left is removed first. The first write to a phase
@@ -99,7 +99,7 @@ def jsonl_writer(path: str | os.PathLike) -> Writer:
 
 
 def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], None] | None = None) -> Writer:
-    """Writer of TensorBoard events, one TensorBoard run per phase (`directory/ppo`, `directory/eval`, ...).
+    """Make a writer of TensorBoard events, one TensorBoard run per phase (`directory/ppo`, `directory/eval`, ...).
 
     The first write to a phase hides what an earlier process wrote from that step on, so a resumed run draws one
     curve. Without the tensorboardX package `notify` gets one line (default: stderr) and nothing is written.
@@ -154,7 +154,7 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
 
 
 def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Writer:
-    """Writer to Weights & Biases (off unless asked for); each phase has its own step axis, `<phase>/step`.
+    """Make a writer to Weights & Biases (off unless asked for); each phase has its own step axis, `<phase>/step`.
 
     The run id is the name of the run directory, so that a resumed run continues its page. Raises ImportError
     with the pip command when the package is missing: whoever asks for it wants to know before the run, not after.
@@ -189,7 +189,7 @@ def _to_stderr(text: str) -> None:
 
 
 def run_writer(directory: Path, screen: Screen, total: int | None = None) -> Writer:
-    """Writes a step's values to metrics.jsonl, to TensorBoard and onto the screen.
+    """Make a writer of a step's values to metrics.jsonl, to TensorBoard and onto the screen.
 
     A file that cannot be written is reported and tried again; it does not end the run. Only the first process writes.
     """
@@ -210,7 +210,7 @@ def with_screen(
 
 
 def run_files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -> list[Callable[..., int]]:
-    """One writer for each place; called without arguments it tries again what it could not write."""
+    """Make a writer for each place; called without arguments it tries again what it could not write."""
     if jax.process_index():
         return []
     say = screen.message
@@ -226,7 +226,7 @@ def run_files(directory: Path, screen: Screen, wandb: str = "", config: str = ""
 
 
 def phase_writer(directory: Path, screen: Screen, phase: str, total: int) -> PhaseWriter:
-    """write(step, values) of one phase, to the run's files and onto the screen."""
+    """Make write(step, values) of one phase, to the run's files and onto the screen."""
     files = run_writer(directory, screen)
 
     def write(step: int, values: Mapping[str, float]) -> None:

@@ -165,3 +165,12 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(
         restore(tmp_path)
     assert not isinstance(raised.value, store.DamagedCheckpoint)
     assert store.all_steps(tmp_path / rundir.CHECKPOINTS) == [2, 4]
+
+
+def test_a_choice_that_came_later_is_no_difference_where_it_is_made_as_before() -> None:
+    """Checkpoints of earlier code do not name it; any other value than the default is another run."""
+    now = {"ppo": {"epochs": 4, "kl": {"per": "token", "place": "reward"}}}
+    before = {"ppo": {"epochs": 4, "kl": {"place": "reward"}}}
+    assert resuming.differences(before, now) == ([], [])
+    now["ppo"]["kl"]["per"] = "response"
+    assert resuming.differences(before, now) == (["ppo.kl.per: nothing in the checkpoint, response now"], [])
