@@ -113,7 +113,7 @@ def main(args: list[str] | None = None) -> Path:
         )
         adapter = AdapterConfig(kind="full")
         sft = run_sft(stages[0], base, adapter, demonstrations, unseen, settings.sft, settings.seed, screen)
-        page.write(stages[0], {"title": "SFT on a toy language", "task": f"{TASK} This is the first of the three."})
+        page.write(stages[0], {"title": "SFT on a toy language", "task": f"{TASK} Here is its first part."})
         screen.message(f"SFT: perplexity {sft.before['perplexity']:.1f} -> {sft.after['perplexity']:.2f}")
 
         # -- 2: reward model, on pairs of sentences of which one has more good words --------------------------------
@@ -121,8 +121,7 @@ def main(args: list[str] | None = None) -> Path:
             encode_pairs(comparisons(rng, n), base.tokenizer, MAX_LENGTH, eos=False) for n in (settings.pairs, 128)
         )
         reward = run_reward(stages[1], sft.model, settings.reward, pairs, unseen_pairs, settings.seed, screen)
-        task = f"{TASK} This is the second of the three."
-        page.write(stages[1], {"title": "A reward model of a toy language", "task": task})
+        page.write(stages[1], {"title": "Reward model of a toy language", "task": f"{TASK} Here is its second part."})
         screen.message(f"reward model: {reward.accuracy:.3f} of held-out pairs in the right order")
 
         # -- 3: PPO, from the fine-tuned model, which is also its reference -----------------------------------------

@@ -42,7 +42,6 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
-from ppo_jax.rewards.adapter import score_tokens, text_mask
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -57,7 +56,7 @@ from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward_model import RewardConfig
 from ppo_jax.train.state import key_stream
-from ppo_jax.types import Frozen, Hyper, Rollout
+from ppo_jax.types import Hyper
 
 TOY_TASK = (
     "A smoke run: random sentences of a toy grammar stand for the ratings, and a random model of four layers for the "
@@ -229,7 +228,7 @@ def run(settings: SentimentConfig) -> Path:
             loop=settings.loop,
             seed=settings.seed,
             reward=chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise),
-            judges={"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)},
+            judges={"vader": vader_judge(), "judge": rating_model.model_judge(model, judge, stop_ids)},
             labels=LABELS,
             config=repeatable_yaml(settings),
         )
@@ -341,17 +340,6 @@ def vader_judge() -> Judge:
     return lambda rollout, prompts, responses: np.array(
         [vader_score(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
     )
-
-
-def model_judge(model: Model, judge: rating_model.RatingModel, stop_ids: tuple[int, ...]) -> Judge:
-    """The second reward model on the whole sentence."""
-
-    @jax.jit
-    def score(frozen: Frozen, rollout: Rollout) -> jax.Array:
-        mask = text_mask(rollout, stop_ids)
-        return score_tokens(frozen.base, frozen.reward, judge.trunk, rollout.tokens, mask)
-
-    return lambda rollout, prompts, responses: np.asarray(score(Frozen(model.params, judge.role), rollout))
 
 
 if __name__ == "__main__":
