@@ -5,6 +5,7 @@ are. Its colours become CSS variables, which the page sets for light and for dar
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -66,14 +67,23 @@ def make_panels(count: int, height: float = 1.75, share: bool = True) -> tuple["
 
 
 def draw_curve(axes: "Axes", records: Records, phase: str, name: str, color: str, label: str | None = None) -> None:
-    """The values as a line; of a long run faint, behind their moving average over 1/20 of it."""
+    """The values as a line; of a long run faint, behind their moving average over 1/20 of it.
+
+    Of a very long one the faint line becomes a band, from the least to the greatest value of each 1/300.
+    """
     steps, values = series(records, phase, name)
     window = 2 * (len(values) // 40) + 1
     if window == 1:
         axes.plot(steps, values, "-" if len(values) > 1 else ".", color=color, label=label)
         return
-    axes.plot(steps, values, color=color, alpha=0.25, lw=0.9)
-    axes.plot(steps, moving_average(values, window), color=color, label=label and f"{label} (mean of {window})")
+    size = math.ceil(len(values) / 300)
+    parts = [values[i : i + size] for i in range(0, len(values), size)]
+    if size == 1:
+        axes.plot(steps, values, color=color, alpha=0.25, lw=0.9)
+    else:
+        axes.fill_between(steps[::size], [*map(min, parts)], [*map(max, parts)], color=color, alpha=0.25, lw=0)
+    smooth = moving_average(values, window)[::size]
+    axes.plot(steps[::size], smooth, color=color, label=label and f"{label} (mean of {window})")
 
 
 def draw_evaluations(axes: "Axes", evidence: Evidence, name: str, color: str, line: bool = False, **how: Any) -> None:
@@ -109,8 +119,9 @@ def number_steps(axes: "Axes", label: str = "PPO update") -> None:
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """Mean of the `window` (an odd number) values around each one; fewer at the ends."""
     half = window // 2
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    sums = list(itertools.accumulate(values, initial=0.0))
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def values_against_kl(records: Records, phase: str, name: str) -> list[tuple[float, float]]:

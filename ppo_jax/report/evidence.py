@@ -137,7 +137,11 @@ def paired_differences(columns: Columns, first: int | None, last: int | None, na
 
 
 def mean_error(evidence: Evidence, values: Values, name: str) -> float | None:
-    """Standard error of one evaluation's mean: its spread / sqrt(prompts)."""
+    """Standard error of one evaluation's mean: spread / sqrt(prompts), of the kept scores where there are some."""
+    column = evidence.columns.get(values.get("step", -1), {}).get(COLUMN_OF.get(name, name))
+    if column is not None and np.isfinite(column).sum() > 1:
+        scores = column[np.isfinite(column)]
+        return float(scores.std(ddof=1)) / math.sqrt(len(scores))
     spread = finite(values, f"{name}_std")
     return None if spread is None or not evidence.prompts else spread / math.sqrt(evidence.prompts)
 

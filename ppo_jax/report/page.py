@@ -138,7 +138,7 @@ def _status(records: Records, settings: Mapping[str, Any]) -> str:
 def _ppo_parts(run_dir: Path, evidence: Evidence) -> dict[str, Any]:
     main, small = evaluation_pictures(evidence), training.training_pictures(evidence)
     # Where the reward model was trained in the same run directory, its curves come last.
-    small += training.offline_pictures(evidence.records, "reward", "reward_model_")
+    small += training.offline_pictures(evidence.records, "reward", "Reward model")
     columns = numbers.score_columns(evidence)
     return {
         "verdict": verdict.judge(evidence),

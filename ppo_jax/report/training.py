@@ -89,9 +89,12 @@ def training_pictures(evidence: Evidence) -> list[Picture]:
     ]
 
 
-def offline_pictures(records: Records, phase: str, prefix: str = "") -> list[Picture]:
-    """The pictures of a stage on fixed data; the names of their files begin with `prefix`."""
-    curves = [c._replace(name=f"{prefix}{c.name}") for c in OFFLINE_CURVES]
+def offline_pictures(records: Records, phase: str, of: str = "") -> list[Picture]:
+    """The pictures of a stage on fixed data; `of` says whose they are where those of another stage are beside them."""
+    curves: tuple[Curves, ...] = OFFLINE_CURVES
+    if of:
+        prefix = f"{of.lower().replace(' ', '_')}_"
+        curves = tuple(c._replace(name=prefix + c.name, title=f"{of}: {c.title.lower()}") for c in curves)
     return [_picture(records, phase, c, "optimiser step") for c in curves]
 
 

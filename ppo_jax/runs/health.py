@@ -60,7 +60,7 @@ def watch(known: Known, say: Callable[[str], None], earlier: Records = ()) -> Wr
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         records.append({"step": step, "phase": phase, **values})
-        if phase != "eval" and len(records) > 200 and len(records) % 10:
+        if phase != "eval" and len(records) % (1 + len(records) // 100):
             return  # a long run is not asked after every update
         for finding in examine(records, known):
             if finding.check not in said:

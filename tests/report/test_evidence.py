@@ -121,4 +121,8 @@ def test_the_best_evaluation_is_one_after_training_began() -> None:
 def test_the_error_of_a_mean_is_its_spread_over_the_root_of_the_prompts() -> None:
     assert mean_error(Evidence(prompts=16), {"reward": 1.0, "reward_std": 2.0}, "reward") == 0.5
     assert mean_error(Evidence(), {"reward_std": 2.0}, "reward") is None
+    kept = Evidence(prompts=4, columns={8: {"tokens": np.array([1.0, 3.0, math.nan, 2.0])}})
+    # std of 1, 3 and 2: 1; over the root of three
+    assert mean_error(kept, {"step": 8, "response_length": 2.0}, "response_length") == pytest.approx(1 / math.sqrt(3))
+    assert mean_error(kept, {"step": 9, "response_length": 2.0}, "response_length") is None
     assert mean_error(Evidence(prompts=16), {"reward": 1.0}, "reward") is None

@@ -154,6 +154,15 @@ def test_long_runs_show_a_moving_average_and_say_so():
     assert max(top.lines[1].get_ydata()[2:-2]) == pytest.approx(0.6)
 
 
+def test_very_long_runs_show_a_band_that_hides_no_spike():
+    rows = records(3000, reward=lambda i: 50.0 if i == 1234 else float(i % 2))
+    top = plots.reward_and_kl(Evidence(rows)).axes[0]
+    (band,) = top.collections
+    points = band.get_paths()[0].vertices
+    assert points[:, 1].max() == 50.0 and points[:, 1].min() == 0.0 and len(points) < 700
+    assert len(top.lines[0].get_xdata()) == 300
+
+
 # -- training batches ---------------------------------------------------------------------------------------------
 
 
@@ -207,11 +216,12 @@ def test_what_never_changes_is_listed_and_not_drawn():
 def test_a_stage_on_fixed_data_shows_held_out_data_and_chance(tmp_path: Path):
     rows = records(3, "reward", loss=lambda i: 0.7 - i / 10, accuracy=lambda i: 0.5 + i / 10)
     rows += [{"step": s, "phase": "reward", "heldout_accuracy": 0.5 + s / 20} for s in (0, 3)]
-    by_name = {picture.name: picture for picture in training.offline_pictures(rows, "reward", "x_")}
-    (loss,), (accuracy,) = by_name["x_loss"].make().axes, by_name["x_accuracy"].make().axes
+    by_name = {picture.name: picture for picture in training.offline_pictures(rows, "reward", "An X")}
+    (loss,), (accuracy,) = by_name["an_x_loss"].make().axes, by_name["an_x_accuracy"].make().axes
     assert math.log(2) in loss.lines[-1].get_ydata() and 0.5 in accuracy.lines[-1].get_ydata()
     assert labels(accuracy) == ["training batches", "chance", "held-out data"]
-    assert line(accuracy, 1) == ([0, 3], [0.5, 0.65]) and by_name["x_margin"].make() is None
+    assert line(accuracy, 1) == ([0, 3], [0.5, 0.65]) and by_name["an_x_margin"].make() is None
+    assert by_name["an_x_loss"].title == "An X: loss" and training.offline_pictures(rows, "reward")[0].title == "Loss"
     (loss,) = next(p for p in training.offline_pictures(records(3, "sft", loss=float), "sft")).make().axes
     assert loss.get_legend() is None  # the loss of language has no level of chance
 

@@ -11,7 +11,6 @@ from ppo_jax.runs.facts import command_line, commit_of_code, record_start, repor
 from ppo_jax.runs.output import rundir
 from tests.runs.test_ppo import SETUP
 
-
 CONSOLE, OPTIONS = "/v/bin/ppo-jax", ["ppo", "--x", "a b"]
 
 

@@ -127,6 +127,13 @@ def test_every_check_has_both_cases() -> None:
     assert sorted(names) == sorted(SHOWN) == sorted(SILENT) and len(set(names)) == len(names)
 
 
+def test_the_documentation_has_every_check() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "health.md").read_text(encoding="utf-8")
+    assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "--" not in line] == [
+        check.__name__ for check in CHECKS
+    ]
+
+
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in SHOWN.items() for case in cases])
 def test_what_is_wrong_is_said_with_its_numbers_and_the_option(name: str, case: tuple) -> None:
     given, said, advised = case
