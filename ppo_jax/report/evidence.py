@@ -147,11 +147,11 @@ def mean_error(evidence: Evidence, values: Values, name: str) -> float | None:
 
 
 def best_evaluation(evidence: Evidence) -> Values | None:
-    """The evaluation after update 0 with the highest `best_metric` (-NAME: the lowest); None without any."""
+    """The evaluation after update 0 with the highest `best_metric` (-NAME: the lowest), the last of equals, or None."""
     name = evidence.best_metric.removeprefix("-")
     sign = -1 if evidence.best_metric.startswith("-") else 1
     trained = [e for e in evaluations_by_step(evidence.records).values() if e["step"] and finite(e, name) is not None]
-    return max(trained, key=lambda e: sign * e[name], default=None)
+    return max(reversed(trained), key=lambda e: sign * e[name], default=None)
 
 
 def _equal(record: Values, stored: Values) -> bool:

@@ -94,7 +94,7 @@ def _offline_settings(settings: Mapping[str, Any], phase: str) -> dict[str, Any]
     reward = {"kind": at(own, "kind"), "rank": at(own, "rank"), "layers": at(own, "lora_layers")}
     return {
         "Data": data if isinstance(data, str) else None,
-        "Epochs": at(own, "epochs"),
+        "Epochs": _number(at(own, "epochs")),
         "Batch": at(own, "batch_size"),
         "Learning rate": _number(rate),
         "Beta": at(own, "beta"),

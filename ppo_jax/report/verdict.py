@@ -105,6 +105,7 @@ def _reward_sentences(evidence: Evidence, reward: Gain, moved: Movement) -> list
     error = f" ± {reward.error:.2g}" if reward.error is not None else ""
     if reward.direction == 0:
         within = f"{text}, a change of {reward.change:+.2g}{error}, within two standard errors"
+        within = within if reward.change else f"{text}, which is no change at all"
         if not moved.happened:
             return [f"{within}{': the training did not move it' if moved.kl is not None else ''}."]
         sentences = [f"{within}: these prompts cannot tell it from none."]
