@@ -1,5 +1,6 @@
 # make demo   everything it needs, then RLHF of SmolLM2-135M on real human ratings (ARGS="--help" for its options)
 # make test   everything it needs, then the tests                                 (ARGS="tests/ops -x" to choose)
+# make test-all   the long ones too: every mesh, every place to be killed in, long fuzzing (see docs/testing.md)
 # make lint   ruff (lint and format) and mypy
 # make clean  removes the environment and caches; never runs/
 #
@@ -10,21 +11,28 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled when they are first imported: pip would compile all of them, most of which nobody imports.
+INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+
+# Each worker has half of the tests, in their order, and takes over from the other what that has not begun.
+PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=10
 
 # A stamp is touched when its install has succeeded, so a second `make` installs nothing.
 CREATED := $(VENV)/.stamp-created
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
 
-.PHONY: demo test lint format install dev clean
+.PHONY: demo test test-all lint format install dev clean
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
 	$(PY) -m experiments.sentiment --preset demo $(ARGS)
 
 test: $(DEV)
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(DEV)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check
@@ -50,10 +58,10 @@ $(CORE): $(CREATED) pyproject.toml constraints.txt
 	touch $@
 
 # torch comes first and alone: a local CPU build is then taken where there is one, and trl and peft find it.
-$(DEV): $(CORE)
-	$(INSTALL) torch==2.13.0
+$(DEV): $(CREATED) pyproject.toml constraints.txt
+	$(INSTALL) setuptools torch==2.13.0
 	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard]"
-	touch $@
+	touch $(CORE) $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,18 +19,21 @@ from experiments.smoke import BAD, GOOD, model
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
+from ppo_jax.models.pretrained import Model
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
+from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.reward import run_reward
-from ppo_jax.runs.setup import Setup
+from ppo_jax.runs.reward import RewardResult, run_reward
+from ppo_jax.runs.setup import OfflineSetup, Setup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
@@ -72,6 +75,8 @@ class PipelineConfig:
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(updates=20, batch_size=64, eval_every=10, checkpoint_every=10)
     """These options say how long the run is, and what happens when."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
     overwrite: bool = False
     """Delete the run that is in run_dir and start anew."""
 
@@ -80,7 +85,7 @@ BRIEF = Brief(
     ("python -m experiments.pipeline", "python -m experiments.pipeline --run-dir runs/again --hyper.kl-coef 0.1"),
     {
         PipelineConfig: (
-            *("run_dir", "seed", "demonstrations", "pairs", "overwrite"),
+            *("run_dir", "seed", "demonstrations", "pairs", "resume", "overwrite"),
             *("sft", "reward", "policy", "ppo", "hyper", "loop"),
         ),
         SFTConfig: ("epochs", "batch_size", "learning_rate"),
@@ -95,74 +100,96 @@ BRIEF = Brief(
 
 
 def main(args: list[str] | None = None) -> Path:
-    """Runs the three stages; returns the path of the report."""
+    """Run the three stages; return the path of the report."""
     settings = parse(PipelineConfig, args, prog="experiments.pipeline", brief=BRIEF)
-    stages = [
-        rundir.open_run(settings.run_dir / name, overwrite=settings.overwrite) for name in ("sft", "reward", "ppo")
-    ]
-    for directory in stages:
-        repeatable = dataclasses.replace(settings, overwrite=False)
-        (directory / rundir.CONFIG).write_text(config.to_yaml(repeatable), encoding="utf-8")
-        record_start(directory)
-    rng = np.random.default_rng(settings.seed)
-    base = model(settings.seed)
-    with progress("ppo_jax · pipeline", log=stages[2] / rundir.LOG) as screen:
-        # -- 1: SFT, on sentences whose words are good and bad by chance ------------------------------------------
+    directories, repeatable = open_directories(settings), repeatable_yaml(settings)
+    rng, base, seed = np.random.default_rng(settings.seed), model(settings.seed), settings.seed
+    with progress("ppo_jax · pipeline", log=settings.run_dir / rundir.LOG) as screen:
+        # -- 1: SFT, on sentences whose words are good and bad by chance -----------------------------------------------
         demonstrations, unseen = (
             encode_sft(sentences(rng, n), base.tokenizer, MAX_LENGTH) for n in (settings.demonstrations, 64)
         )
-        adapter = AdapterConfig(kind="full")
-        sft = run_sft(stages[0], base, adapter, demonstrations, unseen, settings.sft, settings.seed, screen)
-        page.write(stages[0], {"title": "SFT on a toy language", "task": f"{TASK} Here is its first part."})
+        setup = OfflineSetup(
+            base, demonstrations, unseen, settings.sft, seed, AdapterConfig(kind="full"), config=repeatable
+        )
+        sft = run_sft(directories["sft"], setup, screen, settings.resume)
+        write_part(directories["sft"], "SFT on a toy language", "Here is its first part.")
         screen.message(f"SFT: perplexity {sft.before['perplexity']:.1f} -> {sft.after['perplexity']:.2f}")
 
-        # -- 2: reward model, on pairs of sentences of which one has more good words --------------------------------
+        # -- 2: reward model, on pairs of sentences of which one has more good words -----------------------------------
         pairs, unseen_pairs = (
             encode_pairs(comparisons(rng, n), base.tokenizer, MAX_LENGTH, eos=False) for n in (settings.pairs, 128)
         )
-        reward = run_reward(stages[1], sft.model, settings.reward, pairs, unseen_pairs, settings.seed, screen)
-        page.write(stages[1], {"title": "Reward model of a toy language", "task": f"{TASK} Here is its second part."})
+        setup = OfflineSetup(sft.model, pairs, unseen_pairs, settings.reward, seed, config=repeatable)
+        reward = run_reward(directories["reward"], setup, screen, settings.resume)
+        write_part(directories["reward"], "Reward model of a toy language", "Here is its second part.")
         screen.message(f"reward model: {reward.accuracy:.3f} of held-out pairs in the right order")
 
-        # -- 3: PPO, from the fine-tuned model, which is also its reference -----------------------------------------
-        rows = encode_prompts(OPENINGS * 8, base.tokenizer, MAX_LENGTH).rows
-        prompts = PromptSet(rows, OPENINGS * 8, [{}] * len(rows))
-        sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=base.stop_ids, pad_id=base.pad_id)
-        key = key_stream(settings.seed, "adapter")
-        setup = Setup(
-            model=sft.model,
-            adapter=init_adapter(key, sft.model.params, sft.model.config, settings.policy),
-            prompts=prompts,
-            held_out=prompts,  # all there are
-            ppo=dataclasses.replace(settings.ppo, sampling=sampling),
-            hyper=settings.hyper,
-            loop=settings.loop,
-            seed=settings.seed,
-            reward=Reward(
-                adapter_reward(reward.trunk, sampling.stop_ids),
-                params=reward.role,
-                layers=reward.trunk.num_layers,
-                metadata={"accuracy": reward.accuracy, "heldout": reward.heldout},
-            ),
-            judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
-            labels=LABELS,
-            config=config.to_yaml(dataclasses.replace(settings, overwrite=False)),
-        )
-        summary = summarise(len(rows), reward.accuracy, settings.seed)
-        rundir.write_summary(stages[2], summary)  # for a report in the middle of the run
-        result = run_ppo(stages[2], setup, screen)
-        path = page.write(stages[2], {**summary, "before": result.before, "after": result.after})
+        # -- 3: PPO, from the fine-tuned model, which is also its reference --------------------------------------------
+        summary = summarise(8 * len(OPENINGS), reward.accuracy, seed)
+        rundir.write_summary(directories["ppo"], summary)  # for a report in the middle of the run
+        result = run_ppo(directories["ppo"], make_setup(settings, sft.model, reward), screen, settings.resume)
+        path = page.write(directories["ppo"], {**summary, "before": result.before, "after": result.after})
         screen.message(f"report: {path}")
     return path
 
 
+def open_directories(settings: PipelineConfig) -> dict[str, Path]:
+    """Open a run directory for each stage, and write the settings that repeat the run into them."""
+    found = {}
+    for name in ("sft", "reward", "ppo"):
+        found[name] = rundir.open_run(settings.run_dir / name, settings.resume, settings.overwrite)
+        if not (found[name] / rundir.CONFIG).exists():
+            replace_file(found[name] / rundir.CONFIG, repeatable_yaml(settings).encode())
+        record_start(found[name])
+    return found
+
+
+def repeatable_yaml(settings: PipelineConfig) -> str:
+    """Say the settings in YAML. Passed back with --config it must neither delete nor continue anything by itself."""
+    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+
+
+def make_setup(settings: PipelineConfig, base: Model, reward: RewardResult) -> Setup:
+    """Describe the third stage."""
+    rows = encode_prompts(OPENINGS * 8, base.tokenizer, MAX_LENGTH).rows
+    prompts = PromptSet(rows, OPENINGS * 8, [{}] * len(rows))
+    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=base.stop_ids, pad_id=base.pad_id)
+    adapter = init_adapter(key_stream(settings.seed, "adapter"), base.params, base.config, settings.policy)
+    return Setup(
+        model=base,
+        adapter=adapter,
+        prompts=prompts,
+        held_out=prompts,  # all there are
+        ppo=dataclasses.replace(settings.ppo, sampling=sampling),
+        hyper=settings.hyper,
+        loop=settings.loop,
+        seed=settings.seed,
+        reward=Reward(
+            adapter_reward(reward.trunk, sampling.stop_ids),
+            params=reward.role,
+            layers=reward.trunk.num_layers,
+            metadata={"accuracy": reward.accuracy, "heldout": reward.heldout},
+        ),
+        judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
+        labels=LABELS,
+        config=repeatable_yaml(settings),
+    )
+
+
+def write_part(directory: Path, title: str, which: str) -> None:
+    """Write the report of one of the first two stages."""
+    page.write(directory, {"title": title, "task": f"{TASK} {which}"})
+
+
 def summarise(prompts: int, accuracy: float, seed: int) -> page.Summary:
-    """What the report is told before there are results."""
+    """Say what the report is told before there are results."""
     facts = environment()
     return {
         "title": "SFT, reward model, PPO on a toy language",
         "task": TASK,
         "prompts": prompts,
+        "measured_on": "training prompts",  # all there are
         "reward_accuracy": accuracy,
         "reward_accuracy_note": "held-out pairs",
         "raters": "the count of good words does",
@@ -200,4 +227,4 @@ def goodness(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.pipeline", main))
+    sys.exit(exit_code("experiments.pipeline", main, resumable=True))

@@ -36,6 +36,7 @@ from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import assets
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT
@@ -254,9 +255,9 @@ def durations(clock: dict[str, float]) -> dict[str, float]:
 def open_directory(settings: SentimentConfig) -> Path:
     """Opens the run directory and writes the settings that repeat the run into it."""
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
-    record_start(directory)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
-        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+        replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
 
 
@@ -343,4 +344,4 @@ def vader_judge() -> Judge:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.sentiment", main))
+    sys.exit(exit_code("experiments.sentiment", main, resumable=True))

@@ -113,10 +113,10 @@ def main(args: list[str] | None = None) -> Result:
     """Trains, or goes on training."""
     settings = parse(SoakRun, args, prog="experiments.soak_run")
     directory = rundir.open_run(settings.run_dir, settings.resume)
-    with progress("soak") as screen:
+    with progress("soak", log=directory / rundir.LOG) as screen:
         reward = api_reward(settings.server, PATIENT, FailureLog(screen.message))
         return run_ppo(directory, make_setup(settings, reward), screen, settings.resume)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("experiments.soak_run", main))
+    sys.exit(exit_code("experiments.soak_run", main, resumable=True))

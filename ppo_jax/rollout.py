@@ -12,8 +12,8 @@ from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.models.placement import gathered
-from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask
-from ppo_jax.ops.logprobs import token_logprobs
+from ppo_jax.models.transformer import Cache, apply, finish_logits, init_cache, positions_from_mask
+from ppo_jax.ops.logprobs import token_logprobs, unembed
 from ppo_jax.ops.sampling import penalise_repetition, sample
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.types import Off, Policy, Prompts, PyTree, Rollout
@@ -140,8 +140,7 @@ def _advance(given: _Given, loop: _Loop) -> _Loop:
 def _draw(given: _Given, loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
     """Token `step` of every living row, from the hidden state before it."""
     t, sampling, temperature = loop.step, given.sampling, given.temperature
-    logits = jnp.einsum("bd,vd->bv", hidden, given.table, preferred_element_type=jnp.float32)  # as hidden_logprobs
-    logits = constrain(logits, "logits")
+    logits = constrain(finish_logits(given.config, unembed(hidden, given.table)), "logits")
     keys = jax.vmap(jax.random.fold_in, (0, None))(given.keys, t)
     offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
     tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(

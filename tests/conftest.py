@@ -2,19 +2,31 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-# Tests run tiny programs once: compiling them lightly is several times faster. XLA aborts on a flag it does not know,
-# so the flags are for the versions they were tried with.
+# Tests run tiny programs once: compiling them lightly, in one piece, is several times faster. XLA aborts on a flag it
+# does not know, so the flags are for the versions they were tried with.
 if metadata.version("jaxlib").startswith("0.10."):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
+    if flags not in os.environ.get("XLA_FLAGS", ""):  # workers have those of the process that starts them
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: several test processes share the cores
+
+# Every program is compiled once for all processes of the tests, and kept for the next time: the key of an entry is all
+# that it depends on (the program, flags, versions, devices). Several processes joined by gloo do without (see launch).
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+MOST_BYTES = 2**30
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -33,6 +45,17 @@ install_import_hook("ppo_jax", "tests.typecheck.check")
 hypothesis.settings.register_profile("ppo_jax", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("ppo_jax")
 
+# Tracing makes millions of objects and hardly a cycle: looking for cycles every 700 of them takes a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs of old versions of the code are thrown away when there are many."""
+    if hasattr(config, "workerinput") or not PROGRAMS.is_dir():
+        return
+    if sum(entry.stat().st_size for entry in os.scandir(PROGRAMS)) > MOST_BYTES:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_memory() -> Iterator[None]:
@@ -41,14 +64,6 @@ def _bounded_memory() -> Iterator[None]:
     if psutil.Process().memory_info().rss > 4 * 2**30:
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Of a module that compiles tiny programs many times and runs them once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -60,24 +75,6 @@ def screen() -> Any:
         return screen
 
 
-# Those that wait for processes of their own for minutes begin first, so that no worker is left alone with them.
-LONGEST = (
-    "test_kill",
-    "test_preemption",
-    "test_disk",
-    "test_launch",
-    "test_distributed",
-    "test_stages_processes",
-    "test_asked",
-    "test_agreement",
-    "test_gathered_rollout",
-    "test_stages_mesh",
-    "test_cli",
-    "test_sharding",
-    "test_pipeline",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of LONGEST come first (`make test` hands files to workers in this order)."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """What waits for processes of its own comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "processes" not in item.path.parts)

@@ -1,6 +1,7 @@
 """A tiny model that reads letters, as the tests of stages and commands train it."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def write_stage_files(folder: Path, config: ModelConfig = SMALL) -> None:
     """`model`, and sft.jsonl, pairs.jsonl and ratings.jsonl for `ppo-jax sft`, `dpo` and `reward`."""
     model = small_model(config)
     hf.save(folder / "model", config, model.params, model.tokenizer)
-    prompts = ["cdefg"[: 1 + i % 4] for i in range(40)]
+    prompts = ["".join(word) for length in (1, 2, 3) for word in itertools.product("cdefg", repeat=length)][:40]
     records = {
         "sft": [{"prompt": prompt, "response": "ab" * (1 + i % 3)} for i, prompt in enumerate(prompts)],
         "pairs": [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ppo_jax.data import TooLong
+from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
@@ -70,10 +71,30 @@ def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
 def open_directory(settings: Any) -> Path:
     """Open the run directory, and write into it the settings that repeat the run, and who started it when."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
-    record_start(directory)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
-        (directory / rundir.CONFIG).write_text(repeatable_yaml(settings), encoding="utf-8")
+        replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
+
+
+def begin_report(directory: Path, settings: RunSettings, title: str, task: str, **more: Any) -> page.Summary:
+    """Leave in the run directory what its report is to say, so that one can be drawn on the way; return it.
+
+    Args:
+      more: further fields of `report.page.Summary`.
+    """
+    about = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
+    summary = cast(page.Summary, about | environment() | more)
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        rundir.write_summary(directory, summary)
+    return summary
+
+
+def write_report(directory: Path, summary: page.Summary, **results: Any) -> Path:
+    """Write the report with these results as well; return its path. Only the first process has something to draw."""
+    if is_first():
+        page.write(directory, cast(page.Summary, {**summary, **results}))
+    return directory / rundir.REPORT
 
 
 def repeatable_yaml(settings: Any) -> str:
@@ -84,22 +105,14 @@ def repeatable_yaml(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
+def tell(screen: Screen, notice: str) -> None:
+    """Say a notice, if there is one."""
+    if notice:
+        screen.message(notice)
+
+
 def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     """Say how many texts were too long and what was done with them."""
     if count:
         done = "dropped" if too_long == "drop" else "truncated from the left"
         screen.message(f"{count} texts were longer than {limit} tokens and were {done}")
-
-
-def write_report(directory: Path, title: str, settings: RunSettings, **more: Any) -> str:
-    """Writes the report of a stage on fixed data, and says where it is: words to end a message with.
-
-    more: further fields of `report.page.Summary`. The other processes have no run directory of their own to report on.
-    """
-    if not is_first():
-        return ""
-    facts = environment()
-    task = f"Base: {settings.model}."
-    summary: page.Summary = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
-    path = page.write(directory, cast(page.Summary, {**summary, **facts, **more}))
-    return f"; report: {path}"

@@ -11,11 +11,14 @@ from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
+from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dpo import encode, run_dpo
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.dpo import DPOConfig
+from ppo_jax.train.loop import OfflineLoop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,10 @@ class DPOSettings(RunSettings):
     """These options say which parameters are trained."""
     dpo: DPOConfig = DPOConfig()
     """These options say how preferences are optimised, and for how long."""
+    loop: OfflineLoop = OfflineLoop()
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 BRIEF = Brief(
@@ -47,11 +54,12 @@ BRIEF = Brief(
     {
         DPOSettings: (
             *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "dpo"),
+            *("compute", "adapter", "dpo", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         DPOConfig: ("epochs", "batch_size", "accumulate", "learning_rate", "beta"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 
@@ -64,8 +72,11 @@ def dpo(settings: DPOSettings) -> None:
 
 def _dpo(settings: DPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    records = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed)
-    train, held_out = (encode(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    split = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed, "pairs")
+    train, held_out = (
+        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
     sides = (train.encoded.chosen, train.encoded.rejected, held_out.encoded.chosen, held_out.encoded.rejected)
     check_room(model, [row for side in sides for row in side])
     if settings.dpo.batch_size > len(train.starts):
@@ -74,9 +85,17 @@ def _dpo(settings: DPOSettings) -> None:
     with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
-        result = run_dpo(directory, model, settings.adapter, train, held_out, settings.dpo, settings.seed, screen)
-        report = common.write_report(directory, f"DPO on {settings.pairs.name}", settings)
+        common.tell(screen, split.notice)
+        task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
+        title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
+        summary = common.begin_report(directory, settings, title, task, measured_on=measured_on)
+        config = common.repeatable_yaml(settings)
+        setup = OfflineSetup(
+            model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config
+        )
+        result = run_dpo(directory, setup, screen, settings.resume)
+        page = common.write_report(directory, summary, before=result.before, after=result.after)
         screen.message(
-            f"held-out pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
-            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}{report}"
+            f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
+            f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}; report: {page}"
         )

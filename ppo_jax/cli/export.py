@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data.disk import replaced_directory
+from ppo_jax.data.disk import make_directory, replaced_directory
+from ppo_jax.data.locks import hold_target
 from ppo_jax.models.files import families, hf, peft
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import resolve
@@ -78,6 +79,15 @@ def _export(settings: ExportSettings) -> None:
             raise ValueError("nothing to export: give a run, or a --model to write as a Hugging Face directory")
         if settings.step is not None or settings.format == "peft":
             raise ValueError("--step and --format peft need a run")
+    make_directory(target.parent)
+    with hold_target(target):
+        check_target(target, settings)  # again: another process may have been here
+        _export_held(target, settings)
+
+
+def _export_held(target: Path, settings: ExportSettings) -> None:
+    if settings.run is None:
+        assert settings.model is not None
         check_apart(target, Path(resolve(settings.model)), settings)
         base = load_model(settings.model)
         found = trained.Trained(base, {}, {}, None, "the model itself", base.name, {}, {})

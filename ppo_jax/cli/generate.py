@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import tyro
 
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import PromptRecord, TooLong, left_pad, read_prompts
+from ppo_jax.data.disk import publish
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.models.placement import place_on_mesh
@@ -161,7 +161,7 @@ def write(found: Iterable[Response], output: Path) -> int:
             if not count:  # nothing that is worth keeping stands in the way of the next command
                 _partial(output).unlink()
             raise
-    os.replace(_partial(output), output)
+    publish(_partial(output), output)
     return count
 
 

@@ -1,10 +1,12 @@
 """The console command `ppo-jax`, and what becomes of an error: one line and an exit code, no traceback."""
 
+import contextlib
 import difflib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -16,11 +18,14 @@ from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
 from ppo_jax.cli.serve import settings as serving
 from ppo_jax.cli.serve.command import serve_reward
+from ppo_jax.data.locks import release_all
 from ppo_jax.parallel import launch
+from ppo_jax.runs.output.streams import claim_streams, drop_stream, flush_streams
+from ppo_jax.runs.signals import INTERRUPTED, PREEMPTED, end_when_asked
 from ppo_jax.train.loop import Interrupted
 
 # Exit codes. 75 is sysexits.h's EX_TEMPFAIL: stopped by SIGTERM, Ctrl-C or the cluster, saved, to be gone on with.
-FAILED, MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
+FAILED, MISTAKE = 1, 2
 LONGEST = 4000  # characters of a message: it may quote what stands in a damaged file
 TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
@@ -47,6 +52,30 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `ppo-jax COMMAND OPTIONS`; return the exit code."""
+    claim_streams()
+    try:
+        code = _run_command(args)
+    except SystemExit as leaving:  # the options' parser has shown the help, or a mistake
+        if (wrong := flush_streams()) and not leaving.code:
+            raise SystemExit(report_output(wrong)) from None
+        raise
+    wrong = flush_streams()
+    return report_output(wrong) if wrong and not code else code
+
+
+def report_output(wrong: str) -> int:
+    """Say on standard error that standard output could not be written; return the exit code of a failure."""
+    print_error(f"ppo-jax: standard output cannot be written: {wrong}")
+    return FAILED
+
+
+def print_error(text: str) -> None:
+    """Print onto standard error, where that can be written."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _run_command(args: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if args else sys.stderr)
@@ -61,7 +90,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
         return MISTAKE
     command, prog = COMMANDS[name], f"ppo-jax {name}"
-    return exit_code(prog, lambda: command.run(parse(command.settings, options, prog=prog, brief=command.brief)))
+    resumable = hasattr(command.settings, "resume")
+    parsed = partial(parse, command.settings, options, prog=prog, brief=command.brief)
+    return exit_code(prog, lambda: command.run(parsed()), resumable)
 
 
 def usage() -> str:
@@ -70,8 +101,10 @@ def usage() -> str:
     return "\n".join(["usage: ppo-jax COMMAND [OPTIONS]   (ppo-jax COMMAND --help lists the options)", "", *lines])
 
 
-def exit_code(prog: str, run: Callable[[], object]) -> int:
+def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> int:
     """Call `run`. An error that a user can act on becomes a message on standard error and an exit code.
+
+    With `resumable` SIGTERM and SIGHUP end it with 75 wherever it is.
 
     2: a mistake in what was given (a ValueError, or a file that is missing or in the way). 1: it failed on the way (a
     loss that is not finite, a full disk). 75: stopped as it was asked to, and saved; --resume goes on. 130: interrupted
@@ -79,35 +112,41 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
     (`launch.end_process`), so that the others do not wait for it; all stop together when asked to (75).
     """
     try:
-        code = _exit_code(prog, run)
+        with end_when_asked() if resumable else contextlib.nullcontext():
+            code = _exit_code(prog, run, resumable)
     except Exception:
         if jax.distributed.is_initialized():
             traceback.print_exc()
             launch.end_process(FAILED)
         raise
+    finally:
+        release_all()
+        if resumable:  # a run is not a failure because its words cannot be written: they are in its log
+            flush_streams()
     if code not in (0, PREEMPTED):
         launch.end_process(code)
     return code
 
 
-def _exit_code(prog: str, run: Callable[[], object]) -> int:
+def _exit_code(prog: str, run: Callable[[], object], resumable: bool) -> int:
     try:
         run()
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print_error(f"{prog}: interrupted")
         return INTERRUPTED
     except Interrupted as stopped:
-        print(f"{prog}: {stopped}", file=sys.stderr)
+        print_error(f"{prog}: {stopped}")
         return PREEMPTED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and not resumable:  # the reader, such as `head`, has seen enough
+            drop_stream(sys.stdout, error)
+            return 0
         known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
         ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
         if not ours or os.environ.get(TRACEBACK):
             raise
         said = str(error)
-        print(f"{prog}: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}", file=sys.stderr)
+        print_error(f"{prog}: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}")
         return MISTAKE if known else FAILED
     return 0
 

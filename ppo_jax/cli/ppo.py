@@ -1,10 +1,18 @@
 """`ppo-jax ppo`: prompts and a reward -> PPO in a run directory."""
 
 import dataclasses
-from datetime import date
 from pathlib import Path
+from typing import Any
 
-from ppo_jax.cli.common import RunSettings, open_directory, repeatable_yaml, report_long_texts
+from ppo_jax.cli.common import (
+    RunSettings,
+    begin_report,
+    open_directory,
+    repeatable_yaml,
+    report_long_texts,
+    tell,
+    write_report,
+)
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_prompts, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -15,13 +23,11 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
-from ppo_jax.report import page as report
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
-from ppo_jax.runs.facts import environment
-from ppo_jax.runs.output.rundir import LOG, run_directory, write_summary
+from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
@@ -100,9 +106,10 @@ def _ppo(settings: PPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
-    records = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
+    split = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
-        encode_prompt_set(part, model, settings.max_prompt, settings.too_long) for part in records
+        encode_prompt_set(part, model, settings.max_prompt, settings.too_long)
+        for part in (split.training, split.measured)
     )
     check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length, "--ppo.sampling.response-length")
     if settings.loop.batch_size > len(prompts.rows):
@@ -126,25 +133,18 @@ def _ppo(settings: PPOSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
-        for notice in chosen.notices:
-            screen.message(notice)
-        facts = environment()
-        summary: report.Summary = {
-            "title": f"PPO on {settings.prompts.name}",
-            "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
-            "prompts": len(held_out.rows),
-            "seed": settings.seed,
-            "date": date.today().isoformat(),
-            "versions": facts["versions"],
-            "machine": facts["machine"],
-        }
+        for notice in (split.notice, *chosen.notices):
+            tell(screen, notice)
+        more: dict[str, Any] = {"prompts": len(held_out.rows), "measured_on": f"{split.kind} prompts"}
         if "accuracy" in chosen.metadata:
-            summary |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": "held-out pairs"}
-        write_summary(directory, summary)  # for a report in the middle of the run
+            note = f"{chosen.metadata.get('measured_on', 'held-out')} pairs"
+            more |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": note}
+        task = f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}."
+        summary = begin_report(directory, settings, f"PPO on {settings.prompts.name}", task, **more)
         result = run_ppo(directory, setup, screen, settings.resume)
         exported = directory / EXPORT / MODEL
         write_model(exported, model, result.policy.adapter)
-        page = report.write(directory, {**summary, "before": result.before, "after": result.after})
+        page = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(f"the model is at {exported}; report: {page}")
 
 

@@ -1,25 +1,31 @@
 """`ppo-jax reward` and `ppo-jax export-reward`: the files of preferences -> a reward model -> its report."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import EncodedPairs, encode_pairs, read_pairs, read_sft
-from ppo_jax.data.encode import EncodedChoices, EncodedRatings, encode_choices, encode_ratings
+from ppo_jax.data import encode_pairs, read_pairs, read_sft
+from ppo_jax.data.disk import make_directory
+from ppo_jax.data.encode import encode_choices, encode_ratings
+from ppo_jax.data.locks import hold_target
 from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
+from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
-from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out
-from ppo_jax.runs.reward import HELD_OUT, TRAINING, Data, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.output.screen import Screen, progress
+from ppo_jax.runs.prompts import Split, check_room, split_held_out
+from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.calibration import format_table
+from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.reward_model import RewardConfig
 
 
@@ -48,6 +54,10 @@ class RewardSettings(RunSettings):
     """This many lines are kept apart to measure on, at most a fifth; if that is none, the training ones are used."""
     reward: RewardConfig = RewardConfig()
     """These options describe the reward model and its training."""
+    loop: OfflineLoop = OfflineLoop(best_metric="accuracy")
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +83,11 @@ BRIEF = Brief(
     {
         RewardSettings: (
             *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
-            *("overwrite", "compute", "reward"),
+            *("overwrite", "compute", "reward", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         RewardConfig: ("kind", "depth", "lora_layers", "rank", "batch_size", "epochs", "learning_rate"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output classifier",))
@@ -84,7 +95,9 @@ BRIEF_EXPORT = Brief(("ppo-jax export-reward --reward runs/reward --output class
 
 def export_reward(settings: ExportRewardSettings) -> None:
     """Run `ppo-jax export-reward`."""
-    path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
+    make_directory(settings.output.parent)
+    with hold_target(settings.output):
+        path = loading.export_reward(settings.reward, settings.output, settings.model, settings.overwrite)
     print(f"the reward model is at {path}")
 
 
@@ -101,9 +114,9 @@ def reward(settings: RewardSettings) -> None:
 def _reward(settings: RewardSettings) -> None:
     model = load_model(settings.model, settings.compute)
     settings.reward.trunk(model.config)  # raises before the directory is touched
-    train, held_out, where = _data(settings, model)
+    train, held_out, split, where = _data(settings, model)
     reference = _reference(settings, model)
-    for part, what in ((train, TRAINING), (held_out, HELD_OUT)):
+    for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
         check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
     try:
         check_batch(settings.reward, train)
@@ -112,48 +125,66 @@ def _reward(settings: RewardSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
-        result = run_reward(
-            directory, model, settings.reward, train, held_out, settings.seed, screen, reference=reference
-        )
-        values, pairs = result.heldout, sum(bucket.pairs for bucket in result.calibration)
-        for line in format_table(result.calibration):
-            screen.message(line)
-        screen.message(
-            f"held-out scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
-            f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
-            f"calibration error {100 * values['calibration_error']:.1f} %"
-        )
+        common.tell(screen, split.notice)
+        task = f"Base: {settings.model}. Preferences: {where.name}."
+        summary = common.begin_report(directory, settings, "Reward model", task, measured_on=f"{split.kind} pairs")
+        setup = OfflineSetup(
+            model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
+            config=common.repeatable_yaml(settings),
+        )  # fmt: skip
+        result = run_reward(directory, setup, screen, settings.resume)
         table = [bucket._asdict() for bucket in result.calibration]
-        report = common.write_report(directory, f"Reward model of {where.name}", settings, calibration=table)
-        screen.message(
-            f"{100 * result.accuracy:.1f} % of {pairs} held-out pairs in the right order; "
-            f"the reward model is at {result.path}{report}"
-        )
+        page = common.write_report(directory, summary, after=result.heldout, calibration=table)
+        report_result(screen, result, page, split.kind)
 
 
-def _data(settings: RewardSettings, model: Model) -> tuple[Data, Data, Path]:
-    """Read (training, held-out) token rows, and the file. No EOS: the reward reads a response's text, whether it ended
-    by itself or was cut (rewards.adapter)."""
-    tokenizer, limits = model.tokenizer, (settings.max_length, settings.too_long)
+def report_result(screen: Screen, result: RewardResult, page: Path, kind: str) -> None:
+    """Say what the reward model is worth, and where it is."""
+    values, pairs = result.heldout, sum(bucket.pairs for bucket in result.calibration)
+    for line in format_table(result.calibration):
+        screen.message(line)
+    screen.message(
+        f"{kind} scores: mean {values['score_mean']:.2f}, std {values['score_std']:.2f}, "
+        f"from {values['score_min']:.2f} to {values['score_max']:.2f}; "
+        f"calibration error {100 * values['calibration_error']:.1f} %"
+    )
+    screen.message(
+        f"{100 * result.accuracy:.1f} % of {pairs} {kind} pairs in the right order; "
+        f"the reward model is at {result.path}; report: {page}"
+    )
 
-    def apart(records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        return split_held_out(records, settings.held_out, settings.seed)
 
+class _Data(NamedTuple):
+    """Token rows, and where they come from."""
+
+    training: Data
+    measured: Data
+    split: Split
+    path: Path
+
+
+def _data(settings: RewardSettings, model: Model) -> _Data:
+    """Read the file and encode both parts. No row has an EOS: a reward reads a response's text, however that ended."""
+    encode: Callable[..., Any]
     if settings.pairs is not None:
-        pairs: list[EncodedPairs] = [
-            encode_pairs(part, tokenizer, *limits, eos=False) for part in apart(read_pairs(settings.pairs))
-        ]
-        return pairs[0], pairs[1], settings.pairs
-    if settings.ratings is not None:
-        rated: list[EncodedRatings] = [
-            encode_ratings(part, tokenizer, *limits) for part in apart(read_ratings(settings.ratings))
-        ]
-        return rated[0], rated[1], settings.ratings
-    assert settings.choices is not None
-    chosen: list[EncodedChoices] = [
-        encode_choices(part, tokenizer, *limits) for part in apart(read_choices(settings.choices))
-    ]
-    return chosen[0], chosen[1], settings.choices
+        path, encode = settings.pairs, partial(encode_pairs, eos=False)
+        split: Split = _split(read_pairs(path), "pairs", settings)
+    elif settings.ratings is not None:
+        path, encode = settings.ratings, encode_ratings
+        split = _split(read_ratings(path), "ratings", settings)
+    else:
+        assert settings.choices is not None
+        path, encode = settings.choices, encode_choices
+        split = _split(read_choices(path), "choices", settings)
+    training, measured = (
+        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
+    return _Data(training, measured, split, path)
+
+
+def _split(records: Sequence[Any], what: str, settings: RewardSettings) -> Split:
+    return split_held_out(records, settings.held_out, settings.seed, what)
 
 
 def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:

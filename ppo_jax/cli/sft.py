@@ -2,25 +2,34 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from ppo_jax.cli.common import (
     RunSettings,
+    begin_report,
     describe_micro_batch,
     open_directory,
+    repeatable_yaml,
     report_long_texts,
+    tell,
     use_run_mesh,
     write_report,
 )
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import encode_sft, read_sft
+from ppo_jax.data.encode import expand_turns
+from ppo_jax.data.records import identities
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
+from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
+from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.sft import SFTConfig
 
 
@@ -37,10 +46,16 @@ class SFTSettings(RunSettings):
     """A demonstration may have at most this many tokens."""
     held_out: int = 64
     """This many demonstrations are kept apart to measure on, at most a fifth; if none, the training ones are used."""
+    turns: Literal["last", "all"] = "last"
+    """This answer of a conversation is learnt: the last one; or all are, each as a demonstration of its own."""
     adapter: AdapterConfig = AdapterConfig()
     """These options say which parameters are trained."""
     sft: SFTConfig = SFTConfig()
     """These options say how the model is fine-tuned, and for how long."""
+    loop: OfflineLoop = OfflineLoop()
+    """These options say when it is measured and saved."""
+    resume: Resume = "no"
+    """Go on with the run that is in run_dir; auto starts one where there is none. `--resume` alone means yes."""
 
 
 BRIEF = Brief(
@@ -51,11 +66,12 @@ BRIEF = Brief(
     {
         SFTSettings: (
             *("model", "data", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "sft"),
+            *("compute", "adapter", "sft", "loop", "resume"),
         ),
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         SFTConfig: ("epochs", "batch_size", "accumulate", "learning_rate"),
+        OfflineLoop: ("eval_every", "checkpoint_every"),
     },
 )
 
@@ -66,18 +82,42 @@ def sft(settings: SFTSettings) -> None:
         _sft(settings)
 
 
+def split_demonstrations(settings: SFTSettings) -> Split:
+    """What the file holds, for training and apart; with `turns` "all" every answer of it."""
+    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
+    if settings.turns == "last":
+        return split
+    training, measured = expand_turns(split.training), expand_turns(split.measured)
+    if split.kind == "held-out":  # two conversations may begin alike
+        known = set().union(*map(identities, training))
+        measured = [record for record in measured if not identities(record) & known]
+    return split._replace(training=training, measured=measured)
+
+
 def _sft(settings: SFTSettings) -> None:
     model = load_model(settings.model, settings.compute)
-    records = split_held_out(read_sft(settings.data), settings.held_out, settings.seed)
-    train, held_out = (encode_sft(part, model.tokenizer, settings.max_length, settings.too_long) for part in records)
+    split = split_demonstrations(settings)
+    train, held_out = (
+        encode_sft(part, model.tokenizer, settings.max_length, settings.too_long)
+        for part in (split.training, split.measured)
+    )
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
-        result = run_sft(directory, model, settings.adapter, train, held_out, settings.sft, settings.seed, screen)
+        tell(screen, split.notice)
+        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
+        measured_on = f"{split.kind} demonstrations"
+        summary = begin_report(directory, settings, "Supervised fine-tuning", task, measured_on=measured_on)
+        config = repeatable_yaml(settings)
+        setup = OfflineSetup(
+            model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config
+        )
+        result = run_sft(directory, setup, screen, settings.resume)
+        page = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(
-            f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
-            f"the model is at {result.path}{write_report(directory, f'SFT on {settings.data.name}', settings)}"
+            f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
+            f"the model is at {result.path}; report: {page}"
         )

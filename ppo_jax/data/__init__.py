@@ -1,6 +1,7 @@
 """The user's data: files -> records (`records`) -> token rows (`encode`) -> batches addressed by step (`batches`)."""
 
 from ppo_jax.data.batches import PairBatch, SFTBatch, left_pad, pair_batches, prompt_batches, right_pad, sft_batches
+from ppo_jax.data.chat import render
 from ppo_jax.data.encode import (
     EncodedPairs,
     EncodedPrompts,
@@ -9,7 +10,6 @@ from ppo_jax.data.encode import (
     encode_pairs,
     encode_prompts,
     encode_sft,
-    render,
 )
 from ppo_jax.data.lines import Text
 from ppo_jax.data.records import PairRecord, PromptRecord, SFTRecord, read_pairs, read_prompts, read_sft

@@ -24,7 +24,7 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ppo_jax.data.disk import sha256_of
+from ppo_jax.data.disk import sha256_of, sync, sync_tree
 
 CACHE_VARIABLE = "PPO_JAX_CACHE"
 _STAGING = ".fetch-"
@@ -126,6 +126,7 @@ def _provide(asset: Asset, cache: Path, staging: Path, console: Console) -> Path
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise _failure(asset, cache, f"{archive} cannot be unpacked: {error}") from error
     _check_sum(asset, unpacked, asset.sha256, cache)
+    sync_tree(unpacked)
     try:
         os.replace(unpacked, target)
     except OSError:
@@ -133,6 +134,7 @@ def _provide(asset: Asset, cache: Path, staging: Path, console: Console) -> Path
         if not target.is_dir():
             raise
         _check_sum(asset, target, asset.sha256, cache)
+    sync(cache)
     return target
 
 

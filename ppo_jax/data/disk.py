@@ -1,12 +1,16 @@
 """Bytes written whole or not at all, strict JSON, and checksums."""
 
 import contextlib
+import ctypes
+import errno
+import glob
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -44,11 +48,14 @@ def strict(value: Any) -> Any:
     return number
 
 
+# -- files and directories that outlive a machine which goes down ----------------------------------------------------
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file atomically."""
+    """Write a whole file: whoever looks finds the old one or this one, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
-    os.replace(temporary, path)
+    publish(temporary, path)
 
 
 @contextlib.contextmanager
@@ -56,17 +63,70 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """Give an empty directory beside `target`, which takes its place at the end of the block.
 
     Where the block fails the new directory goes, and `target` is as it was. Parents are made. A link stays one, and
-    what it leads to is replaced.
+    what it leads to is replaced. What a killed process of this machine began is removed.
     """
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    make_directory(target.parent)
+    begun = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{glob.escape(begun)}*"):
+        _, process, host = (left.name.removeprefix(begun).split(".", 2) + ["", ""])[:3]
+        if host == socket.gethostname() and not _lives(process):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = target.parent / f"{begun}{uuid.uuid4().hex[:8]}.{os.getpid()}.{socket.gethostname()}"
     partial.mkdir()
     try:
         yield partial
-        swap(partial, target)
+        publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Put a finished file or directory in the place of `target`; what was there goes. Both lie in one directory.
+
+    `partial` is on the disk itself before it gets the name, and the name is when this returns: a machine that goes
+    down at any moment leaves the old or the new one, whole. Where it fails, `target` is as it was.
+    """
+    sync_tree(partial)
+    if partial.is_dir():
+        swap(partial, target)
+    else:
+        os.replace(partial, target)
+    sync(target.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, on the disk itself."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Call `sync` on a file, or on a directory and all that is below it."""
+    if path.is_dir() and not path.is_symlink():
+        for item in path.iterdir():
+            sync_tree(item)
+    if not path.is_symlink():
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a directory, are on the disk itself (fsync).
+
+    A disk that cannot do this for directories, as some of networks, is left to its own ways.
+    """
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)):
+            raise
 
 
 def keep_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
@@ -94,18 +154,53 @@ def _link(source: str | Path, target: str | Path) -> None:
 def swap(partial: Path, target: Path) -> None:
     """Put the directory `partial` in the place of `target`; what was there is removed.
 
-    Where that fails, `target` is as it was, and OSError is raised. Both lie in one directory.
+    In one step where the disk can exchange two names (Linux, most local disks), else in two. Where that fails,
+    `target` is as it was, and OSError is raised.
     """
     old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
-    try:
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
-    except BaseException:  # also where the user interrupts between the two
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
+    if target.is_dir() and exchange(partial, target):
+        old = partial
+    else:
+        try:
+            if target.exists():
+                os.replace(target, old)
+            os.replace(partial, target)
+        except BaseException:  # also where the user interrupts between the two
+            if old.exists() and not target.exists():
+                os.replace(old, target)
+            raise
+    sync(target.parent)  # before the old one goes
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give each of two paths the other's name, in one step; return False where system or disk cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
+    if rename is None:
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), both) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+def _lives(process: str) -> bool:
+    """Tell whether a process of this machine runs, by its number; what is no number does."""
+    if not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:

@@ -7,9 +7,10 @@ begins with the very tokens that the policy is given to continue (`data.tokens`)
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from ppo_jax.data.chat import end_ids, render, turn_end, write_answer
 from ppo_jax.data.lines import Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
-from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
+from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
 
 TooLong = Literal["error", "truncate_left", "drop"]
 
@@ -48,27 +49,6 @@ class EncodedSFT(NamedTuple):
     too_long: int
 
 
-def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
-    """Render chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
-
-    Raises:
-      ValueError: the tokenizer has no chat template, or its template refuses these messages.
-    """
-    if isinstance(text, str):
-        return text
-    at = f"{where}: " if where else ""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{at}these are chat messages, but the tokenizer has no chat template; use plain text, or a tokenizer "
-            "with one (chat_template.jinja or tokenizer_config.json in the model's folder)"
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
-        raise ValueError(f"{at}the tokenizer's chat template refuses these messages: {error}") from error
-    return str(rendered)
-
-
 def encode_prompts(
     prompts: Sequence[Text],
     tokenizer: Any,
@@ -104,16 +84,32 @@ def encode_pairs(
     A pair is too long if one of its rows is; both then lose the same tokens of the prompt. Without `eos` an answer that
     spells EOS loses it, since a reward reads the text of a response (`rewards.adapter`).
     """
-    bos, end = leading_bos(tokenizer), _eos(tokenizer) if eos else []
+    bos = leading_bos(tokenizer)
     sides: list[list[tuple[list[int], int]]] = [[], []]
     for rows, name in zip(sides, ("chosen", "rejected"), strict=True):
-        rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, end)
+        rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, eos)
     lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
     kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
     pairs = [_cut_alike([sides[0][i], sides[1][i]], max_length, bos) for i in kept]
     chosen, rejected = ([pair[side][0] for pair in pairs] for side in (0, 1))
     starts = [(pair[0][1], pair[1][1]) for pair in pairs]
     return EncodedPairs(chosen, rejected, [records[i].margin for i in kept], kept, count, starts)
+
+
+def expand_turns(records: Sequence[SFTRecord]) -> list[SFTRecord]:
+    """Make each answer of a conversation a demonstration of its own, behind what was said before it.
+
+    So its row is what the policy is given when it writes that answer, also where a template writes earlier answers in
+    another way than the last one (it may leave their thoughts out).
+    """
+    expanded = []
+    for record in records:
+        messages = record.prompt if isinstance(record.prompt, list) else []
+        for place, message in enumerate(messages):
+            if place and message["role"] == "assistant":
+                expanded.append(record._replace(prompt=messages[:place], response=message["content"]))
+        expanded.append(record)
+    return expanded
 
 
 def encode_sft(
@@ -124,8 +120,8 @@ def encode_sft(
     Raises:
       ValueError: as `encode_prompts`; also with "truncate_left" if a response alone is too long.
     """
-    bos, end = leading_bos(tokenizer), _eos(tokenizer)
-    both = _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, end)
+    bos = leading_bos(tokenizer)
+    both = _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, True)
     kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
     rows, starts = [], []
     for i in kept:
@@ -153,25 +149,27 @@ def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]
 
 
 def _answered(
-    texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, end: list[int]
+    texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, close: bool
 ) -> list[tuple[list[int], int]]:
-    """Encode each (prompt, response, name for messages) as (tokens with the end, where the response begins)."""
-    bos, ends = leading_bos(tokenizer), end_ids(tokenizer)
-    befores = ["" if prompt is None else render(prompt, tokenizer, where) for prompt, _, where in texts]
+    """Encode each (prompt, response, name for messages) as (tokens, where the response begins).
+
+    With `close` the end token follows: in a chat the template's own, else EOS.
+    """
+    bos, ends, turn, eos = leading_bos(tokenizer), end_ids(tokenizer), turn_end(tokenizer), tokenizer.eos_token_id
+    sides = [
+        write_answer(prompt, response, tokenizer, turn, where) if isinstance(prompt, list) else (prompt or "", response)
+        for prompt, response, where in texts
+    ]
     rows = []
-    found = token_rows(befores, [response for _, response, _ in texts], tokenizer)
-    for (prompt, _, _), (row, start) in zip(texts, found, strict=True):
+    for (prompt, _, _), (row, start) in zip(texts, token_rows(sides, tokenizer), strict=True):
+        end = turn if isinstance(prompt, list) and turn is not None else eos
+        if close and end is None:
+            raise ValueError("the tokenizer has no EOS token, so responses cannot be closed; set tokenizer.eos_token")
         if not isinstance(prompt, list):  # a chat template writes its own BOS
             bare, row = len(row), with_bos(row, bos)
             start = max(start + len(row) - bare, len(bos))
-        rows.append((without_ends(row, ends, start) + end, start))
+        rows.append((without_ends(row, ends, start) + ([end] if close else []), start))
     return rows
-
-
-def _eos(tokenizer: Any) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so responses cannot be closed; set tokenizer.eos_token")
-    return [tokenizer.eos_token_id]
 
 
 def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
@@ -222,7 +220,7 @@ def encode_ratings(
 ) -> EncodedRatings:
     """Encode prompt + response as token rows, without EOS. Arguments and errors as `encode.encode_prompts`."""
     bos = leading_bos(tokenizer)
-    rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, [])]
+    rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, False)]
     kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
     return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
 
@@ -235,7 +233,7 @@ def encode_choices(
     A choice is too long if one of its rows is; all of them then lose the same tokens of the prompt.
     """
     bos = leading_bos(tokenizer)
-    rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, []))
+    rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, False))
     groups = [[next(rows) for _ in r.responses] for r in records]
     lengths = [max(len(row) for row, _ in group) for group in groups]
     kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])

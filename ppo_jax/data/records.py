@@ -57,6 +57,37 @@ class SFTRecord(NamedTuple):
     where: str
 
 
+Record = PromptRecord | PairRecord | SFTRecord | RatingRecord | ChoiceRecord
+
+
+def identities(record: Record) -> set[str]:
+    """List what makes two records one, for a measurement on held-out ones: they share the prompt, or one of the texts.
+
+    The prompt of an answer in messages is all that comes before its last one.
+    """
+    prompt = record.prompt
+    match record:
+        case PromptRecord():
+            answers: list[Text] = []
+        case PairRecord():
+            answers = [record.chosen, record.rejected]
+        case ChoiceRecord():
+            answers = list(record.responses)
+        case _:
+            answers = [record.response]
+    found = set() if prompt is None else {_key("prompt", prompt)}
+    for answer in answers:
+        if isinstance(answer, list):
+            found.add(_key("prompt", [*(prompt or []), *answer[:-1]]))
+        elif not isinstance(prompt, list):
+            found.add(_key("text", (prompt or "") + answer))
+    return found
+
+
+def _key(kind: str, text: Text) -> str:
+    return f"{kind} {json.dumps(text, ensure_ascii=False, sort_keys=True)}"
+
+
 def read_prompts(path: str | Path) -> list[PromptRecord]:
     """Read prompts: one text per line of a .txt file, otherwise one JSON object per line.
 

@@ -30,16 +30,12 @@ def leading_bos(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """List the tokens that close an answer: EOS, where the tokenizer has one."""
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-
-
-def token_rows(befores: Sequence[str], afters: Sequence[str], tokenizer: Any) -> list[tuple[list[int], int]]:
-    """Find (tokens of before + after, where those of after begin) of each pair of texts; nothing is added."""
-    whole = tokenise([before + after for before, after in zip(befores, afters, strict=True)], tokenizer)
+def token_rows(sides: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Find (tokens of before + after, where those of after begin) of each (before, after); nothing is added."""
+    whole = tokenise([before + after for before, after in sides], tokenizer)
+    fronts = tokenise([before for before, _ in sides], tokenizer)
     rows = []
-    for row, front, after in zip(whole, tokenise(befores, tokenizer), afters, strict=True):
+    for row, front, (_, after) in zip(whole, fronts, sides, strict=True):
         crosses = row[: len(front)] != front
         rows.append(([*front, *continuation(after, tokenizer)] if crosses else row, len(front)))
     return rows

@@ -73,6 +73,7 @@ class ModelConfig:
     attention: Attention = "auto"  # implementation, see ModelOptions
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    tokenless: tuple[tuple[int, int], ...] = ()  # rows [start, stop) of the vocabulary that stand for no token
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

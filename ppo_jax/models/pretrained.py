@@ -1,17 +1,19 @@
 """A model with its tokenizer, ready to use."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.data.chat import turn_end
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.files import hf
 from ppo_jax.models.files.artifacts import Base
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.files.hub import resolve
-from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
+from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer, rows_without_token
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.types import PyTree
 
@@ -38,18 +40,18 @@ class Model(NamedTuple):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends a response: the model's EOS ids and the tokenizer's."""
+        """What ends a response: the model's EOS ids, among them the chat template's, and the tokenizer's."""
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
-    def decode(self, ids: np.ndarray) -> str:
-        """Token ids of a response -> its text without special tokens, as it stands behind the prompt's.
+    def decode(self, ids: np.ndarray, special: bool = False) -> str:
+        """Token ids of a response -> its text, by default without special tokens, as it stands behind the prompt's.
 
         Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
         beginning: prompt + response would be another text than the tokens say. So a token of known text goes first and
         is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
         """
-        read = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        read = partial(self.tokenizer.decode, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         row = [int(token) for token in ids]
         if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
             return str(read(row))
@@ -68,4 +70,8 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     config, params = hf.load(where, options.dtype, current_mesh())
     tokenizer = load_tokenizer(where)
     check_vocabulary(config, tokenizer)
+    config = dataclasses.replace(config, tokenless=rows_without_token(config.vocab_size, tokenizer))
+    end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files
+    if end is not None and end not in config.eos_token_ids:
+        config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
     return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ppo_jax.models.adapters import first_layer, unembedding
 from ppo_jax.models.attention import attend, rotary, rotate
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.ops.logprobs import unembed
+from ppo_jax.ops.logprobs import LOWEST, unembed
 from ppo_jax.parallel.sharding import constrain, constrain_rows
 from ppo_jax.types import PyTree
 
@@ -112,10 +112,23 @@ def logits(
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from final hidden states: hidden @ unembedding.T, accumulated and kept in float32.
 
-    The last step of the model under base and adapter: where a family scales its logits or caps them, by fields of
-    `config`, it is done here.
+    The last step of the model under base and adapter.
     """
-    return unembed(hidden, constrain(unembedding(params, adapter), "table"))
+    return finish_logits(config, unembed(hidden, constrain(unembedding(params, adapter), "table")))
+
+
+def finish_logits(config: ModelConfig, raw: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """What the model makes of hidden @ unembedding.T. Sampler, log-probs, entropy and KL all go through it.
+
+    Rows of the vocabulary without a token (`config.tokenless`) get -1e30, a probability of exactly 0. Where a family
+    scales its logits or caps them, by fields of `config`, it is done here.
+    """
+    if not config.tokenless:
+        return raw
+    rows, off = jnp.arange(raw.shape[-1]), jnp.zeros(raw.shape[-1], bool)
+    for start, stop in config.tokenless:
+        off |= (rows >= start) & (rows < stop)
+    return jnp.where(off, LOWEST, raw)
 
 
 def _check_input(start: int, stop: int, config: ModelConfig, tokens: Array | None, hidden: Array | None) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Real
 # exp(LOWEST - anything finite) is 0, and 0 * LOWEST is 0 where 0 * -inf would be NaN.
 LOWEST = -1e30
 
+Finish = Callable[[Float[Array, "*b V"]], Float[Array, "*b V"]]  # logits -> logits
 Temperature = float | Real[Array, ""]  # a Python number (compiled in) or traced
 
 
@@ -59,6 +60,8 @@ def hidden_logprobs(
     tokens: Int[Array, "*B"],
     temperature: Temperature = 1.0,
     chunk: int | None = 256,
+    *,
+    finish: Finish | None = None,
 ) -> Float[Array, "*B"]:
     """`token_logprobs(hidden @ unembedding.T, tokens, temperature)` without the logits of all positions at once.
 
@@ -70,10 +73,11 @@ def hidden_logprobs(
       hidden: final hidden states (after the last norm), any float dtype. Matrix products accumulate in float32.
       temperature: of sampling (see `tempered`); may be traced.
       chunk: positions per piece.
+      finish: what the model makes of these logits first (`models.transformer.finish_logits`); None: nothing.
     """
 
     def piece(hidden: Float[Array, "*b D"], tokens: Int[Array, "*b"]) -> Float[Array, "*b"]:
-        return token_logprobs(unembed(hidden, unembedding), tokens, temperature)
+        return token_logprobs(unembed(hidden, unembedding, finish), tokens, temperature)
 
     return in_pieces(piece, (hidden, tokens), chunk)
 
@@ -84,17 +88,20 @@ def hidden_logprobs_and_entropy(
     tokens: Int[Array, "*B"],
     temperature: Temperature = 1.0,
     chunk: int | None = 256,
-    keep: Callable[[Float[Array, "*b V"]], Float[Array, "*b V"]] | None = None,
+    keep: Finish | None = None,
+    *,
+    finish: Finish | None = None,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """(`hidden_logprobs`, `entropy`) of the same tempered distributions from one pass over the logits.
 
     Args:
       keep: a filter of the tempered logits, such as `sampling.filter_logits`; both results are then those of the
         filtered distribution (a token outside it has a log-prob of about -1e30).
+      finish: as for `hidden_logprobs`.
     """
 
     def piece(hidden: Float[Array, "*b D"], tokens: Int[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-        logits = unembed(hidden, unembedding)
+        logits = unembed(hidden, unembedding, finish)
         if keep is None:
             return token_logprobs(logits, tokens, temperature), entropy(logits, temperature)
         logits = keep(tempered(logits, temperature))
@@ -110,6 +117,8 @@ def hidden_kl(
     ref_unembedding: Float[Array, "V D"],
     temperature: Temperature = 1.0,
     chunk: int | None = 256,
+    *,
+    finish: Finish | None = None,
 ) -> Float[Array, "*B"]:
     """KL(policy || reference) over the whole vocabulary at each position, in nats (see `kl.kl_full`), in pieces.
 
@@ -117,17 +126,20 @@ def hidden_kl(
     """
 
     def piece(hidden: Float[Array, "*b D"], ref_hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
-        shifted, normaliser = _shifted(tempered(unembed(hidden, unembedding), temperature))
-        ref_shifted, ref_normaliser = _shifted(tempered(unembed(ref_hidden, ref_unembedding), temperature))
+        shifted, normaliser = _shifted(tempered(unembed(hidden, unembedding, finish), temperature))
+        ref_shifted, ref_normaliser = _shifted(tempered(unembed(ref_hidden, ref_unembedding, finish), temperature))
         logp = shifted - normaliser
         return jnp.sum(jnp.exp(logp) * (logp - (ref_shifted - ref_normaliser)), axis=-1)
 
     return in_pieces(piece, (hidden, ref_hidden), chunk)
 
 
-def unembed(hidden: Float[Array, "*B D"], unembedding: Float[Array, "V D"]) -> Float[Array, "*B V"]:
-    """Logits hidden @ unembedding.T, accumulated and kept in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+def unembed(
+    hidden: Float[Array, "*B D"], unembedding: Float[Array, "V D"], finish: Finish | None = None
+) -> Float[Array, "*B V"]:
+    """Logits hidden @ unembedding.T, accumulated and kept in float32, and what `finish` makes of them."""
+    logits = jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+    return logits if finish is None else finish(logits)
 
 
 def in_pieces(piece: Callable[..., Any], arrays: tuple[Array, Array], chunk: int | None) -> Any:

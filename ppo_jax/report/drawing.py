@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppo_jax.report.evidence import Evidence, Values, evaluations_by_step, mean_error
-from ppo_jax.runs.output.series import Records, finite, series
+from ppo_jax.runs.output.series import EVALUATED, Records, finite, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,11 +87,13 @@ def draw_curve(axes: "Axes", records: Records, phase: str, name: str, color: str
 
 
 def draw_evaluations(axes: "Axes", evidence: Evidence, name: str, color: str, line: bool = False, **how: Any) -> None:
-    """The held-out means as dots, with bars of two standard errors where the number of prompts is known."""
+    """The means of evaluations as dots, with bars of two standard errors where the number of prompts is known."""
     points = [e for e in evaluations_by_step(evidence.records).values() if finite(e, name) is not None]
     if points:
         x, y = [e["step"] for e in points], [float(e[name]) for e in points]
-        draw_points(axes, x, y, [bar(evidence, e, name) for e in points], color, line, **how)
+        label = evidence.measured_on if evidence.measured_on == EVALUATED else f"{evidence.measured_on}, evaluated"
+        bars = [bar(evidence, e, name) for e in points]
+        draw_points(axes, x, y, bars, color, line, **({"label": label} | how))
 
 
 def draw_points(
@@ -99,7 +101,7 @@ def draw_points(
 ) -> None:
     """Dots with bars of half-length `bars` (0: none); `line` joins them."""
     errors = bars if any(bars) else None
-    dots: dict[str, Any] = dict(color=color, ms=5, mec=color, mew=1.4, mfc=PAPER, zorder=3, label="held-out prompts")
+    dots: dict[str, Any] = dict(color=color, ms=5, mec=color, mew=1.4, mfc=PAPER, zorder=3)
     axes.errorbar(x, y, yerr=errors, fmt="o-" if line else "o", capsize=2.5, elinewidth=1.1, **(dots | how))
 
 

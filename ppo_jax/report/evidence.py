@@ -9,7 +9,7 @@ import numpy as np
 
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.series import NO_LABELS, Labels, Records, finite
+from ppo_jax.runs.output.series import EVALUATED, NO_LABELS, Labels, Records, finite
 
 Values = Mapping[str, Any]  # of one evaluation, by the names of phase "eval"
 Columns = Mapping[int, Mapping[str, np.ndarray]]  # step -> name -> one number per held-out prompt, NaN where none is
@@ -25,18 +25,20 @@ class Evidence(NamedTuple):
     records: Records = ()
     before: Values = {}  # of the initial policy; has "step" where it is an evaluation of `records`
     after: Values = {}  # of the final one
-    source: str | None = None  # where the two come from, if not from held-out prompts that somebody named
-    prompts: int | None = None  # held-out prompts behind each evaluation
+    source: str | None = None  # where the two come from, if not from evaluations that somebody named
+    prompts: int | None = None  # behind each evaluation
+    measured_on: str = EVALUATED  # what these prompts are
     columns: Columns = {}
     labels: Labels = NO_LABELS  # of judges
     best_metric: str = "reward"
     kl_budget: float | None = None  # nats per response that were allowed
     reward_accuracy: float | None = None
     raters: str = "their labels say"  # who put the pairs of that accuracy in order
+    pairs: str = "held-out pairs"  # which they are
 
     @property
     def held_out(self) -> bool:
-        """Whether before and after were measured on held-out prompts."""
+        """Whether before and after are evaluations."""
         return self.source in (None, HELD_OUT)
 
 

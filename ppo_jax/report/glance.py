@@ -8,7 +8,7 @@ from typing import Any
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.plain_yaml import ConfigError, read_yaml
 from ppo_jax.runs.output.screen import clock_time
-from ppo_jax.runs.output.series import Records, finite, series
+from ppo_jax.runs.output.series import EVALUATED, Records, finite, series
 
 FILES = {
     rundir.METRICS: "a line per update",
@@ -82,7 +82,7 @@ def _ppo_settings(settings: Mapping[str, Any], facts: Mapping[str, Any], records
         "Trained": _adapter(at(settings, "policy")),
         "Responses": length and f"at most {length} tokens, at temperature {temperature}",
         "Response tokens seen": f"{tokens:,.0f}" if tokens else None,
-        "Held-out prompts": facts.get("held_out"),
+        "Held-out prompts": facts.get("held_out") if facts.get("measured_on") == EVALUATED else None,
         "Training prompts": facts.get("prompts"),
     }
 

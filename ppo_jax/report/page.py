@@ -20,7 +20,7 @@ from ppo_jax.report.samples import sample_cards
 from ppo_jax.report.templates import render
 from ppo_jax.runs.health import examine, known_from
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.series import Records
+from ppo_jax.runs.output.series import EVALUATED, Records
 
 
 class Summary(TypedDict, total=False):
@@ -31,7 +31,9 @@ class Summary(TypedDict, total=False):
     before: Mapping[str, float]  # scores of the initial policy on the held-out prompts; names as in phase "eval":
     after: Mapping[str, float]  # ... of the final one: reward and judges (each with _std), kl, kl_per_token,
     #   response_length, eos_rate. Without them: first and last "eval" line, else ends of the "ppo" curve
-    prompts: int  # number of held-out prompts behind `before` and `after`
+    prompts: int  # number of prompts behind `before` and `after`
+    measured_on: str  # "training prompts" (demonstrations, pairs) where there were too few to hold any out; by default
+    #   "held-out prompts"
     kl_budget: float  # nats per response that were allowed
     reward_accuracy: float  # held-out pairwise accuracy of the reward model that was optimised
     raters: str  # who put those pairs in order, as in "orders 77 % of them as people did"
@@ -75,20 +77,22 @@ def gather(run_dir: Path, summary: Summary) -> dict[str, Any]:
     phase = stages.phase_of(records)
     samples = read_jsonl(run_dir / rundir.SAMPLES)
     evidence = evidence_of(run_dir, summary, facts, settings, records)
+    kind = evidence.measured_on.split()[0]  # "held-out", or "training"
     told = facts | {name: value for name, value in summary.items() if value is not None}
-    ppo = _ppo_parts(run_dir, evidence) if phase == "ppo" else _stage_parts(run_dir, summary, records, phase)
+    about = {"held_out": evidence.prompts, "measured_on": evidence.measured_on}
+    ppo = _ppo_parts(run_dir, evidence) if phase == "ppo" else _stage_parts(run_dir, summary, records, phase, kind)
     cards = sample_cards(samples, evidence.labels)
     return {
         "title": summary.get("title") or f"Run {run_dir.resolve().name}",
         "task": summary.get("task"),
         "status": _status(records, settings) if phase == "ppo" else "",
-        "findings": examine(records, known_from(told | {"held_out": evidence.prompts})),
+        "findings": examine(records, known_from(told | about)),
         "checked": bool(records),
-        "settings": glance.key_settings(settings, facts | {"held_out": evidence.prompts}, records, phase),
+        "settings": glance.key_settings(settings, facts | about, records, phase),
         "provenance": glance.provenance(facts, summary, records),
         "links": glance.links(run_dir),
         "accuracies": numbers.accuracy_bars(summary),
-        "pairs": summary.get("reward_accuracy_note", "held-out pairs"),
+        "pairs": summary.get("reward_accuracy_note", "held-out pairs" if phase == "ppo" else f"{kind} pairs"),
         "raters": evidence.raters,
         "samples": cards,
         "all_samples": len({sample["index"] for sample in samples}),
@@ -116,11 +120,13 @@ def evidence_of(
         source=source,
         prompts=known,
         columns=columns,
+        measured_on=summary.get("measured_on") or facts.get("measured_on") or EVALUATED,
         labels=summary.get("judges") or facts.get("judges") or {},
         best_metric=glance.at(settings, "loop", "best_metric") or "reward",
         kl_budget=summary.get("kl_budget"),
         reward_accuracy=facts.get("reward_accuracy") if accuracy is None else accuracy,
         raters=summary.get("raters", Evidence().raters),
+        pairs="training pairs" if summary.get("reward_accuracy_note") == "training pairs" else Evidence().pairs,
     )
 
 
@@ -146,7 +152,7 @@ def _ppo_parts(run_dir: Path, evidence: Evidence) -> dict[str, Any]:
         "source": evidence.source,
         "rows": numbers.score_rows(evidence),
         "headings": [heading for heading, _ in columns],
-        "prompts": evidence.prompts if evidence.held_out else None,
+        "prompts": f"{evidence.prompts} {evidence.measured_on}" if evidence.prompts and evidence.held_out else "",
         "paired": numbers.is_paired(evidence),
         "calibration": [],
         "constants": training.constants(evidence.records),
@@ -154,18 +160,18 @@ def _ppo_parts(run_dir: Path, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _stage_parts(run_dir: Path, summary: Summary, records: Records, phase: str) -> dict[str, Any]:
+def _stage_parts(run_dir: Path, summary: Summary, records: Records, phase: str, kind: str) -> dict[str, Any]:
     return {
-        "verdict": stages.judge_stage(records, phase),
-        "nothing": "Too few numbers for a verdict: nothing was measured on held-out data.",
+        "verdict": stages.judge_stage(records, phase, kind),
+        "nothing": "Too few numbers for a verdict: there is no evaluation.",
         "source": None,
         "rows": numbers.held_out_rows(records, phase),
         "headings": ["before", "after"],
-        "prompts": None,
+        "prompts": "",
         "paired": False,
         "calibration": stages.calibration_rows(run_dir, summary) if phase == "reward" else [],
         "constants": training.constants(records, phase),
-        **_draw(run_dir, [], training.offline_pictures(records, phase)),
+        **_draw(run_dir, [], training.offline_pictures(records, phase, kind=kind)),
     }
 
 

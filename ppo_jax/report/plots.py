@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.data.disk import replace_file
 from ppo_jax.report import drawing
 from ppo_jax.report.drawing import BLUE, COLORS, GREY, INK, RED, draw_curve, draw_evaluations, draw_points, make_panels
 from ppo_jax.report.evidence import Evidence, evaluations_by_step, gain
@@ -57,19 +58,19 @@ def draw(run_dir: Path, pictures: Sequence[Picture]) -> list[Drawn]:
                 folder = run_dir / rundir.PLOTS
                 folder.mkdir(exist_ok=True)
                 alone = svg.replace('<svg style="', f'<svg style="background: {drawing.PAPER}; ', 1)
-                (folder / f"{picture.name}.svg").write_text(alone, encoding="utf-8")
+                replace_file(folder / f"{picture.name}.svg", alone.encode("utf-8", "replace"))
                 drawn.append(Drawn(picture.name, picture.title, picture.caption, svg))
     return drawn
 
 
 def evaluation_pictures(evidence: Evidence) -> list[Picture]:
-    """The pictures of held-out prompts, in the order of the report."""
+    """The pictures of evaluations, in the order of the report."""
     bars = " Bars: two standard errors." if evidence.prompts else ""
     return [
         Picture(
             "reward_kl",
             "Reward and KL over updates",
-            f"Line: training batches. Dots: evaluations on prompts held out.{bars}",
+            f"Line: training batches. Dots: evaluations on {evidence.measured_on}.{bars}",
             lambda: reward_and_kl(evidence),
         ),
         Picture(
@@ -88,19 +89,20 @@ def evaluation_pictures(evidence: Evidence) -> list[Picture]:
         Picture(
             "scores",
             "Judges in their own units",
-            f"Means over the held-out prompts.{bars}",
+            f"Means over the {evidence.measured_on}.{bars}",
             lambda: judge_scores(evidence),
         ),
         Picture(
             "reward_distribution",
             "Rewards before and after",
-            "Each held-out prompt once. A gain of all prompts moves the whole, a gain of a few makes a second hill.",
+            f"Each of the {evidence.measured_on} once. A gain of all of them moves the whole, a gain of a few makes a "
+            "second hill.",
             lambda: distribution(evidence, "reward"),
         ),
         Picture(
             "length_distribution",
             "Response lengths before and after",
-            "Each held-out prompt once. A reward that likes long or short texts shows here.",
+            f"Each of the {evidence.measured_on} once. A reward that likes long or short texts shows here.",
             lambda: distribution(evidence, "tokens"),
         ),
     ]

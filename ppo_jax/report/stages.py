@@ -20,14 +20,14 @@ def phase_of(records: Records) -> str:
     return next((phase for phase in reversed(phases) if phase in NAMES), "ppo")
 
 
-def judge_stage(records: Records, phase: str) -> Verdict | None:
-    """The verdict from the held-out values of the stage; None where it measured nothing."""
+def judge_stage(records: Records, phase: str, kind: str = "held-out") -> Verdict | None:
+    """The verdict from the evaluations of the stage, on data of this kind; None where it measured nothing."""
     found = {name: _ends(records, phase, f"heldout_{name}") for name in ("loss", "perplexity", "accuracy", "margin")}
     if phase == "sft" and found["perplexity"] and found["loss"]:
-        return _judge_sft(*found["perplexity"], *found["loss"])
+        return _judge_sft(kind, *found["perplexity"], *found["loss"])
     if phase in ("reward", "dpo") and found["accuracy"]:
         training = _ends(records, phase, "accuracy")
-        return _judge_pairs(phase, *found["accuracy"], training and training[1])
+        return _judge_pairs(phase, kind, *found["accuracy"], training and training[1])
     return None
 
 
@@ -36,23 +36,23 @@ def _ends(records: Records, phase: str, name: str) -> tuple[float, float] | None
     return (values[0], values[-1]) if values else None
 
 
-def _judge_sft(before: float, after: float, loss_before: float, loss_after: float) -> Verdict:
+def _judge_sft(kind: str, before: float, after: float, loss_before: float, loss_after: float) -> Verdict:
     text = (
-        f"The perplexity of held-out demonstrations went from {before:.2f} to {after:.2f}, their loss from "
+        f"The perplexity of {kind} demonstrations went from {before:.2f} to {after:.2f}, their loss from "
         f"{loss_before:.3f} to {loss_after:.3f} nats per token."
     )
     if after < before:
         return Verdict("The model writes more like the demonstrations", text)
     return Verdict(
-        "The model became worse on held-out demonstrations",
+        f"The model became worse on {kind} demonstrations",
         text,
         ("Train for fewer epochs (--sft.epochs), or lower --sft.learning-rate; the loss below shows where it turns.",),
     )
 
 
-def _judge_pairs(phase: str, before: float, after: float, training: float | None) -> Verdict:
+def _judge_pairs(phase: str, kind: str, before: float, after: float, training: float | None) -> Verdict:
     who = "The reward model" if phase == "reward" else "The policy, as its own reward model,"
-    text = f"{who} puts {after:.1%} of held-out pairs in the order of their labels"
+    text = f"{who} puts {after:.1%} of {kind} pairs in the order of their labels"
     text += f" ({before:.1%} before training)." if before != after else "."
     advice: list[str] = []
     if training is not None and training - after > 0.15:
@@ -61,7 +61,7 @@ def _judge_pairs(phase: str, before: float, after: float, training: float | None
     if after <= 0.55:
         advice.append("This is about chance: check that the better response really is the first of each pair.")
         return Verdict("It does not tell good from bad", text, tuple(advice))
-    return Verdict(f"{after:.0%} of held-out pairs in the right order", text, tuple(advice))
+    return Verdict(f"{after:.0%} of {kind} pairs in the right order", text, tuple(advice))
 
 
 def calibration_rows(run_dir: Path, summary: Mapping[str, Any]) -> list[dict[str, str]]:

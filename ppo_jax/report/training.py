@@ -48,7 +48,7 @@ PPO_CURVES = (
     ),
 )  # fmt: skip
 OFFLINE_CURVES = (
-    Curves("loss", "Loss", "nats", ("loss", "heldout_loss"), "Training batches, and held-out data before and after."),
+    Curves("loss", "Loss", "nats", ("loss", "heldout_loss"), "Line: training batches. Dots: evaluations."),
     Curves("accuracy", "Pairs in the right order", "fraction of pairs", ("accuracy", "heldout_accuracy")),
     Curves("margin", "Lead of the better response", "score", ("margin", "heldout_margin")),
     Curves("grad_norm", "Gradient norm", "before clipping", ("grad_norm",)),
@@ -89,13 +89,16 @@ def training_pictures(evidence: Evidence) -> list[Picture]:
     ]
 
 
-def offline_pictures(records: Records, phase: str, of: str = "") -> list[Picture]:
-    """The pictures of a stage on fixed data; `of` says whose they are where those of another stage are beside them."""
+def offline_pictures(records: Records, phase: str, of: str = "", kind: str = "held-out") -> list[Picture]:
+    """The pictures of a stage on fixed data; `of` says whose they are where those of another stage are beside them.
+
+    `kind` is that of the data of evaluations.
+    """
     curves: tuple[Curves, ...] = OFFLINE_CURVES
     if of:
         prefix = f"{of.lower().replace(' ', '_')}_"
         curves = tuple(c._replace(name=prefix + c.name, title=f"{of}: {c.title.lower()}") for c in curves)
-    return [_picture(records, phase, c, "optimiser step") for c in curves]
+    return [_picture(records, phase, c, "optimiser step", f"{kind} data") for c in curves]
 
 
 def constants(records: Records, phase: str = "ppo") -> list[tuple[str, str]]:
@@ -109,8 +112,9 @@ def constants(records: Records, phase: str = "ppo") -> list[tuple[str, str]]:
     return rows
 
 
-def _picture(records: Records, phase: str, curves: Curves, below: str) -> Picture:
-    return Picture(curves.name, curves.title, curves.caption, lambda: draw_curves(records, phase, curves, below))
+def _picture(records: Records, phase: str, curves: Curves, below: str, evaluated: str = "") -> Picture:
+    make = lambda: draw_curves(records, phase, curves, below, evaluated)  # noqa: E731
+    return Picture(curves.name, curves.title, curves.caption, make)
 
 
 def _changes(records: Records, phase: str, curves: Curves) -> bool:
@@ -122,8 +126,13 @@ def _changes(records: Records, phase: str, curves: Curves) -> bool:
     return False
 
 
-def draw_curves(records: Records, phase: str, curves: Curves, below: str) -> "Figure | None":
-    """The metrics over the steps of a phase in one panel; None where they are missing or never change."""
+def draw_curves(
+    records: Records, phase: str, curves: Curves, below: str, evaluated: str = "held-out data"
+) -> "Figure | None":
+    """The metrics over the steps of a phase in one panel; None where they are missing or never change.
+
+    `evaluated` is what the evaluations were on.
+    """
     if curves.name == "seconds":
         records = [r for r in records if r.get("phase") != phase or r["step"] > 1]
     present = [name for name in curves.metrics if series(records, phase, name)[0]]
@@ -134,7 +143,7 @@ def draw_curves(records: Records, phase: str, curves: Curves, below: str) -> "Fi
         label = LABELS.get(name, name.removeprefix("reward/"))
         if name.startswith("heldout_"):
             steps, values = series(records, phase, name)
-            drawing.draw_points(axes, steps, values, [0.0] * len(steps), GREEN, True, label="held-out data")
+            drawing.draw_points(axes, steps, values, [0.0] * len(steps), GREEN, True, label=evaluated)
         else:
             draw_curve(axes, records, phase, name, color, "training batches" if len(curves.metrics) == 2 else label)
     chance = {"reward": {"loss": math.log(2), "accuracy": 0.5}, "dpo": {"accuracy": 0.5}}.get(phase, {})

@@ -54,10 +54,10 @@ def judge(evidence: Evidence) -> Verdict | None:
     sentences += _peak_sentences(evidence, judges)
     sentences += _distance_sentences(evidence)
     if evidence.reward_accuracy is not None:
-        accuracy = f"The reward model orders {evidence.reward_accuracy:.1%} of held-out pairs as {evidence.raters}."
+        accuracy = f"The reward model orders {evidence.reward_accuracy:.1%} of {evidence.pairs} as {evidence.raters}."
         sentences.append(accuracy)
     advice = _advice(evidence, reward, [*judges.values()], moved)
-    return Verdict(_headline(reward, known, moved), " ".join(sentences), advice)
+    return Verdict(_headline(reward, known, moved, evidence.measured_on), " ".join(sentences), advice)
 
 
 def movement(evidence: Evidence) -> Movement:
@@ -75,12 +75,12 @@ def movement(evidence: Evidence) -> Movement:
     return Movement(finite(evidence.after, "kl"), training)
 
 
-def _headline(reward: Gain, judges: Mapping[str, Gain], moved: Movement) -> str:
+def _headline(reward: Gain, judges: Mapping[str, Gain], moved: Movement, measured_on: str) -> str:
     if reward.direction < 0:
         return "The reward fell"
     if reward.direction == 0:
         if moved.rose:
-            return "The reward rose in training, but not clearly on the held-out prompts"
+            return f"The reward rose in training, but not clearly on the {measured_on}"
         return (
             "The policy moved, but the reward did not clearly change" if moved.happened else "The reward did not rise"
         )
@@ -100,7 +100,7 @@ def _headline(reward: Gain, judges: Mapping[str, Gain], moved: Movement) -> str:
 
 
 def _reward_sentences(evidence: Evidence, reward: Gain, moved: Movement) -> list[str]:
-    of = f"of {evidence.prompts} held-out prompts " if evidence.prompts else ""
+    of = f"of {evidence.prompts} {evidence.measured_on} " if evidence.prompts else ""
     text = f"The mean reward {of}went from {reward.before:.2f} to {reward.after:.2f}"
     error = f" ± {reward.error:.2g}" if reward.error is not None else ""
     if reward.direction == 0:
@@ -112,7 +112,7 @@ def _reward_sentences(evidence: Evidence, reward: Gain, moved: Movement) -> list
         if moved.training is not None:
             sentences.append("On the training prompts it went from {:.2f} to {:.2f}.".format(*moved.training))
         if (needed := _prompts_needed(evidence, reward)) is not None:
-            sentences.append(f"About {needed} held-out prompts would show a change of this size.")
+            sentences.append(f"About {needed} {evidence.measured_on} would show a change of this size.")
         return sentences
     if reward.in_std is None:
         return [f"{text}."]

@@ -10,6 +10,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, score
 from ppo_jax.models.roles import role_hidden
 from ppo_jax.rewards.base import DeviceReward
+from ppo_jax.rewards.reading import close_rows
 from ppo_jax.rewards.scores import to_scores
 from ppo_jax.types import Frozen, Prefix, PyTree, Rollout, Scores
 
@@ -48,13 +49,18 @@ def text_mask(rollout: Rollout, stop_ids: tuple[int, ...]) -> Bool[Array, "B S"]
     return jnp.concatenate([rollout.prompt_mask, rollout.response_mask & ~ends], axis=1)
 
 
-def adapter_reward(config: ModelConfig, stop_ids: tuple[int, ...]) -> DeviceReward:
-    """A device reward that reads `frozen.reward` as a RewardRole on `frozen.base`."""
+def adapter_reward(config: ModelConfig, stop_ids: tuple[int, ...], closing: tuple[int, ...] = ()) -> DeviceReward:
+    """A device reward that reads `frozen.reward` as a RewardRole on `frozen.base`.
+
+    Args:
+      closing: what is put behind the text, whose last token is read (`rewards.reading`); (): the text's own.
+    """
 
     def reward(frozen: Frozen, rollout: Rollout, prefix: Float[Array, "B S D"] | None, prefix_layers: int) -> Scores:
-        mask = text_mask(rollout, stop_ids)
-        # The prefix was computed with the stop token visible only to itself and later padding: it stays valid.
-        shared = None if prefix is None else Prefix(prefix, prefix_layers)
-        return to_scores(score_tokens(frozen.base, frozen.reward, config, rollout.tokens, mask, shared))
+        tokens, mask = close_rows(rollout.tokens, text_mask(rollout, stop_ids), closing)
+        # The prefix was computed with the stop token visible only to itself and later padding: it stays valid. Of a
+        # closing it knows nothing.
+        shared = None if prefix is None or closing else Prefix(prefix, prefix_layers)
+        return to_scores(score_tokens(frozen.base, frozen.reward, config, tokens, mask, shared))
 
     return reward

@@ -6,12 +6,14 @@ Both return `Scores`; a row that could not be scored is invalid, never 0 (reward
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from ppo_jax.rewards.failures import FailureLog
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
+
+SpecialTokens = Literal["drop", "keep"]
 
 
 @runtime_checkable
@@ -36,7 +38,7 @@ class HostReward(Protocol):
     """Scores texts between two jitted halves of the iteration."""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-        """Scores of every row (numpy arrays): texts without special tokens, metadata as the prompts file gave it."""
+        """Scores of every row (numpy arrays): texts (`Reward.special_tokens`), metadata as the prompts file gave it."""
         ...
 
 
@@ -57,6 +59,8 @@ class Reward:
     """How many layers of the policy's base a LoRA reward model reads; None: all of them, or not on that base."""
     name: str = ""
     """What it is, where its arrays do not tell: a run resumes with a reward of the same name only."""
+    special_tokens: SpecialTokens = "drop"
+    """Whether responses keep special tokens (<think>) where the host function reads them, but for what ended them."""
     failures: FailureLog = dataclasses.field(default_factory=FailureLog)
     """What the host function tells of rows that it could not score, and why."""
     notices: tuple[str, ...] = ()

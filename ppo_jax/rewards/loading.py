@@ -6,6 +6,7 @@ Two kinds of directory are understood, also inside a run directory of `ppo-jax r
     config.json, ...ForSequenceClassification   a model of its own (`models.seqcls`), ours or anybody's
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax.data.tokens import end_ids, leading_bos, token_rows, tokenise, with_bos, without_ends
+from ppo_jax.data.chat import end_ids
+from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
@@ -24,11 +26,15 @@ from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
-from ppo_jax.types import PyTree
+from ppo_jax.rewards.reading import At, Reading, choose_reading
 
 
 def load_reward(
-    path: str | Path, policy_model: Model, stop_ids: tuple[int, ...] | None = None, micro_batch: int = 16
+    path: str | Path,
+    policy_model: Model,
+    stop_ids: tuple[int, ...] | None = None,
+    micro_batch: int = 16,
+    at: At = "auto",
 ) -> Reward:
     """The reward model in a directory, ready for a run: a device function and its arrays, or a host function.
 
@@ -40,6 +46,7 @@ def load_reward(
       path: an artifact, a sequence-classification directory, or the run directory of `ppo-jax reward`.
       stop_ids: what ends a response (`Sampling.stop_ids`); by default those of the policy's model.
       micro_batch: rows that a model of its own scores at once; on a mesh rounded up to fill the devices that cut rows.
+      at: where the score is read (`rewards.reading`).
 
     Raises:
       FileNotFoundError: there is neither.
@@ -50,26 +57,35 @@ def load_reward(
     if (where / artifacts.DESCRIPTION).is_file():
         found = artifacts.load(where, "reward")
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
-        device, role = adapter_reward(found.trunk(policy_model.config), stop_ids), RewardRole(found.adapter, found.head)
-        return Reward(device, params=role, layers=found.layers, metadata=found.meta)
+        reading = choose_reading(str(path), at, policy_model.tokenizer, ours=True)
+        device = adapter_reward(found.trunk(policy_model.config), stop_ids, reading.closing)
+        role = RewardRole(found.adapter, found.head)
+        return _told(Reward(device, params=role, layers=found.layers, metadata=found.meta), reading)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
     check_vocabulary(model.config, tokenizer)
     if mesh is not None:
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         micro_batch = -(-micro_batch // parts) * parts
+    reading = choose_reading(str(path), at, tokenizer, model.ours, model.pad_id)
     if same_tokens(policy_model.tokenizer, tokenizer):
-        device = model_reward(model.config, stop_ids, micro_batch)
-        return Reward(device, params=FullReward(model.params, model.head), metadata=model.meta)
+        device = model_reward(model.config, stop_ids, micro_batch, reading.closing)
+        return _told(Reward(device, params=FullReward(model.params, model.head), metadata=model.meta), reading)
     notice = (
         f"the reward model {path} has another tokenizer than {policy_model.name}: responses are scored as text, which "
         "is tokenised again. A chat template's markers in the prompts reach it as the text that they are"
     )
-    scorer = _scorer(
-        str(path), model.params, RewardRole({}, model.head), model.config, tokenizer, 0, (micro_batch,), {}
-    )
-    host = text_reward(scorer.score_rows, scorer.encode)
-    return Reward(host=host, notices=(notice,), metadata=model.meta)
+    length = model.config.max_positions
+    rows = row_scorer(model.params, RewardRole({}, model.head), model.config, length, (micro_batch,))
+    host = text_reward(rows, _scorer(str(path), tokenizer, length, rows, {}, reading).encode)
+    return _told(Reward(host=host, notices=(notice,), metadata=model.meta), reading)
+
+
+def _told(reward: Reward, reading: Reading) -> Reward:
+    """The reward, which says where it is read: to the user, and, where that is not as ever, to those who resume."""
+    name = f"read behind {list(reading.closing)}" if reading.closing else ""
+    notices = (*reward.notices, *filter(None, [reading.notice]))
+    return dataclasses.replace(reward, name=name, notices=notices)
 
 
 class Scorer(NamedTuple):
@@ -82,10 +98,12 @@ class Scorer(NamedTuple):
     score_rows: ScoreRows
     meta: dict[str, Any]
     ends: tuple[int, ...] = ()  # end tokens, of which none is read at the end of a text, as in training
+    reading: Reading = Reading()  # what is put behind a text
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token rows of prompt + response, as in training (`data.tokens`); [] for a text without tokens."""
-        return [self._row(row) for row, _ in token_rows(prompts, responses, self.tokenizer)]
+        sides = list(zip(prompts, responses, strict=True))
+        return [self._row(row) for row, _ in token_rows(sides, self.tokenizer)]
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
@@ -96,12 +114,15 @@ class Scorer(NamedTuple):
         return self.score_rows(self.encode(prompts, responses))
 
     def _row(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
-        bos = self.bos
-        text = without_ends(with_bos(ids, bos), self.ends, len(bos))[len(bos) :]
+        bos, closing, written = self.bos, list(self.reading.closing), list(self.reading.written)
+        row = with_bos(ids, bos)
+        if written and row[-len(written) :] == written:
+            row = row[: -len(written)]
+        text = without_ends(row, self.ends, len(bos))[len(bos) :]
         if not text:
             return []
-        room = min(max_length or self.max_length, self.max_length) - len(bos)
-        return bos + text[-max(room, 1) :]
+        room = min(max_length or self.max_length, self.max_length) - len(bos) - len(closing)
+        return bos + text[-max(room, 1) :] + closing
 
 
 def load_scorer(
@@ -109,6 +130,7 @@ def load_scorer(
     base: str | None = None,
     max_length: int = 0,
     batch_sizes: Sequence[int] = (16,),
+    at: At = "auto",
 ) -> Scorer:
     """A reward model from a directory (as `load_reward`) as a function of texts.
 
@@ -116,6 +138,7 @@ def load_scorer(
       base: of a LoRA artifact, where the one that it names has moved.
       max_length: longest text in tokens; 0: the model's limit.
       batch_sizes: numbers of rows that a program is compiled for.
+      at: where the score is read (`rewards.reading`).
 
     Raises: as `load_reward`; also ValueError for a `max_length` beyond the model's.
     """
@@ -125,11 +148,18 @@ def load_scorer(
             raise ValueError(f"{where} is a model of its own, so it has no base; leave --model out")
         model, tokenizer = classifiers.load(where, mesh=current_mesh()), load_tokenizer(where)
         check_vocabulary(model.config, tokenizer)
-        role = RewardRole({}, model.head)
-        return _scorer(str(path), model.params, role, model.config, tokenizer, max_length, batch_sizes, model.meta)
-    found, below = _with_base(where, base)
-    role, trunk = RewardRole(found.adapter, found.head), found.trunk(below.config)
-    return _scorer(str(path), below.params, role, trunk, below.tokenizer, max_length, batch_sizes, found.meta)
+        reading = choose_reading(str(path), at, tokenizer, model.ours, model.pad_id)
+        role, config, params, meta = RewardRole({}, model.head), model.config, model.params, model.meta
+    else:
+        found, below = _with_base(where, base)
+        params, tokenizer, meta = below.params, below.tokenizer, found.meta
+        reading = choose_reading(str(path), at, tokenizer, ours=True)
+        role, config = RewardRole(found.adapter, found.head), found.trunk(below.config)
+    if not 0 <= max_length <= config.max_positions or max_length == 1:
+        raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
+    max_length = max_length or config.max_positions
+    rows = row_scorer(params, role, config, max_length, batch_sizes)
+    return _scorer(str(path), tokenizer, max_length, rows, meta, reading)
 
 
 def export_reward(path: str | Path, out: str | Path, base: str | None = None, overwrite: bool = False) -> Path:
@@ -183,17 +213,7 @@ def _with_base(where: Path, base: str | None) -> tuple[artifacts.Artifact, Model
 
 
 def _scorer(
-    name: str,
-    params: PyTree,
-    role: RewardRole,
-    config: ModelConfig,
-    tokenizer: Any,
-    max_length: int,
-    batch_sizes: Sequence[int],
-    meta: dict[str, Any],
+    name: str, tokenizer: Any, max_length: int, score_rows: ScoreRows, meta: dict[str, Any], reading: Reading
 ) -> Scorer:
-    if not 0 <= max_length <= config.max_positions or max_length == 1:
-        raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
-    max_length = max_length or config.max_positions
-    score_rows = row_scorer(params, role, config, max_length, batch_sizes)
-    return Scorer(name, tokenizer, leading_bos(tokenizer), max_length, score_rows, meta, end_ids(tokenizer))
+    """With what its tokenizer says of the beginnings and ends of texts."""
+    return Scorer(name, tokenizer, leading_bos(tokenizer), max_length, score_rows, meta, end_ids(tokenizer), reading)

@@ -20,6 +20,7 @@ from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.adapter import RewardRole, score_tokens, text_mask
 from ppo_jax.rewards.base import DeviceReward, HostReward
+from ppo_jax.rewards.reading import close_rows
 from ppo_jax.rewards.scores import to_scores
 from ppo_jax.types import Frozen, PyTree, Rollout, Scores
 
@@ -51,16 +52,19 @@ def full_scores(
     return scores.reshape(-1)[:rows]
 
 
-def model_reward(config: ModelConfig, stop_ids: tuple[int, ...], micro_batch: int = 0) -> DeviceReward:
+def model_reward(
+    config: ModelConfig, stop_ids: tuple[int, ...], micro_batch: int = 0, closing: tuple[int, ...] = ()
+) -> DeviceReward:
     """A device reward that reads `frozen.reward` as a FullReward of this configuration.
 
     The policy's token ids are used as they are, so both must have one tokenizer (`same_tokens`). The text is prompt and
-    response without the stop token that ended it, as for the LoRA kind (`rewards.adapter.text_mask`).
+    response without the stop token that ended it, as for the LoRA kind (`rewards.adapter`), and `closing` behind it.
     """
 
     def reward(frozen: Frozen, rollout: Rollout, prefix: Float[Array, "B S D"] | None, prefix_layers: int) -> Scores:
         mask = text_mask(rollout, stop_ids)
         tokens = jnp.where(mask, rollout.tokens, 0)  # the policy's pad and stop ids may be unknown to this model
+        tokens, mask = close_rows(tokens, mask, closing)
         return to_scores(full_scores(frozen.reward, config, tokens, mask, micro_batch))
 
     return reward

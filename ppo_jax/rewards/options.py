@@ -23,13 +23,14 @@ import numpy as np
 
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
-from ppo_jax.rewards.base import HostReward, Reward
+from ppo_jax.rewards.base import HostReward, Reward, SpecialTokens
 from ppo_jax.rewards.combine import scaled, sum_rewards
 from ppo_jax.rewards.failures import FailureLog, Report
 from ppo_jax.rewards.function import FunctionConfig, function_reward
 from ppo_jax.rewards.importing import load_function
 from ppo_jax.rewards.loading import find_reward, load_reward
 from ppo_jax.rewards.protocols import check_url
+from ppo_jax.rewards.reading import At
 from ppo_jax.types import Scores
 
 FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
@@ -49,6 +50,10 @@ class RewardOptions:
     """These options say how HTTP services are called."""
     function: FunctionConfig = FunctionConfig()
     """These options say how Python functions are called."""
+    at: At = "auto"
+    """A reward model is read there; auto: ours at the last token of the text, others where their template closes it."""
+    special_tokens: SpecialTokens = "drop"
+    """A response has its special tokens (<think>) where a reward reads its text: keep; or is read without: drop."""
 
 
 def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, stop_ids: tuple[int, ...]) -> Reward:
@@ -66,7 +71,7 @@ def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, 
         fit; the message says which and what to do.
     """
     weights = _weights(sources, options.weights)
-    name = " + ".join(f"{weight:g} x {_identity(source)}" for weight, source in zip(weights, sources, strict=True))
+    identities = [_identity(source) for source in sources]
     failures, token = FailureLog(), read_token(options)
     urls = [source for source in sources if kind_of(source) == "url"]
     notices = _check_token(urls, token)
@@ -74,13 +79,19 @@ def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, 
     found = [_load(source, options, token, model, stop_ids, failures) for source in sources]
     chosen, weight = found[0], weights[0]
     if len(found) == 1 and chosen.device is not None:
-        name = f"{weight:g} x a reward model"  # which one its arrays tell
+        identities = ["a reward model"]  # which one its arrays tell
         chosen = dataclasses.replace(chosen, device=chosen.device if weight == 1 else scaled(chosen.device, weight))
     elif len(found) > 1 or weight != 1:
         chosen = sum_rewards(dict(zip(names, zip(found, weights, strict=True), strict=True)))
+    special = options.special_tokens
+    if special == "keep" and chosen.host is None:
+        raise ValueError("--scoring.special-tokens keep has no effect: all of --reward reads tokens, none reads text")
     notices += tuple(notice for one in found for notice in one.notices)
+    said = [f", {one.name}" if one.name else "" for one in found]
+    name = " + ".join(f"{w:g} x {one}{more}" for w, one, more in zip(weights, identities, said, strict=True))
     metadata = found[0].metadata if len(found) == 1 else {}
-    return dataclasses.replace(chosen, name=name, failures=failures, notices=notices, metadata=metadata)
+    chosen = dataclasses.replace(chosen, name=name, failures=failures, special_tokens=special)
+    return dataclasses.replace(chosen, notices=notices, metadata=metadata)
 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:
@@ -183,7 +194,7 @@ def _load(
     if kind == "function":
         function = load_function(source, options.function.per_sample)
         return Reward(host=function_reward(function, options.function, report))
-    found: Reward = _explained(source, lambda: load_reward(source, model, stop_ids))
+    found: Reward = _explained(source, lambda: load_reward(source, model, stop_ids, at=options.at))
     return found if found.host is None else dataclasses.replace(found, host=_reported(found.host, source, report))
 
 

@@ -4,6 +4,7 @@ base --run_dpo--> policy                with the base as the reference, and no r
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,15 @@ import numpy as np
 from jaxtyping import Int
 
 from ppo_jax.data import EncodedPairs, PairBatch, PairRecord, TooLong, encode_pairs, pair_batches
-from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.placement import place_on_mesh
-from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel.mesh import round_up_to_devices
-from ppo_jax.runs.offline import Phase, StageResult, run_offline
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.offline import PassOn, StageResult, Work, export_policy, init_policy, train_offline
 from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train import offline
-from ppo_jax.train.dpo import DPOConfig, Preferences, evaluate, make_measure, train_dpo
+from ppo_jax.train.dpo import Preferences, bind_dpo_step, evaluate, make_measure
+from ppo_jax.types import PyTree
 
 
 class Pairs(NamedTuple):
@@ -49,36 +51,34 @@ def preferences(batch: PairBatch, starts: Int[np.ndarray, "N 2"]) -> Preferences
     return Preferences(tokens, mask, loss_mask)  # type: ignore[arg-type]  # numpy until it is fed
 
 
-def run_dpo(
-    directory: Path,
-    model: Model,
-    adapter: AdapterConfig,
-    train: Pairs,
-    held_out: Pairs,
-    dpo: DPOConfig,
-    seed: int,
-    screen: Screen,
-) -> StageResult:
+def run_dpo(directory: Path, setup: OfflineSetup, screen: Screen, resume: bool | Resume = "no") -> StageResult:
     """Train on pairs in an opened run directory; leave export/policy and, merged, export/model.
 
     It measures the metrics of `train.dpo.preference_loss`. Raises ValueError when there are fewer pairs than a batch
-    has.
+    has, and else as `runs.offline.train_offline`.
+
+    Args:
+      setup: with a DPOConfig, and `Pairs` as data.
     """
-    batches = _batches(train, dpo.batch_size, seed, model.pad_id)
+    model, dpo, train, held_out = setup.model, setup.options, setup.train, setup.held_out
+    batches = _batches(train, dpo.batch_size, setup.seed, model.pad_id)
     steps, size = dpo.num_steps(len(train.starts)), round_up_to_devices(min(dpo.micro_batch, len(held_out.starts)))
     run, base = make_measure(model.config, dpo), place_on_mesh(model.params)
-    return run_offline(
-        directory,
-        model._replace(params=base),
-        adapter,
-        Phase("dpo", steps, ("loss", "accuracy", "margin")),
-        lambda tuned: evaluate(run, tuned, base, batch_in_order(held_out, size, model.pad_id)),
-        lambda tuned, write: train_dpo(
-            tuned, base, model.config, dpo, lambda step: preferences(batches[step], train.starts), steps, write
-        ),
-        seed,
-        screen,
+    setup = setup._replace(model=model._replace(params=base))
+
+    def measure(done: int, tuned: PyTree, pass_on: PassOn) -> dict[str, float]:
+        return evaluate(run, tuned, base, pass_on(batch_in_order(held_out, size, model.pad_id)))
+
+    work = Work(
+        phase="dpo",
+        steps=steps,
+        params=init_policy(setup),
+        bind_step=partial(bind_dpo_step, base, model.config, dpo),
+        batches=lambda step: preferences(batches[step], train.starts),
+        measure=measure,
     )
+    trained = train_offline(directory, setup, work, screen, resume)
+    return export_policy(directory, setup, steps, trained, screen)
 
 
 def batch_in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Preferences]:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppo_jax.data.disk import make_directory, publish
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import as_scores
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.setup import Setup, decode_responses
+from ppo_jax.runs.setup import Setup, decode_responses, host_responses
 from ppo_jax.train.experience import reference_logprobs, score_rollout, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
@@ -38,7 +39,7 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]
         asked = [setup.prompts.texts[i] for i in rows]
-        scores = add_scores(scores, _host_scores(setup, asked, texts, rows))
+        scores = add_scores(scores, _host_scores(setup, asked, host_responses(setup, rollout), rows))
         path = directory / rundir.FAULTS / f"update-{step + 1}"
         arrays = {name: value for name, value in rollout._asdict().items() if value is not None}
         arrays |= {"ref_logprobs": reference, "reward": scores.reward, "valid": scores.valid}
@@ -56,10 +57,13 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
             for i in range(len(rows))
         ]
         try:
-            path.parent.mkdir(exist_ok=True)
-            np.savez(path.with_suffix(".npz"), allow_pickle=False, **host)
-            path.with_suffix(".jsonl").unlink(missing_ok=True)
-            append_jsonl(path.with_suffix(".jsonl"), records)
+            make_directory(path.parent)
+            partial = path.with_suffix(".tmp")
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, **host)
+            publish(partial, path.with_suffix(".npz"))
+            append_jsonl(partial, records)
+            publish(partial, path.with_suffix(".jsonl"))
         except OSError as error:
             return f". The batch could not be written to {path}: {error}"
         return f". The batch is in {path}.npz and .jsonl"

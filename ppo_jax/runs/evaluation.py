@@ -13,7 +13,7 @@ from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Setup, decode_responses
+from ppo_jax.runs.setup import Setup, decode_responses, host_responses
 from ppo_jax.train.evaluate import Evaluation, make_evaluate
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
@@ -33,7 +33,7 @@ def make_evaluator(
     setup: Setup,
     frozen: Frozen,
     write: writers.Writer,
-    put_samples: Callable[..., object],
+    put_evaluation: Callable[..., object],
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
@@ -42,7 +42,7 @@ def make_evaluator(
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
     same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
-    ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_evaluation`) let no
+    ends the evaluation, with None and nothing written. `write` and `put_evaluation` (`rundir.write_evaluation`) let no
     failure of the disk through.
     """
     ppo = setup.ppo
@@ -75,7 +75,7 @@ def make_evaluator(
         # First the samples: where the record stands, the evaluation is whole.
         scores = [name for name in columns if name not in NOT_SCORES]
         listed = {name: column.tolist() for name, column in columns.items()}
-        put_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], listed, scores)
+        put_evaluation(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], listed, scores)
         write(step, "eval", values)
         if step == setup.loop.updates:
             _show(directory, step, screen)
@@ -84,20 +84,22 @@ def make_evaluator(
     return evaluate
 
 
-def earlier_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """Read what an interrupted run had already evaluated."""
-    return {
-        record["step"]: {name: value for name, value in record.items() if name not in writers.RESERVED}
-        for record in read_jsonl(directory / rundir.METRICS)
-        if record["phase"] == "eval"
-    }
+def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") -> dict[int, dict[str, float]]:
+    """Read what an interrupted run had already evaluated: by step, the values of `phase` whose names begin so."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_jsonl(directory / rundir.METRICS):
+        names = [name for name in record if name.startswith(prefix) and name not in writers.RESERVED]
+        if record["phase"] == phase and names:
+            found.setdefault(record["step"], {}).update({name.removeprefix(prefix): record[name] for name in names})
+    return found
 
 
 def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:
     """Collect one number per response and score, for the held-out prompts `rows`."""
     prompts, from_host = [setup.held_out.texts[i] for i in rows], None
     if setup.reward.host is not None:
-        given = SplitReward(setup.reward.host)(prompts, responses, [setup.held_out.metadata[i] for i in rows])
+        read = host_responses(setup, result.rollout)
+        given = SplitReward(setup.reward.host)(prompts, read, [setup.held_out.metadata[i] for i in rows])
         from_host = as_scores(given, len(responses))
     scores = only_finite(add_scores(result.scores, from_host))
     valid = np.asarray(scores.valid)

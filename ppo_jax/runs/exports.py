@@ -31,16 +31,29 @@ def export_policies(
         _save_policy(directory / EXPORT / CRITIC, setup, state.policy._replace(adapter=state.policy.critic), {})
     if state.ema is not None:
         _save_policy(directory / EXPORT / EMA, setup, state.ema, {"decay": setup.ppo.ema_decay})
-    step = best.get("step", updates)
-    if 0 < step < updates:
-        try:
-            part, _ = store.restore(directory / rundir.CHECKPOINTS, {"policy": state.policy}, step, part=True)
-        except (CheckpointError, FileNotFoundError) as error:  # the run is finished all the same
-            notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
-            return Result(state.policy, evaluations.get(0, {}), after)
+    part = read_best(directory, best, updates, {"policy": state.policy}, notify)
+    if part is not None:
+        step = best["step"]
         facts = {"updates": step, "evaluation": evaluations.get(step, {}), "chosen_by": best.get("metric", "")}
         _save_policy(directory / EXPORT / BEST, setup, part["policy"], facts)
     return Result(state.policy, evaluations.get(0, {}), after)
+
+
+def read_best(
+    directory: Path, best: Mapping[str, Any], last: int, part: dict[str, PyTree], notify: Callable[[str], None]
+) -> dict[str, PyTree] | None:
+    """Read a `part` of the state that was evaluated best, from its checkpoint; None where that is the first or last.
+
+    Where it cannot be read, which `notify` is told of, it is None too: the run is finished all the same.
+    """
+    step = best.get("step", last)
+    if not 0 < step < last:
+        return None
+    try:
+        return store.restore(directory / rundir.CHECKPOINTS, part, step, part=True)[0]
+    except (CheckpointError, FileNotFoundError) as error:
+        notify(f"the best policy, of update {step}, is not exported, since its checkpoint cannot be read: {error}")
+        return None
 
 
 def _save_policy(path: Path, setup: Setup, policy: Policy, facts: dict[str, Any]) -> None:

@@ -5,14 +5,18 @@ a `Finding` where something is wrong and None where not, or where it is too earl
 the report does so for its health box, and `watch` while the run goes on. Thresholds are rules of thumb.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.output.series import NO_LABELS, Labels, Records, finite, judge_names, series
-from ppo_jax.runs.output.writers import PhaseWriter, Writer
+from ppo_jax.runs.output.series import EVALUATED, NO_LABELS, Labels, Records, finite, judge_names, series
+from ppo_jax.runs.output.writers import Writer
 
 FEW_PROMPTS = 32  # held-out prompts below which a gain of half a standard deviation is lost in its error
 
@@ -21,6 +25,7 @@ class Known(NamedTuple):
     """What the checks know beside the records; None where nobody said."""
 
     held_out: int | None = None  # prompts of an evaluation
+    measured_on: str = EVALUATED  # what they are
     judges: Labels = NO_LABELS
     reward_accuracy: float | None = None  # held-out pairwise accuracy of the reward model
     reward_mean: float | None = None  # of its scores on the texts that it was normalised or measured on
@@ -43,6 +48,7 @@ def known_from(facts: Mapping[str, Any]) -> Known:
     return Known(
         **{name: finite(facts, name) for name in ("reward_accuracy", "reward_mean", "reward_std")},
         held_out=facts.get("held_out"),
+        measured_on=facts.get("measured_on") or EVALUATED,
         judges=facts.get("judges") or NO_LABELS,
     )
 
@@ -70,15 +76,11 @@ def watch(known: Known, say: Callable[[str], None], earlier: Records = ()) -> Wr
     return write
 
 
-def watched(write: PhaseWriter, phase: str, screen: Screen) -> PhaseWriter:
-    """`write` of one phase, which then says on the screen what is wrong."""
-    look = watch(NOTHING_KNOWN, screen.message)
-
-    def record(step: int, values: Mapping[str, float]) -> None:
-        write(step, values)
-        look(step, phase, values)
-
-    return record
+def watch_run(directory: Path, facts: Mapping[str, Any], screen: Screen) -> Writer:
+    """Leave the facts in run.json for the report; `watch` on the screen, after what an earlier process has recorded."""
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        rundir.add_facts(directory, **facts)
+    return watch(known_from(facts), screen.message, read_jsonl(directory / rundir.METRICS))
 
 
 # -- checks: (what is seen, what to turn), or None ---------------------------------------------------------------------
@@ -145,7 +147,7 @@ def few_prompts(records: Records, known: Known) -> Answer:
         return None
     error = spreads[0] / math.sqrt(known.held_out)
     return (
-        f"Evaluations are on {known.held_out} held-out prompts only: the standard error of their mean reward is "
+        f"Evaluations are on {known.held_out} {known.measured_on} only: the standard error of their mean reward is "
         f"{error:.2g}, {error / spreads[0]:.0%} of its spread.",
         f"Keep more prompts apart (--held-out), at least {FEW_PROMPTS}.",
     )

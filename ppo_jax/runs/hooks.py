@@ -2,19 +2,26 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from ppo_jax.data.disk import replace_file
+from ppo_jax.data.disk import replace_file, sync
+from ppo_jax.data.locks import Held, hold_directory
+from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.writers import Writer, combine, resilient, run_files
-from ppo_jax.runs.signals import stop_requests
+from ppo_jax.runs.signals import Requests, stop_requests
 from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
 
 Values = Mapping[str, float]
+
+
+class TakenOver(RuntimeError):
+    """The directory of this run is now that of another: nothing more is written."""
 
 
 class Best:
@@ -47,12 +54,14 @@ class Hooks:
     evaluations: step -> values, of this process and of those before it.
     """
 
-    def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Callable[[], str | None]) -> None:
+    def __init__(self, stage: Stage, keep: Saver, best: Best, asked: Requests) -> None:
         self.stage, self.keep, self.best, self.asked = stage, keep, best, asked
         directory, screen = stage.directory, stage.screen
-        self.evaluations = earlier_evaluations(directory)
-        self.put_samples = resilient(rundir.write_evaluation, screen.message, rundir.SAMPLES)
-        self.files = run_files(directory, screen, stage.loop.wandb, stage.config)
+        self.evaluations = earlier_evaluations(directory, *stage.evaluations)
+        self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
+        self.put_scores = resilient(rundir.write_scores, screen.message, rundir.EVALUATIONS)
+        self.put_evaluation = partial(rundir.write_evaluation, put_samples=self.put_samples, put_scores=self.put_scores)
+        self.files = run_files(directory, screen, stage.loop.wandb, stage.config, stage.phases)
         self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""
@@ -66,6 +75,7 @@ class Hooks:
         self.watch(step, phase, values)
 
     def write(self, done: int, values: Values) -> None:
+        self.asked.unsaved = True
         self.record(done, self.stage.phase, values)
 
     def evaluate(self, done: int, state: Any) -> Values | None:
@@ -87,8 +97,10 @@ class Hooks:
 
     def save(self, done: int, state: Any, due: bool) -> None:
         self.given = (done, state)
-        if due:  # what the checkpoint takes for written is tried once more
+        if due:  # what the checkpoint takes for written is tried once more, and is on the disk before it
+            self.hold_again()
             self.write_again()
+            self.sync_records()
         self.keep(done, state, due)
 
     def stop(self, done: int) -> str | None:
@@ -104,14 +116,41 @@ class Hooks:
         if directory.is_dir() and not (directory / rundir.CONFIG).exists():
             with contextlib.suppress(OSError):
                 write_config(self.stage)
-        return sum(again() for again in (self.put_samples, *self.files))
+        return sum(again() for again in (self.put_samples, self.put_scores, *self.files))
+
+    def hold_again(self) -> None:
+        """Takes the directory again, where it was removed meanwhile. Raises `TakenOver` where another run is in it."""
+        if not is_first() or not self.stage.directory.is_dir():
+            return
+        try:
+            hold_directory(self.stage.directory)
+        except Held as error:
+            raise TakenOver(f"the run directory was removed, and another run is in its place: {error}") from None
+        except OSError:
+            pass  # the disk is full, say; that the directory cannot be written is said of what is written
+
+    def sync_records(self) -> None:
+        """Has the records so far outlive a power cut."""
+        for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVALUATIONS):
+            try:
+                sync(self.stage.directory / name)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self.stage.screen.message(f"{name}: its last lines may not outlive a power cut: {error}")
 
     def finish(self, state: Any) -> None:
         """Has the last state on disk, and says what could not be written. Raises `CheckpointSaveError`."""
         last = self.stage.loop.updates
         if self.keep.settle() != last:
             self.keep.insist(last, state)
-        if lost := self.write_again():  # the last save may have made a removed directory again
+        self.say_lost()  # the last save may have made a removed directory again
+        if reason := self.stop(last + 1):
+            raise Interrupted(f"stopped by {reason} after update {last}")
+
+    def say_lost(self) -> None:
+        """Try for the last time what could not be written, and say how much of it is lost."""
+        if lost := self.write_again():
             self.stage.screen.message(f"{lost} lines that could not be written (the messages above say where) are lost")
 
 

@@ -4,24 +4,21 @@ The algorithm knows no files and no screens; here it gets them: run directory, c
 samples, the live display, and the policy saved at the end.
 """
 
-import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.rewards.combine import SplitReward
 from ppo_jax.rewards.failures import FailureLog
-from ppo_jax.runs import health
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dump import dumper
 from ppo_jax.runs.evaluation import make_evaluator
 from ppo_jax.runs.exports import export_policies
 from ppo_jax.runs.facts import reported_facts, run_facts
+from ppo_jax.runs.health import watch_run
 from ppo_jax.runs.hooks import Hooks, open_hooks
-from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.output.writers import Writer
 from ppo_jax.runs.setup import Result, Setup
 from ppo_jax.runs.stage import Stage, start_or_resume
 from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
@@ -71,7 +68,7 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
         prompts, hyper = prompt_batches_of(setup), schedule_hyper(setup.hyper, loop)
         dump, iteration = dumper(directory, setup, frozen, prompts), choose_iteration(setup, optimizer, hooks)
         hooks.measure = make_evaluator(
-            directory, setup, frozen, hooks.record, hooks.put_samples, screen, hooks.evaluations, hooks.stopping
+            directory, setup, frozen, hooks.record, hooks.put_evaluation, screen, hooks.evaluations, hooks.stopping
         )
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
@@ -109,6 +106,11 @@ def check_setup(setup: Setup) -> Setup:
 
 def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
     """Says what the user should know from the start; where failed rewards are told of."""
+    if rows := sum(stop - start for start, stop in setup.model.config.tokenless):
+        screen.message(
+            f"{rows} of the {setup.model.config.vocab_size} rows of the vocabulary have no token: their probability is "
+            "0, for the sampler as in every log-prob, entropy and KL"
+        )
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "
@@ -119,13 +121,6 @@ def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
     return setup.reward.failures
 
 
-def watch_run(directory: Path, facts: dict[str, Any], screen: Screen) -> Writer:
-    """Leaves the facts for the report, and says on the screen what the metrics show to be wrong (`runs.health`)."""
-    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
-        rundir.add_facts(directory, **facts)
-    return health.watch(health.known_from(facts), screen.message, read_jsonl(directory / rundir.METRICS))
-
-
 def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     """The compiled iteration for a reward on the device, or the one around a reward on the host."""
     if setup.reward.host is None:
@@ -134,4 +129,5 @@ def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
-    return host_iteration(collect, learn, reward, setup.model.decode, sampling, texts, table, hooks.stopping)
+    decode = partial(setup.model.decode, special=setup.reward.special_tokens == "keep")
+    return host_iteration(collect, learn, reward, decode, sampling, texts, table, hooks.stopping)

@@ -1,15 +1,23 @@
 """From prompt records to what a run trains on: held-out rows apart, token rows, and room for responses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ppo_jax.data import PromptRecord, TooLong, encode_prompts, render
+from ppo_jax.data.records import Record, identities
 from ppo_jax.models.pretrained import Model
 
-T = TypeVar("T")
+
+class Split(NamedTuple):
+    """Records to train on, and those that it is measured on."""
+
+    training: list[Any]
+    measured: list[Any]  # of which no prompt and no text is among the training ones, if `kind` is "held-out"
+    kind: Literal["held-out", "training"]  # what they are; "training": there are too few to hold any out
+    notice: str  # what the user has to be told; "" where as many are held out as were asked for
 
 
 class PromptSet(NamedTuple):
@@ -20,15 +28,49 @@ class PromptSet(NamedTuple):
     metadata: Sequence[dict[str, Any]]
 
 
-def split_held_out(records: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
-    """Split into (training, held-out): `count` random records, at most a fifth, are held out; if none, both are all."""
+def split_held_out(records: Sequence[Record], count: int, seed: int, what: str = "prompts") -> Split:
+    """Hold `count` random records out, at most a fifth; where that is none, it is measured on the training ones.
+
+    Records that share a prompt or a text (`data.records.identities`) stay on one side, so none is in both.
+
+    Args:
+      what: what the records are called in messages.
+    """
     if count < 0:
         raise ValueError(f"--held-out {count} must not be negative")
-    count = min(count, len(records) // 5)
-    if not count:
-        return list(records), list(records)
-    chosen = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
-    return [r for i, r in enumerate(records) if i not in chosen], [r for i, r in enumerate(records) if i in chosen]
+    groups, room = group_alike([identities(record) for record in records]), min(count, len(records) // 5)
+    chosen: set[int] = set()
+    for number in np.random.default_rng(seed).permutation(len(groups)):
+        if len(chosen) + len(groups[number]) <= room:
+            chosen.update(groups[number])
+    told = ""
+    if len(chosen) < count:
+        alike = f", of which {len(groups)} differ," if len(groups) < len(records) else ""
+        told = f"--held-out {count}: of {len(records)} {what}{alike} {len(chosen) or 'none'} can be held out. "
+    if not chosen:
+        return Split(list(records), list(records), "training", f"{told}Evaluations are of the training {what}")
+    apart = [[record for i, record in enumerate(records) if (i in chosen) is held] for held in (False, True)]
+    return Split(apart[0], apart[1], "held-out", told.rstrip())
+
+
+def group_alike(keys: Sequence[Iterable[str]]) -> list[list[int]]:
+    """Sort places into groups that share keys, directly or through others, by their first one."""
+    first: dict[str, int] = {}
+    leader = list(range(len(keys)))
+
+    def find(place: int) -> int:
+        while leader[place] != place:
+            leader[place] = place = leader[leader[place]]
+        return place
+
+    for place, names in enumerate(keys):
+        for name in names:
+            a, b = sorted((find(first.setdefault(name, place)), find(place)))
+            leader[b] = a
+    groups: dict[int, list[int]] = {}
+    for place in range(len(keys)):
+        groups.setdefault(find(place), []).append(place)
+    return list(groups.values())
 
 
 def too_few_rows(option: str, batch_size: int, rows: int, path: Path) -> str:

@@ -6,6 +6,7 @@ base --run_reward--> reward on that base (LoRA), or a model of its own (full) --
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +16,23 @@ from jaxtyping import Float, Int
 from ppo_jax.data import EncodedPairs, PairBatch, pair_batches
 from ppo_jax.data.encode import EncodedChoices, EncodedRatings
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files.artifacts import EXPORT, REWARD
+from ppo_jax.models.files.artifacts import BEST, EXPORT, REWARD
 from ppo_jax.models.placement import create_on_mesh, place_on_mesh
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards import loading
 from ppo_jax.rewards.adapter import RewardRole
-from ppo_jax.runs.exports import save_role
-from ppo_jax.runs.health import watched
+from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.exports import read_best, save_role
+from ppo_jax.runs.offline import PassOn, Work, train_offline
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.output.writers import phase_writer
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.calibration import Bucket, calibration, calibration_error
 from ppo_jax.train.comparisons import Comparisons, bucket_texts, head_scores, rated_batches, rated_pairs, text_features
-from ppo_jax.train.reward_model import Loss, RewardConfig, fit_head, init_role, normalise_head, train_role
+from ppo_jax.train.reward_model import Loss, RewardConfig, bind_reward_step, fit_head, init_role, normalise_head
 from ppo_jax.train.state import key_stream
 
 Data = EncodedPairs | EncodedRatings | EncodedChoices
-TRAINING, HELD_OUT = "training texts", "held-out texts"
+TRAINING = "training texts"
 RATED_PAIRS = 50_000  # of ratings, as many random pairs fit the head and are measured
 
 
@@ -53,88 +55,132 @@ class RewardResult(NamedTuple):
     path: Path  # the artifact (LoRA), or the sequence-classification directory (full)
 
 
-def run_reward(
-    directory: Path,
-    model: Model,
-    reward: RewardConfig,
-    train: Data,
-    held_out: Data,
-    seed: int,
-    screen: Screen,
-    reference: Sequence[Sequence[int]] = (),
-) -> RewardResult:
+class Completed(NamedTuple):
+    """A role as it is saved, and what was measured of it."""
+
+    role: RewardRole
+    values: dict[str, float]
+    table: list[Bucket]
+
+
+def run_reward(directory: Path, setup: OfflineSetup, screen: Screen, resume: bool | Resume = "no") -> RewardResult:
     """Train a reward model in an opened run directory; leave export/reward.
 
     The head is fitted on frozen features, then adapter and head together. With `reward.normalise` scores have mean 0
-    and std 1 on the `reference` rows, by default the training texts. LoRA leaves an artifact (`ppo_jax.artifacts`),
-    the full kind a sequence-classification directory (`models.seqcls`).
+    and std 1 on the `reference` rows, by default the training texts. LoRA leaves an artifact, the full kind a
+    sequence-classification directory (`models.files`). Where another step was measured best that role is in
+    export/best, normalised in the same way.
 
-    Raises ValueError when a batch cannot be filled (`check_batch`), or nothing is compared.
+    Args:
+      setup: with a RewardConfig, and pairs, ratings or choices as data.
+
+    Raises ValueError when a batch cannot be filled (`check_batch`), or nothing is compared; else as
+    `runs.offline.train_offline`.
     """
-    check_batch(reward, train)
-    trunk, given, size = reward.trunk(model.config), collect_comparisons(train, seed, TRAINING), reward.batch_size
-    batches, steps = training_batches(train, reward, seed, model.pad_id)
-    write = watched(phase_writer(directory, screen, "reward", steps), "reward", screen)
-    model = model._replace(params=place_on_mesh(model.params))
-    key = key_stream(seed, "reward")
-    role = create_on_mesh(lambda k, base: init_role(k, model.config, reward, base), key, model.params)
+    reward, seed = setup.options, setup.seed
+    check_batch(reward, setup.train)
+    model = setup.model._replace(params=place_on_mesh(setup.model.params))
+    measured_on = "training" if setup.held_out == setup.train else "held-out"  # too few to hold any out
+    given, unseen = (
+        collect_comparisons(setup.train, seed, TRAINING),
+        collect_comparisons(setup.held_out, seed, f"{measured_on} texts"),
+    )
+    texts = RewardTexts(model, reward, given, unseen, setup.reference, measured_on)
+    batches, steps = training_batches(setup.train, reward, seed, model.pad_id)
+    trunk, key = reward.trunk(model.config), key_stream(seed, "reward")
 
-    def features(rows: Sequence[Sequence[int]]) -> Float[np.ndarray, "N D"]:
-        return text_features(model.params, role, trunk, bucket_texts(rows, _lengths(rows), model.pad_id), size)
+    def begin(role: RewardRole) -> RewardRole:
+        screen.message(f"reward model: reading {len(given.rows)} texts")
+        return texts.fit_head(role) if reward.head_steps else role
 
-    def measure(step: int) -> tuple[dict[str, float], list[Bucket]]:
-        values, table = evaluate(role, features(unseen.rows), unseen)
-        kept = [name for name in values if not name.startswith("score_")]  # normalising moves those
-        write(step, {f"heldout_{name}": values[name] for name in kept})
-        return values, table
+    work = Work(
+        phase="reward",
+        steps=steps,
+        params=create_on_mesh(lambda k, base: init_role(k, model.config, reward, base), key, model.params),
+        bind_step=partial(bind_reward_step, model.params, trunk, reward, given.loss),
+        batches=batches,
+        measure=texts.measure,
+        begin=begin,
+        complete=texts.complete,
+    )
+    trained = train_offline(directory, setup._replace(model=model), work, screen, resume)
+    done, path = trained.completed, directory / EXPORT / REWARD
+    save_reward(path, model, reward, done.role, texts.describe(done))
+    best = read_best(directory, trained.best, steps, {"params": trained.params}, screen.message)
+    if best is not None:
+        found, _ = texts.complete(best["params"])
+        chosen = {"steps": trained.best["step"], "chosen_by": trained.best["metric"]}
+        save_reward(directory / EXPORT / BEST, model, reward, found.role, texts.describe(found) | chosen)
+    return RewardResult(done.role, trunk, done.values["accuracy"], done.values, done.table, path)
 
-    unseen = collect_comparisons(held_out, seed, HELD_OUT)
-    screen.message(f"reward model: reading {len(given.rows)} texts")
-    found = features(given.rows)
-    if reward.head_steps:
-        i, j, margin, loss = given[1:]
+
+@dataclasses.dataclass(frozen=True)
+class RewardTexts:
+    """The texts of a reward model on its base, and what is read of them."""
+
+    model: Model
+    reward: RewardConfig
+    given: Compared
+    unseen: Compared
+    reference: Sequence[Sequence[int]]
+    measured_on: str  # "held-out", or "training" where none is held out
+
+    def features(
+        self, role: RewardRole, rows: Sequence[Sequence[int]], pass_on: PassOn = iter
+    ) -> Float[np.ndarray, "N D"]:
+        """Read what the head sees of these texts."""
+        model, trunk = self.model, self.reward.trunk(self.model.config)
+        buckets = bucket_texts(rows, _lengths(rows), model.pad_id)
+        return text_features(model.params, role, trunk, buckets, self.reward.batch_size, pass_on=pass_on)
+
+    def fit_head(self, role: RewardRole) -> RewardRole:
+        """Fit the head on the training texts."""
+        (_, i, j, margin, loss), reward = self.given, self.reward
+        found = self.features(role, self.given.rows)
         head = fit_head(found, i, j, reward.head_l2, reward.head_steps, margin, loss=loss)
-        role = role._replace(head=place_on_mesh(head))
-        values, table = measure(0)
-    if steps:
-        role = train_role(role, model.params, trunk, reward, batches, steps, write, given.loss)
-        found = features(given.rows)
-        values, table = measure(steps)
-    if reward.normalise:
-        texts = features(reference) if reference else found
-        role = role._replace(head=normalise_head(role.head, head_scores(role.head, texts)))
-    spread = _spread(head_scores(role.head, features(unseen.rows)))  # of the model as it is saved
-    write(steps, {f"heldout_{name}": value for name, value in spread.items()})
-    values |= spread
-    normalised_on = ("reference texts" if reference else "training texts") if reward.normalise else None
-    meta = describe_training(reward, given, unseen, values, table) | {"normalised_on": normalised_on}
-    path = save_reward(directory, model, reward, role, meta)
-    return RewardResult(role, trunk, values["accuracy"], values, table, path)
+        return role._replace(head=place_on_mesh(head))
+
+    def measure(self, done: int, role: RewardRole, pass_on: PassOn) -> dict[str, float]:
+        """Measure a role after `done` steps on the held-out comparisons; nothing of a head that is still random."""
+        if not done and not self.reward.head_steps:
+            return {}
+        values, _ = evaluate(role, self.features(role, self.unseen.rows, pass_on), self.unseen)
+        # Normalising moves the scores.
+        return {name: value for name, value in values.items() if not name.startswith("score_")}
+
+    def complete(self, role: RewardRole) -> tuple[Completed, dict[str, float]]:
+        """Normalise a role that was trained; also return the spread of its scores."""
+        held_out = self.features(role, self.unseen.rows)
+        values, table = evaluate(role, held_out, self.unseen)
+        if self.reward.normalise:
+            texts = self.features(role, self.reference or self.given.rows)
+            role = role._replace(head=normalise_head(role.head, head_scores(role.head, texts)))
+        spread = _spread(head_scores(role.head, held_out))  # of the model as it is saved
+        return Completed(role, values | spread, table), spread
+
+    def describe(self, done: Completed) -> dict[str, Any]:
+        """List what an artifact says of its training."""
+        normalised_on = "reference texts" if self.reference else "training texts"
+        return {
+            "accuracy": done.values["accuracy"],
+            "heldout_pairs": len(self.unseen.better),
+            "pairs": len(self.given.better),
+            "heldout": done.values,
+            "calibration": [bucket._asdict() for bucket in done.table],
+            "loss": self.given.loss,
+            "reward": dataclasses.asdict(self.reward),
+            "normalised_on": normalised_on if self.reward.normalise else None,
+            "measured_on": self.measured_on,
+        }
 
 
-def describe_training(
-    reward: RewardConfig, given: Compared, unseen: Compared, values: dict[str, float], table: list[Bucket]
-) -> dict[str, Any]:
-    """List what an artifact says of its training."""
-    return {
-        "accuracy": values["accuracy"],
-        "heldout_pairs": len(unseen.better),
-        "pairs": len(given.better),
-        "heldout": values,
-        "calibration": [bucket._asdict() for bucket in table],
-        "loss": given.loss,
-        "reward": dataclasses.asdict(reward),
-    }
-
-
-def save_reward(directory: Path, model: Model, reward: RewardConfig, role: RewardRole, meta: dict[str, Any]) -> Path:
-    """Write a run's export/reward: an artifact of the role, or the full kind as a sequence classifier."""
-    path, trunk = directory / EXPORT / REWARD, reward.trunk(model.config)
+def save_reward(path: Path, model: Model, reward: RewardConfig, role: RewardRole, meta: dict[str, Any]) -> None:
+    """Write an artifact of the role, or the full kind as a sequence classifier."""
+    trunk = reward.trunk(model.config)
     if reward.kind == "full":
         loading.save_full(path, model, role, trunk, meta, overwrite=True)
     else:
         save_role(path, "reward", role.adapter, role.head, model, meta=meta, layers=trunk.num_layers)
-    return path
 
 
 def check_batch(reward: RewardConfig, data: Data) -> None:

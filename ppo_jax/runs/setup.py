@@ -1,17 +1,19 @@
-"""The records that describe a PPO run, which the command line, the experiments and `runs.run_ppo` share."""
+"""The records that describe a run, which the command line, the experiments and the stages share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.train.host import response_texts
-from ppo_jax.train.loop import LoopConfig
+from ppo_jax.train.loop import LoopConfig, OfflineLoop
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Hyper, Policy, PyTree, Rollout
 
@@ -37,6 +39,20 @@ class Setup(NamedTuple):
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
 
 
+class OfflineSetup(NamedTuple):
+    """What a run on fixed data is about: fine-tuning, preferences, or a reward model."""
+
+    model: Model
+    train: Any  # token rows with what the stage knows of them, as `data.encode` makes them
+    held_out: Any
+    options: Any  # how it is trained: an SFTConfig, DPOConfig or RewardConfig
+    seed: int
+    adapter: AdapterConfig = AdapterConfig()  # what of a policy is trained; a reward model says so itself
+    loop: OfflineLoop = OfflineLoop()
+    config: str = ""  # as in `Setup`
+    reference: Sequence[Sequence[int]] = ()  # what a reward model's scores are normalised on; none: the training texts
+
+
 class Result(NamedTuple):
     """The trained policy, and the evaluations before and after."""
 
@@ -45,11 +61,15 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def decode_responses(model: Model, sampling: Sampling, rollout: Rollout) -> list[str]:
-    """Decode the text of every response."""
-    return response_texts(
-        np.asarray(rollout.tokens), np.asarray(rollout.response_mask), model.decode, sampling.stop_ids
-    )
+def decode_responses(model: Model, sampling: Sampling, rollout: Rollout, special: bool = False) -> list[str]:
+    """Decode every response, without the token that ended it; with `special` other special tokens stay."""
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+    return response_texts(tokens, mask, partial(model.decode, special=special), sampling.stop_ids)
+
+
+def host_responses(setup: Setup, rollout: Rollout) -> list[str]:
+    """Decode the responses as the host's reward reads them."""
+    return decode_responses(setup.model, setup.ppo.sampling, rollout, setup.reward.special_tokens == "keep")
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:

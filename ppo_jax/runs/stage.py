@@ -23,6 +23,13 @@ class Stage(NamedTuple):
     config: str  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
     screen: Screen
     resume: bool | resuming.Resume = "no"
+    evaluations: tuple[str, str] = ("eval", "")  # of the records of its evaluations: phase, and how their names begin
+    length: str = "--loop.updates"  # the option that says how long it is
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """All phases of its records."""
+        return tuple(dict.fromkeys((self.phase, self.evaluations[0])))
 
 
 class Start(NamedTuple):
@@ -60,14 +67,14 @@ def _restore(stage: Stage, state: Any) -> resuming.Restored | None:
     latest = store.latest_step(checkpoints)
     if latest is not None and latest > updates:
         raise ValueError(
-            f"{checkpoints} is at update {latest}, beyond --loop.updates {updates}: give at least {latest}, or another "
+            f"{checkpoints} is at update {latest}, beyond {stage.length} {updates}: give at least {latest}, or another "
             "run directory"
         )
-    found = resuming.restore(directory, state, stage.facts, stage.screen.message)
+    found, phases = resuming.restore(directory, state, stage.facts, stage.screen.message), stage.phases
     if found is None:
-        resuming.drop_later_records(directory, -1)  # stopped before its first checkpoint: all is done again
+        resuming.drop_later_records(directory, -1, phases)  # stopped before its first checkpoint: all is done again
         return None
     # Update 0 is saved where the first evaluation was given up or not yet followed by an update: it is made again.
-    resuming.drop_later_records(directory, found.step or -1)
+    resuming.drop_later_records(directory, found.step or -1, phases)
     stage.screen.message(f"resumed at update {found.step}")
     return found

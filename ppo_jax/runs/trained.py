@@ -23,8 +23,19 @@ from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import config, rundir, writers
 from ppo_jax.types import PyTree
 
-_PREFIX = "policy.adapter."  # of the leaves of a checkpoint that make the policy
 _LARGEST_TEXT = 10**8  # bytes of a config.yaml: YAML itself is limited by `config`
+
+
+class _Place(NamedTuple):
+    """Where a stage keeps its policy."""
+
+    prefix: str  # of the leaves of a checkpoint that are its adapter
+    options: str  # the part of config.yaml that describes the adapter
+    evaluations: tuple[str, str]  # see `runs.stage.Stage`
+
+
+_PPO = _Place("policy.adapter.", "policy", ("eval", ""))
+_PLACES = {None: _PPO} | {name: _Place("params.", "adapter", (name, "heldout_")) for name in ("sft", "dpo")}
 
 
 class Trained(NamedTuple):
@@ -146,31 +157,36 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
     name = model or named.get("name")
     if not name:
         raise ValueError(f"{at} does not name its base; give it with --model")
-    base = load(name)
+    stage = meta.get("facts", {}).get("stage")
+    if stage not in _PLACES:
+        raise ValueError(f"{at} is of `ppo-jax {stage}`, which trains no policy")
+    place, base = _PLACES[stage], load(name)
     if "fingerprint" in named and named["fingerprint"] != base.fingerprint:
         raise ValueError(
             f"{at} was trained on other weights: those of {named.get('name')} (sha256 {named['fingerprint'][:12]}...), "
             f"while this model's are {base.fingerprint[:12]}...; give that base with --model"
         )
     manifest = store.read_manifest(folder, step)
-    paths = [path for path in manifest if path.startswith(_PREFIX)]
+    paths = [path for path in manifest if path.startswith(place.prefix)]
     # Compared with the base before anything is allocated.
     dtypes = {path: manifest[path]["dtype"] for path in paths}
     shapes = {
-        path: jax.ShapeDtypeStruct(manifest[path]["shape"], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+        path.removeprefix(place.prefix): jax.ShapeDtypeStruct(
+            manifest[path]["shape"], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+        )
         for path, dtype in dtypes.items()
     }
     scales = AdapterConfig()
     if any(".lora." in path for path in paths):
-        if not isinstance(known.get("policy"), dict):
-            raise ValueError(f"{at}: policy.alpha, the scale of its LoRA, is not in {where / rundir.CONFIG}")
+        if not isinstance(known.get(place.options), dict):
+            raise ValueError(f"{at}: {place.options}.alpha, the scale of its LoRA, is not in {where / rundir.CONFIG}")
         try:
-            scales = config.from_plain(AdapterConfig, known["policy"])
+            scales = config.from_plain(AdapterConfig, known[place.options])
         except config.FieldError as error:
-            raise ValueError(f"{where / rundir.CONFIG}: policy.{error}") from error
+            raise ValueError(f"{where / rundir.CONFIG}: {place.options}.{error}") from error
     if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
         raise CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
-    adapter = _restored(folder, _tree(shapes, scales.alpha), step)
+    adapter = _restored(folder, place.prefix, _tree(shapes, scales.alpha), step)
     return Trained(
         base,
         adapter,
@@ -178,40 +194,45 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
         step,
         f"{rundir.CHECKPOINTS}/{step}",
         named.get("name", name),
-        _evaluation(where, step),
+        _evaluation(where, step, place),
         known,
     )
 
 
-def _restored(folder: Path, shapes: PyTree, step: int) -> PyTree:
+def _restored(folder: Path, prefix: str, shapes: PyTree, step: int) -> PyTree:
     """Read the adapter straight onto the current mesh, or onto the default device."""
     mesh = current_mesh()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     layout = jax.tree.map(lambda x: device, shapes) if mesh is None else shardings(shapes, mesh)
-    target = {"policy": {"adapter": sharding.abstract(shapes, layout)}}
-    return store.restore(folder, target, step, part=True)[0]["policy"]["adapter"]
+    names, target = prefix.split(".")[:-1], sharding.abstract(shapes, layout)
+    for name in reversed(names):
+        target = {name: target}
+    found, _ = store.restore(folder, target, step, part=True)
+    return functools.reduce(lambda tree, name: tree[name], names, found)
 
 
 def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
     """Build the adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        *parents, name = path.removeprefix(_PREFIX).split(".")
+        *parents, name = path.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
     for name, pair in tree.get("lora", {}).items():
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
-            raise CheckpointError(f"{_PREFIX}lora.{name}.a has shape {rank}, not that of a stack of matrices")
+            raise CheckpointError(f"lora.{name}.a of the adapter has shape {rank}, not that of a stack of matrices")
         tree["lora"][name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
     return tree
 
 
-def _evaluation(where: Path, step: int) -> dict[str, float]:
+def _evaluation(where: Path, step: int, place: _Place) -> dict[str, float]:
+    """Find the last evaluation at or before `step`."""
+    phase, prefix = place.evaluations
     found: dict[str, Any] = {}
     for record in read_jsonl(where / rundir.METRICS):
-        at = record.get("step")
-        if record.get("phase") == "eval" and isinstance(at, int) and at <= step:
-            found = record
+        at, names = record.get("step"), [name for name in record if name.startswith(prefix)]
+        if record.get("phase") == phase and isinstance(at, int) and at <= step and set(names) - set(writers.RESERVED):
+            found = {name.removeprefix(prefix): record[name] for name in names}
     return {name: value for name, value in found.items() if name not in writers.RESERVED}

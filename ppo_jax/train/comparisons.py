@@ -1,8 +1,8 @@
 """Texts of different lengths for reward models: buckets, the features that a head reads, batches of comparisons."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +83,17 @@ def text_features(
     buckets: Sequence[Bucket],
     batch_size: int,
     prefix_layers: int = 0,
+    pass_on: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Float[np.ndarray, "N D"]:
-    """What the head reads of every text, in the order of the original list; from kept prefixes if there are any."""
+    """What the head reads of every text, in the order of the original list; from kept prefixes if there are any.
+
+    Args:
+      pass_on: every batch goes through it before it is read; it may raise, to give up.
+    """
     features = np.zeros((sum(len(b.index) for b in buckets), trunk.hidden_size), np.float32)
     for bucket in buckets:
         pieces = (feed((b.tokens, b.mask, b.prefix)) for b in _slices(bucket, batch_size))
-        parts = [_features(base, role.adapter, *piece, trunk, prefix_layers) for piece in pieces]
+        parts = [_features(base, role.adapter, *piece, trunk, prefix_layers) for piece in pass_on(pieces)]
         features[bucket.index] = np.concatenate(fetch(parts))[: len(bucket.index)]
     return features
 

@@ -12,6 +12,7 @@ the response, its EOS included.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from ppo_jax.models.roles import shared_prefix
 from ppo_jax.ops.losses import dpo_loss
 from ppo_jax.train.offline import (
     OfflineConfig,
+    ParamStep,
     batch_gradient,
     check_positive,
     descended,
@@ -178,13 +180,16 @@ def train_dpo(
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
+    return learn(adapter, partial(bind_dpo_step, base, config, dpo), batch, steps, dpo.learning_rate, write)
+
+
+def bind_dpo_step(
+    base: PyTree, config: ModelConfig, dpo: DPOConfig, optimizer: optax.GradientTransformation
+) -> ParamStep[Preferences]:
+    """Make step(adapter, opt_state, batch, learning_rate) of `make_dpo_step` on this base."""
+    step = make_dpo_step(config, dpo, optimizer)
     fixed = DPOScalars(0.0, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
-
-    def make_step(optimizer: optax.GradientTransformation) -> Any:
-        step = make_dpo_step(config, dpo, optimizer)
-        return lambda adapter, state, pairs, rate: step(adapter, state, base, pairs, fixed._replace(learning_rate=rate))
-
-    return learn(adapter, make_step, batch, steps, dpo.learning_rate, write)
+    return lambda adapter, state, pairs, rate: step(adapter, state, base, pairs, fixed._replace(learning_rate=rate))
 
 
 def make_measure(config: ModelConfig, dpo: DPOConfig) -> DPOMeasure:

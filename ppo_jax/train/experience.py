@@ -1,5 +1,6 @@
 """From a rollout and its scores to what the loss reads: reference, KL, rewards, advantages. Once per rollout."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, value
 from ppo_jax.models.roles import before_response, policy_depth, role_hidden, shared_prefix
+from ppo_jax.models.transformer import finish_logits
 from ppo_jax.ops.advantages import gae, grpo, reinforce, rewards_to_go, rloo
 from ppo_jax.ops.kl import adaptive_kl, kl_penalty, linear_kl
 from ppo_jax.ops.logprobs import hidden_kl, hidden_logprobs
@@ -100,8 +102,8 @@ def reference_logprobs(
     rollout = collected.rollout
     length = rollout.response_mask.shape[1]
     hidden = role_hidden(frozen.base, {}, config, rollout.tokens, rollout.mask, collected.prefix)
-    actions, table = rollout.tokens[:, -length:], unembedding(frozen.base, {})
-    return hidden_logprobs(before_response(hidden, length), table, actions, hyper.temperature, chunk)
+    actions, table, finish = rollout.tokens[:, -length:], unembedding(frozen.base, {}), partial(finish_logits, config)
+    return hidden_logprobs(before_response(hidden, length), table, actions, hyper.temperature, chunk, finish=finish)
 
 
 def evaluate_reference(
@@ -113,18 +115,18 @@ def evaluate_reference(
     if ppo.kl.estimator != "full":
         return Reference(reference_logprobs(config, frozen, collected, hyper, chunk))
     length = rollout.response_mask.shape[1]
-    actions, temperature = rollout.tokens[:, -length:], hyper.temperature
+    actions, temperature, finish = rollout.tokens[:, -length:], hyper.temperature, partial(finish_logits, config)
 
     def states(adapter: object) -> Float[Array, "B T D"]:
         hidden = role_hidden(frozen.base, adapter, config, rollout.tokens, rollout.mask, collected.prefix)
         return before_response(hidden, length)
 
     hidden, table = states({}), unembedding(frozen.base, {})
-    logprobs = hidden_logprobs(hidden, table, actions, temperature, chunk)
+    logprobs = hidden_logprobs(hidden, table, actions, temperature, chunk, finish=finish)
     if ppo.kl.place == "loss":
         return Reference(logprobs, hidden=hidden)
     own = unembedding(frozen.base, policy.adapter)
-    kl = hidden_kl(states(policy.adapter), own, hidden, table, temperature, chunk)
+    kl = hidden_kl(states(policy.adapter), own, hidden, table, temperature, chunk, finish=finish)
     return Reference(logprobs, kl_full=kl)
 
 

@@ -67,6 +67,35 @@ class LoopConfig:
             raise ValueError(f"warmup={self.warmup} must be shorter than updates={self.updates}")
 
 
+@dataclasses.dataclass(frozen=True)
+class OfflineLoop:
+    """What happens when while a stage trains on fixed data."""
+
+    eval_every: int = 0
+    """Measurements on held-out data are so many optimizer steps apart, with one before and one after; 0 leaves those
+    two."""
+    checkpoint_every: int = 100
+    """Checkpoints are this many optimizer steps apart; the last one is always saved. 0 leaves only that."""
+    keep: int = 2
+    """This many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this stay as well; 0 means none."""
+    best_metric: Annotated[str, Off("")] = "-loss"
+    """The checkpoint of the measurement with the highest value of this stays; -name: the lowest; "" is off."""
+    max_nonfinite: int = 20
+    """At most this many steps in a row are skipped because loss or gradient was not finite; then the run stops."""
+    wandb: Annotated[str, Off("")] = ""
+    """Metrics are also sent to this project of Weights & Biases; "" is off."""
+
+    def __post_init__(self) -> None:
+        self.of(1)
+
+    def of(self, steps: int) -> LoopConfig:
+        """Say the same of a run of `steps` updates; an update is one optimizer step."""
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return LoopConfig(updates=steps, batch_size=1, **same)
+
+
 class Stopped(RuntimeError):
     """Training ended before its last update, in good order: the state was given to `save` (unless `Exploded`)."""
 
@@ -221,7 +250,7 @@ def _not_finite(done: int, skipped: int, loop: LoopConfig) -> str | None:
     return (
         f"update {done}: the last {skipped} optimizer steps were skipped because the loss or a gradient was not "
         "finite (--loop.max-nonfinite). The parameters are those from before. Look at the batch, mend the model or "
-        "the reward, or lower --hyper.learning-rate, and go on with --resume"
+        "the reward, or lower the learning rate, and go on with --resume"
     )
 
 

@@ -1,5 +1,6 @@
 """The loss of PPO on a minibatch: clipped policy loss, value loss, entropy bonus, KL term, pretraining term."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.models.roles import before_response, role_hidden
-from ppo_jax.models.transformer import apply, positions_from_mask
+from ppo_jax.models.transformer import apply, finish_logits, positions_from_mask
 from ppo_jax.ops.kl import kl_penalty, response_k2
 from ppo_jax.ops.logprobs import LOWEST, hidden_kl, hidden_logprobs, hidden_logprobs_and_entropy
 from ppo_jax.ops.losses import clipped_policy_loss, clipped_value_loss, token_weights
@@ -48,7 +49,10 @@ def evaluate_policy(policy: Policy, algorithm: Algorithm, frozen: Frozen, batch:
         def keep(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
             return filter_logits(logits, sampling.top_k, sampling.top_p, sampling.min_p)
 
-    logprobs, entropy = hidden_logprobs_and_entropy(hidden, table, actions, hyper.temperature, ppo.logprob_chunk, keep)
+    finish = partial(finish_logits, algorithm.model)
+    logprobs, entropy = hidden_logprobs_and_entropy(
+        hidden, table, actions, hyper.temperature, ppo.logprob_chunk, keep, finish=finish
+    )
     mask = batch.loss_mask
     if keep is not None:
         # The filter of the new policy may exclude an old token: its ratio is 0, without a gradient.
@@ -158,8 +162,9 @@ def _kl_terms(
     if ppo.kl.estimator == "full":
         assert batch.ref_hidden is not None
         ref_table = unembedding(frozen.base, {})
-        hidden, table = outputs.hidden, outputs.table
-        return hidden_kl(hidden, table, batch.ref_hidden, ref_table, hyper.temperature, ppo.logprob_chunk)
+        sides = outputs.hidden, outputs.table, batch.ref_hidden, ref_table
+        finish = partial(finish_logits, algorithm.model)
+        return hidden_kl(*sides, hyper.temperature, ppo.logprob_chunk, finish=finish)
     assert batch.ref_logprobs is not None
     # Outside the mask a log-prob may be -1e30 (a filter), whose exponential has no gradient to be masked afterwards.
     logprobs = jnp.where(outputs.mask, outputs.logprobs, batch.ref_logprobs)
@@ -183,5 +188,6 @@ def pretraining_loss(
     """
     hidden = apply(frozen.base, policy.adapter, config, texts.tokens, positions_from_mask(texts.mask))
     table, mask = unembedding(frozen.base, policy.adapter), predicted(texts)
-    logprobs = hidden_logprobs(hidden[:, :-1], table, texts.tokens[:, 1:], 1.0, chunk)
+    finish = partial(finish_logits, config)
+    logprobs = hidden_logprobs(hidden[:, :-1], table, texts.tokens[:, 1:], 1.0, chunk, finish=finish)
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)), jnp.sum(mask, dtype=jnp.float32)

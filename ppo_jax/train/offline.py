@@ -8,8 +8,10 @@ Losses are sums divided by the count of the whole batch, so neither micro-batche
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.placement import constrain_params, create_on_mesh
 from ppo_jax.models.roles import role_hidden
+from ppo_jax.models.transformer import finish_logits
 from ppo_jax.ops.logprobs import hidden_logprobs
 from ppo_jax.ops.means import means
 from ppo_jax.parallel.processes import feed
@@ -41,6 +44,8 @@ class Masked(Protocol):
 
 Batch = TypeVar("Batch")
 MaskedBatch = TypeVar("MaskedBatch", bound=Masked)
+# step(params, opt_state, batch, learning_rate), which may donate the first two
+ParamStep: TypeAlias = Callable[[PyTree, optax.OptState, Batch, float], tuple[PyTree, optax.OptState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,8 @@ def target_logprobs(
     """
     hidden = role_hidden(base, adapter, config, tokens, mask, prefix)
     table = constrain(unembedding(base, adapter), "table")  # gathered once, not once a chunk
-    logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk)
+    finish = partial(finish_logits, config)
+    logprobs = hidden_logprobs(hidden[:, :-1], table, tokens[:, 1:], chunk=logprob_chunk, finish=finish)
     return jnp.where(loss_mask[:, 1:], logprobs, 0.0)  # nothing stands before the first token
 
 
@@ -140,12 +146,72 @@ def descended(
     learning_rate: float | Float[Array, ""],
     max_grad_norm: float | Float[Array, ""],
 ) -> tuple[Params, optax.OptState, Metrics]:
-    """One optimizer step (`optimizer.descend`) by (gradient, metrics); what it returns lies as what it was given."""
+    """Take one optimizer step (`optimizer.descend`) by (gradient, metrics); what it returns lies as what it was given.
+
+    Where the loss or the norm of the gradient is not finite nothing changes, and the metric `nonfinite_updates` is 1.
+    """
     grads, metrics = gradient
-    params, opt_state, norm = descend(
-        params, constrain_params(grads), opt_state, optimizer, learning_rate, max_grad_norm
+    stepped, moved, norm = descend(params, constrain_params(grads), opt_state, optimizer, learning_rate, max_grad_norm)
+    finite = jnp.isfinite(norm["grad_norm"][0]) & jnp.isfinite(metrics["loss"][0])
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (stepped, moved), (params, opt_state)
     )
-    return constrain_params(params), constrain_params(opt_state), metrics | norm
+    metrics = metrics | norm | {"nonfinite_updates": (1.0 - finite, jnp.ones(()))}
+    return constrain_params(params), constrain_params(opt_state), metrics
+
+
+# -- the state of a run ------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class OfflineState:
+    """The carry of training on fixed data, with the names that `train.loop.train` asks for.
+
+    Base and data are not in it: they are named by the run's config and never change. Which rows a step reads is a
+    function of its number alone.
+    """
+
+    step: PyTree  # Int[Array, ""]: steps done; also the data cursor
+    params: PyTree  # an adapter, or a reward role
+    opt_state: optax.OptState
+    nonfinite: PyTree  # Int[Array, ""]: steps in a row that were skipped because something was not finite
+    best: PyTree  # Float[Array, ""]: of the evaluations so far, the best value of the metric that chooses checkpoints
+
+
+def init_offline_state(params: PyTree, optimizer: optax.GradientTransformation) -> OfflineState:
+    """Make the state before the first step; a pure function."""
+    return OfflineState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        nonfinite=jnp.zeros((), jnp.int32),
+        best=jnp.asarray(-jnp.inf, jnp.float32),
+    )
+
+
+def make_update(
+    step: ParamStep[Batch], batches: Callable[[int], Batch], steps: int, learning_rate: float
+) -> Callable[[OfflineState, int], tuple[OfflineState, Metrics]]:
+    """Make update(state, number) -> (state, metrics) of a step(params, opt_state, batch, learning_rate).
+
+    The rate of step `number` is learning_rate (1 - number / steps), which falls linearly to 0; it is in the metrics.
+
+    Args:
+      batches: number -> rows on the host; a pure function, and the same in every process.
+    """
+
+    @jax.jit
+    def count(done: Array, nonfinite: Array, skipped: Array) -> tuple[Array, Array]:
+        return done + 1, jnp.where(skipped > 0, nonfinite + 1, 0)
+
+    def update(state: OfflineState, number: int) -> tuple[OfflineState, Metrics]:
+        rate = learning_rate * (1 - number / steps)
+        params, opt_state, metrics = step(state.params, state.opt_state, feed(batches(number)), rate)
+        done, nonfinite = count(state.step, state.nonfinite, metrics["nonfinite_updates"][0])
+        metrics |= {"learning_rate": (rate, 1.0)}  # type: ignore[dict-item]  # the host's, in all its digits
+        return OfflineState(done, params, opt_state, nonfinite, state.best), metrics
+
+    return update
 
 
 # -- the host's side -------------------------------------------------------------------------------------------------
@@ -153,13 +219,13 @@ def descended(
 
 def learn(
     params: Params,
-    make_step: Callable[[optax.GradientTransformation], Callable[..., tuple[Params, optax.OptState, Metrics]]],
+    make_step: Callable[[optax.GradientTransformation], ParamStep[Batch]],
     batches: Callable[[int], Batch],
     steps: int,
     learning_rate: float,
     write: Callable[[int, Mapping[str, float]], Any],
 ) -> Params:
-    """Trains `params` (whose buffers are donated) by Adam for `steps` and returns them.
+    """Train `params` (whose buffers are donated) by Adam for `steps` and return them.
 
     Args:
       make_step: of an optimizer; its step(params, opt_state, batch, learning_rate) -> (params, opt_state, metrics).
@@ -171,17 +237,17 @@ def learn(
       FloatingPointError: the loss or the gradient's norm is no longer finite; the message names which.
     """
     optimizer = make_optimizer()
-    step, opt_state = make_step(optimizer), create_on_mesh(optimizer.init, params)
+    update = make_update(make_step(optimizer), batches, steps, learning_rate)
+    state = create_on_mesh(lambda params: init_offline_state(params, optimizer), params)
     for number in range(steps):
-        rate = learning_rate * (1 - number / steps)
-        params, opt_state, metrics = step(params, opt_state, feed(batches(number)), rate)
+        state, metrics = update(state, number)
         values = means(metrics)
-        write(number + 1, values | {"learning_rate": rate})
+        write(number + 1, values)
         # A batch that holds nothing to learn from has no loss, and changes nothing.
         for name in ("loss", "grad_norm") if float(metrics["loss"][1]) else ("grad_norm",):
             if not math.isfinite(values[name]):
                 raise FloatingPointError(f"step {number + 1}: the {name} is {values[name]}; lower the learning rate")
-    return params
+    return state.params
 
 
 def totals(measure: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, tuple[float, float]]:

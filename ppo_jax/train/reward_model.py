@@ -11,7 +11,7 @@ random head distorts good features (Kumar et al. 2022, "Fine-Tuning can Distort 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from ppo_jax.ops.losses import bradley_terry_loss
 from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.train.comparisons import Comparisons
-from ppo_jax.train.offline import check_least, check_positive, descended, learn
+from ppo_jax.train.offline import ParamStep, check_least, check_positive, descended, learn
 from ppo_jax.types import Metrics, Off, Prefix, PyTree
 
 Loss = Literal["pairwise", "best"]
@@ -202,12 +202,16 @@ def train_role(
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
-
-    def make_step(optimizer: optax.GradientTransformation) -> Any:
-        step = make_reward_step(trunk, optimizer, reward.max_grad_norm, loss, reward.centring)
-        return lambda role, state, batch, rate: step(role, state, base, batch, rate)
-
+    make_step = partial(bind_reward_step, base, trunk, reward, loss)
     return learn(role, make_step, batches, steps, reward.learning_rate, write)
+
+
+def bind_reward_step(
+    base: PyTree, trunk: ModelConfig, reward: RewardConfig, loss: Loss, optimizer: optax.GradientTransformation
+) -> ParamStep[Comparisons]:
+    """Make step(role, opt_state, batch, learning_rate) of `make_reward_step` on this base."""
+    step = make_reward_step(trunk, optimizer, reward.max_grad_norm, loss, reward.centring)
+    return lambda role, opt_state, batch, rate: step(role, opt_state, base, batch, rate)
 
 
 def fit_head(

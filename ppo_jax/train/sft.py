@@ -10,6 +10,7 @@ trained: LoRA, the last layers, or everything.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.train.offline import OfflineConfig, batch_gradient, descended, learn, target_logprobs, totals
+from ppo_jax.train.offline import OfflineConfig, ParamStep, batch_gradient, descended, learn, target_logprobs, totals
 from ppo_jax.types import Metrics, PyTree
 
 
@@ -116,12 +117,15 @@ def train_sft(
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
+    return learn(adapter, partial(bind_sft_step, base, config, sft), batch, steps, sft.learning_rate, write)
 
-    def make_step(optimizer: optax.GradientTransformation) -> Any:
-        step = make_sft_step(config, sft, optimizer)
-        return lambda adapter, state, rows, rate: step(adapter, state, base, rows, rate, sft.max_grad_norm)
 
-    return learn(adapter, make_step, batch, steps, sft.learning_rate, write)
+def bind_sft_step(
+    base: PyTree, config: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation
+) -> ParamStep[Demonstrations]:
+    """Make step(adapter, opt_state, batch, learning_rate) of `make_sft_step` on this base."""
+    step = make_sft_step(config, sft, optimizer)
+    return lambda adapter, opt_state, rows, rate: step(adapter, opt_state, base, rows, rate, sft.max_grad_norm)
 
 
 def make_sft_loss(config: ModelConfig, logprob_chunk: int = 256) -> SFTLoss:

@@ -130,7 +130,18 @@ def test_help_all_shows_every_option(
 ) -> None:
     text, options = shown(cls, "--help-all", capsys, monkeypatch)
     assert options == set(find_options(cls, ["--config"])) - {"--help", "--help-all"}
-    assert {said for said in helps(cls).values() if said not in text} == set()  # not even a line break is lost
+    assert {said for said in helps(cls).values() if said not in text} == set()
+
+
+def test_help_breaks_no_line_because_the_source_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "3000")
+    with pytest.raises(SystemExit):
+        parse(COMMANDS["ppo"].settings, ["--help-all"])
+    text = capsys.readouterr().out
+    said = [text for text in helps(COMMANDS["ppo"].settings).values() if len(text) < 150]  # fits into a column of tyro
+    assert len(said) > 80 and [one for one in said if one not in text] == []
 
 
 @every_command

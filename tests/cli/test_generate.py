@@ -75,7 +75,7 @@ def test_texts_are_cut_where_the_tokens_are(bos: bool) -> None:
     assert len(found.rows[3]) == 6 and found.texts[3] == ("ant: " if bos else "tant: ")
 
 
-@pytest.mark.parametrize("mesh", ["--mesh.data 8", "--mesh.data 2 --mesh.fsdp 4"])
+@pytest.mark.parametrize("mesh", [pytest.param("--mesh.data 8", marks=pytest.mark.long), "--mesh.data 2 --mesh.fsdp 4"])
 def test_every_mesh_says_the_same(run: Path, mesh: str) -> None:
     """Sampled, from a run and from a checkpoint; one full batch, and one that does not divide over the devices."""
     prompts = ("ab", "hello", "one two", "a", "xyz", "b", "c", "do", "re", "mi")

@@ -1,8 +1,8 @@
 """The real `ppo-jax`: sft -> reward -> ppo -> generate in processes of their own, and the answers to mistakes."""
 
 import dataclasses
+import itertools
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -25,11 +25,10 @@ from ppo_jax.models.layout import init_params
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.plain_yaml import ConfigError
-from ppo_jax.runs.prompts import split_held_out
 from tests.data.tokenizer import EOS
+from tests.processes import forks
 from tests.small import SAMPLED, save_sampled
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMMAND = Path(sys.executable).with_name("ppo-jax")
 SMALL_PPO = (
     "--loop.updates 2 --loop.batch-size 8 --ppo.sampling.response-length 5 --ppo.epochs 1 --ppo.num-minibatches 2 "
@@ -43,7 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     save_sampled(path / "model")
     rng = np.random.default_rng(0)
-    ask = lambda: {"role": "user", "content": str(rng.choice(["a", "ab", "abc"]))}
+    words = ["".join(word) for length in (1, 2, 3, 4) for word in itertools.product("abc", repeat=length)]
+    different = iter(rng.permutation(words).tolist())
+    ask = lambda: {"role": "user", "content": next(different)}
     say = lambda text: {"role": "assistant", "content": text}
     write_lines(
         path / "sft.jsonl", [{"messages": [ask(), say(rng.choice(["good day", "bad day"]))]} for _ in range(40)]
@@ -67,14 +68,11 @@ def write_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def run(folder: Path, args: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [COMMAND, *shlex.split(args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def run(folder: Path, args: str) -> str:
+    """What the command says in a process of its own."""
+    with forks.ending([forks.start(forks.command, shlex.split(args), folder=folder)]) as [process]:
+        assert process.wait() == 0 and "Traceback" not in process.text, process.text
+        return process.text
 
 
 @pytest.fixture
@@ -142,8 +140,8 @@ def test_a_report_of_nothing_is_a_mistake(mistake: Callable[[str], str]) -> None
 
 
 def test_generate_in_a_process(trained: Path) -> None:
-    done = run(trained, "generate --policy ppo --prompt ab 'b c' --sampling.response-length 4")
-    assert done.stdout.startswith("ab\n>>> ") and "\nb c\n>>> " in done.stdout
+    said = run(trained, "generate --policy ppo --prompt ab 'b c' --sampling.response-length 4")
+    assert said.startswith("ab\n>>> ") and "\nb c\n>>> " in said
 
 
 def test_adapter_and_merged_model_write_the_same(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +184,10 @@ def test_a_run_goes_on_and_is_repeated(trained: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None:
-    done = run(world, "sft --model nowhere --data sft.jsonl --run-dir runs/x", expected=2)
+    """The real console command, started as a user starts it."""
+    words = ["sft", "--model", "nowhere", "--data", "sft.jsonl", "--run-dir", "runs/x"]
+    done = subprocess.run([COMMAND, *words], cwd=world, capture_output=True, text=True, timeout=forks.LIMIT)
+    assert done.returncode == 2
     assert done.stderr == "ppo-jax sft: nowhere does not exist; give a Hugging Face directory or a .gguf file\n"
     assert not (world / "runs").exists()
 
@@ -316,18 +317,6 @@ def test_usage_and_version(capsys: pytest.CaptureFixture) -> None:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def test_held_out_records_are_apart() -> None:
-    for count, number in [(0, 64), (4, 64), (5, 64), (40, 64), (400, 64), (400, 0)]:
-        records = list(range(count))
-        train, held_out = split_held_out(records, number, seed=1)
-        expected = min(number, count // 5)
-        if expected:
-            assert len(held_out) == expected and sorted(train + held_out) == records
-        else:
-            assert train == held_out == records
-    assert split_held_out(list(range(100)), 10, 1)[1] != split_held_out(list(range(100)), 10, 2)[1]
 
 
 def test_settings_survive_yaml() -> None:

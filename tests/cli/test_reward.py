@@ -1,5 +1,6 @@
 """`ppo-jax reward` on ratings and choices, `export-reward`, and what is refused before the run directory is touched."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,6 @@ from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.small import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ANSWERS = ["good day", "bad day", "bad"]
 
 
@@ -28,8 +28,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf.save(path / "model", SMALL, random_params(SMALL), make_tokenizer())
     rng = np.random.default_rng(0)
     records: dict[str, list[dict]] = {"choices": [], "ratings": [], "reference": [], "flat": []}
-    for _ in range(40):
-        prompt = "".join(rng.choice(list("abc"), rng.integers(1, 4)))
+    words = ["".join(word) for length in (1, 2, 3) for word in itertools.product("abcd", repeat=length)]
+    for prompt in rng.choice(words, 40, replace=False).tolist():  # all different, so that a fifth can be held out
         order = rng.permutation(3)
         best = int(np.argmin(order))
         records["choices"].append({"prompt": prompt, "responses": [ANSWERS[i] for i in order], "best": best})

@@ -21,7 +21,7 @@ CHAT = (
 def make_subwords(kind: str) -> Any:
     """One of KINDS. Words: the, ri, river, is, each behind a blank too, and ver; every other character is a token."""
     blank = "Ġ" if kind == "bytes" else "▁"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else [*"▁theriversan|<>.: ", "\n"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else [*"▁theriversan|<>/.: k", "\n"]
     special = ["<unk>", "<s>", "</s>"]
     pieces = list(dict.fromkeys([*special, *alphabet]))
     merges = [(a, b) for a, b in (merge.replace("_", blank).split() for merge in MERGES)]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.cli import main as cli
+from ppo_jax.data import disk
 from ppo_jax.data.disk import replaced_directory, swap
 from ppo_jax.models.adapters import init_lora
 from ppo_jax.models.files import artifacts, classifiers, hf
@@ -45,9 +48,10 @@ def model(path: Path, seed: int) -> None:
     hf.save(path, CONFIG, random_params(CONFIG, seed), make_tokenizer(), overwrite=True)
 
 
+@pytest.mark.parametrize("exchanges", [True, False], ids=["", "without exchange"])
 @pytest.mark.parametrize("save", [artifact, classifier, export, model])
 def test_what_is_there_stays_where_the_new_one_cannot_be_put(
-    save: Callable[[Path, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: Callable[[Path, int], None], exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "it"
     save(target, 1)
@@ -58,7 +62,13 @@ def test_what_is_there_stays_where_the_new_one_cannot_be_put(
             raise OSError(errno.EIO, "injected", str(to))
         real(source, to)
 
+    def refuse(one: Path, other: Path) -> bool:
+        if exchanges and other == target:
+            raise OSError(errno.EIO, "injected", str(other))
+        return False
+
     monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(disk, "exchange", refuse)
     with pytest.raises(OSError):
         save(target, 2)
     assert content(target) == before
@@ -102,11 +112,25 @@ def test_an_interruption_between_the_two_puts_the_old_one_back(tmp_path: Path, m
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)
     with pytest.raises(KeyboardInterrupt):
         swap(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
     swap(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "a").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_began_goes_and_what_lives_stays(tmp_path: Path) -> None:
+    host, begun = socket.gethostname(), ".it.partial-0a1b2c3d"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {f"{begun}.{dead.pid}.{host}": False, f"{begun}.{os.getpid()}.{host}": True, f"{begun}.{dead.pid}.x": True}
+    names |= {f".itself.partial-1.{dead.pid}.{host}": True, begun: True}
+    for name in names:
+        (tmp_path / name).mkdir()
+    with replaced_directory(tmp_path / "it"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"it", *(name for name, stays in names.items() if stays)}
 
 
 def test_what_is_gone_cannot_be_put_in_place(tmp_path: Path) -> None:

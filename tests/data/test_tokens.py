@@ -19,7 +19,7 @@ ASK = [{"role": "user", "content": "a"}]
 def seam(kind: str, before: str, after: str) -> tuple[list[str], list[str]]:
     """The pieces on both sides of the seam."""
     tokenizer = TOKENIZERS[kind]
-    ((row, start),) = token_rows([before], [after], tokenizer)
+    ((row, start),) = token_rows([(before, after)], tokenizer)
     return pieces(tokenizer, row[:start]), pieces(tokenizer, row[start:])
 
 
@@ -61,7 +61,7 @@ def test_an_answer_behind_a_template_that_ends_in_a_line_break(kind: str) -> Non
 )
 def test_a_row_says_the_text_and_begins_with_the_prompt(kind: str, before: str, after: str) -> None:
     tokenizer = TOKENIZERS[kind]
-    ((row, start),) = token_rows([before], [after], tokenizer)
+    ((row, start),) = token_rows([(before, after)], tokenizer)
     assert row[:start] == tokenise([before], tokenizer)[0]
     assert tokenizer.decode(row) == tokenizer.decode(tokenise([before + after], tokenizer)[0])
 

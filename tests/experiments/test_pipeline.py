@@ -1,7 +1,6 @@
 """SFT, reward model and PPO as one pipeline: each stage does its work, and leaves what the next one and others load."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,14 +14,6 @@ from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.runs.output import rundir
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Tiny programs are compiled many times and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.state import init_state
-from tests.compilation import compile_once
 
 UPDATES = SMOKE.loop.updates
 TIMES = ("time", "seconds", "tokens_per_second")
@@ -40,7 +39,7 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("sentiment")
     whole, resumed, cache = folder / "whole", folder / "resumed", folder / "cache"
-    with pytest.MonkeyPatch.context() as patch, compile_once(folder / "programs"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PPO_JAX_CACHE", str(cache))
         main(["--preset", "smoke", "--run-dir", str(whole)])
         trained = {str(file): file.stat().st_mtime_ns for file in cache.rglob("*") if file.is_file()}

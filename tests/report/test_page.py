@@ -104,6 +104,11 @@ def test_page_has_every_part(whole: Page):
     assert page.tags.count("svg") == 8
 
 
+def test_training_prompts_are_not_called_held_out(run: Path):
+    page = read(run, SUMMARY | {"measured_on": "training prompts"})
+    assert "of 64 training prompts" in page.text and "held-out prompts" not in page.text
+
+
 def test_page_loads_and_runs_nothing(whole: Page):
     page = whole
     assert not {"script", "link", "iframe", "object", "img", "image", "foreignobject"} & set(page.tags)

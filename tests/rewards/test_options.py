@@ -206,6 +206,13 @@ def test_a_sum_fails_where_a_part_does():
     assert chosen.failures.summary() == "the service answered HTTP 404 (2 rows)" and len(said) == 1
 
 
+def test_special_tokens_are_kept_where_the_user_asks():
+    assert choose("scores.py:length").special_tokens == "drop"
+    for weights in ((), (2.0,)):
+        assert choose("scores.py:length", weights=weights, special_tokens="keep").special_tokens == "keep"
+    assert choose("scores.py:length", "scores.py:number", special_tokens="keep").special_tokens == "keep"
+
+
 def test_one_source_with_a_weight():
     found = choose("scores.py:length", weights=(3.0,)).host(*TEXTS)
     np.testing.assert_array_equal(found.reward, [3, 4.5])
@@ -272,12 +279,13 @@ MISTAKES = {
     "two tokens": (["http://h/"], {"token_file": Path("none"), "token_env": "X"}, "exclude each other"),
     "a token for nobody": (["scores.py:length"], {"token_env": "TOKEN"}, "no --reward is a URL"),
     "a token for two": (["http://a/", "http://b/"], {"token_env": "TOKEN"}, "belongs to one service"),
+    "special tokens": (["rm"], {"special_tokens": "keep"}, "no effect: all of --reward reads tokens, none reads text"),
     "an unsendable token": (["http://h/"], {"token_env": "ODD"}, "characters that an HTTP header cannot carry"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_mistakes_are_named(reward_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     (folder / "empty").mkdir()
     (folder / "none").write_text("\n")
     (folder / "broken.py").write_text("def f(:\n")

@@ -15,11 +15,10 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.runs.dpo import Pairs, batch_in_order, encode, preferences, run_dpo
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.dpo import DPOConfig, counted
 from tests.data.tokenizer import EOS, make_tokenizer
 from tests.small import SMALL, small_model
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_all_pairs_once_in_batches_of_one_shape() -> None:
 def test_a_run_leaves_policy_and_model(model: Model, screen: Screen, tmp_path: Path) -> None:
     pairs = encode(records(), model.tokenizer, 32)
     dpo = DPOConfig(batch_size=8, steps=12, learning_rate=1e-2, accumulate=2)
-    result = run_dpo(tmp_path, model, AdapterConfig(rank=4), pairs, pairs, dpo, 0, screen)
+    result = run_dpo(tmp_path, OfflineSetup(model, pairs, pairs, dpo, 0, AdapterConfig(rank=4)), screen)
     assert result.before["accuracy"] == 0.5 and result.after["accuracy"] > 0.9 and result.after["pairs"] == 24
     values = read_jsonl(tmp_path / rundir.METRICS)
     assert {r["phase"] for r in values} == {"dpo"} and [r["step"] for r in values] == [0, *range(1, 13), 12]

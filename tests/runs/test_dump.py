@@ -24,18 +24,11 @@ from ppo_jax.train.loop import Stopped
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import Frozen
 from tests.checkpoints import read_arrays
-from tests.compilation import compile_once
 from tests.disk import small_disk
 from tests.runs.test_ppo import SETUP, WordReward
 
 UPDATES = dataclasses.replace(SETUP.loop, updates=9, eval_every=0, checkpoint_every=2)
 PPO = dataclasses.replace(SETUP.ppo, epochs=2)  # 4 optimizer steps per update
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory):
-    with compile_once(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 def poisoned(make: Any, first: int, last: int) -> Any:

@@ -101,7 +101,8 @@ def test_device_and_host_are_summed():
         return Scores(np.array([1, 2, np.nan]), np.ones(3, bool), {"inner": np.arange(3)})
 
     scores = Scores(np.array([10, np.nan, 30], np.float32), np.ones(3, bool), {"model": np.array([5, 6, 7])})
-    rollout = Rollout(*[np.zeros((3, 2), np.float32)] * 6, np.ones(3, bool), np.arange(3))
+    slots, zeros = np.zeros((3, 2), bool), np.zeros((3, 2), np.float32)
+    rollout = Rollout(slots.astype(np.int32), slots, slots, zeros, zeros, zeros, np.ones(3, bool), np.arange(3))
     setup = SETUP._replace(judges={}, reward=Reward(lambda *_: scores, host))
     found = collect_columns(setup, Evaluation(rollout, scores, np.zeros(3)), np.arange(3), ["", "", ""])
     np.testing.assert_array_equal(found["reward"], [11, np.nan, np.nan])

@@ -34,7 +34,6 @@ from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Hyper, Rollout, Scores
 from tests.checkpoints import read_arrays
-from tests.compilation import compile_once
 from tests.data.tokenizer import EOS, ids, make_tokenizer
 from tests.models.tiny import CONFIG, random_params
 
@@ -112,13 +111,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     whole, killed = folder / "whole", folder / "killed"
     left = []
-    with compile_once(folder / "programs"):
-        result = run(whole)
-        for point in (("ppo", 2), ("eval", 2)):  # before the first checkpoint; before the evaluation at which it is due
-            with pytest.raises(Killed):
-                run(killed, resume="auto", kill=point)
-            left.append([(record["phase"], record["step"]) for record in records(killed)])
-        resumed = run(killed, resume="auto")
+    result = run(whole)
+    for point in (("ppo", 2), ("eval", 2)):  # before the first checkpoint; before the evaluation at which it is due
+        with pytest.raises(Killed):
+            run(killed, resume="auto", kill=point)
+        left.append([(record["phase"], record["step"]) for record in records(killed)])
+    resumed = run(killed, resume="auto")
     return Runs(whole, killed, result, resumed, left)
 
 
@@ -225,19 +223,18 @@ def test_the_best_evaluation_chooses_a_checkpoint_and_an_export(runs: Runs, tmp_
         return np.full(len(prompts), next(marks)) + np.arange(len(prompts))
 
     loop = dataclasses.replace(SETUP.loop, updates=2, eval_every=1, checkpoint_every=0, keep=1, best_metric="marks")
-    with compile_once(runs.whole.parent / "programs"):
-        run(tmp_path, loop=loop, judges={"marks": judge})
-        assert store.all_steps(tmp_path / rundir.CHECKPOINTS) == [1, 2]
-        assert store.read_meta(tmp_path / rundir.CHECKPOINTS)["best"] == {
-            "step": 1, "metric": "marks", "value": 7.5,
-        }  # fmt: skip
-        best, last = (artifacts.load(tmp_path / EXPORT / name, "policy") for name in ("best", "policy"))
-        assert best.meta["updates"] == 1 and best.meta["evaluation"]["marks"] == 7.5
-        assert best.meta["chosen_by"] == "marks" and last.meta["updates"] == 2
-        whole = read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
-        np.testing.assert_array_equal(best.adapter["lora"]["q"].b, whole["policy.adapter.lora.q.b"])
-        marks = iter([2.0])
-        run(tmp_path, resume="yes", loop=dataclasses.replace(loop, updates=3), judges={"marks": judge})
+    run(tmp_path, loop=loop, judges={"marks": judge})
+    assert store.all_steps(tmp_path / rundir.CHECKPOINTS) == [1, 2]
+    assert store.read_meta(tmp_path / rundir.CHECKPOINTS)["best"] == {
+        "step": 1, "metric": "marks", "value": 7.5,
+    }  # fmt: skip
+    best, last = (artifacts.load(tmp_path / EXPORT / name, "policy") for name in ("best", "policy"))
+    assert best.meta["updates"] == 1 and best.meta["evaluation"]["marks"] == 7.5
+    assert best.meta["chosen_by"] == "marks" and last.meta["updates"] == 2
+    whole = read_arrays(tmp_path / rundir.CHECKPOINTS, ["policy.adapter.lora.q.b"], 1)
+    np.testing.assert_array_equal(best.adapter["lora"]["q"].b, whole["policy.adapter.lora.q.b"])
+    marks = iter([2.0])
+    run(tmp_path, resume="yes", loop=dataclasses.replace(loop, updates=3), judges={"marks": judge})
     assert store.all_steps(tmp_path / rundir.CHECKPOINTS) == [1, 3]
     assert artifacts.load(tmp_path / EXPORT / "best", "policy").meta["updates"] == 1
 

@@ -24,12 +24,12 @@ from ppo_jax.runs.reward import (
     run_reward,
     training_batches,
 )
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.reward_model import RewardConfig
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.small import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEAD_ONLY = RewardConfig(lora_layers=0, batch_size=8)
 
 
@@ -65,7 +65,7 @@ def test_comparisons_by_hand() -> None:
 def test_the_head_alone_orders_what_it_can_read(depth: int, model: Model, screen: Screen, tmp_path: Path) -> None:
     """The last token decides, and its residual stream says which it is; also on a trunk of one layer."""
     reward = RewardConfig(depth=depth, lora_layers=0, batch_size=8)
-    result = run_reward(tmp_path, model, reward, pairs(150), pairs(30, seed=1), 0, screen)
+    result = run_reward(tmp_path, OfflineSetup(model, pairs(150), pairs(30, seed=1), reward, 0), screen)
     assert result.accuracy > 0.85 and result.trunk.num_layers == (depth or 2)
     assert result.role.adapter == {}
     found = artifacts.load(tmp_path / "export" / "reward", "reward")
@@ -89,7 +89,7 @@ def test_margins_reach_the_fit(model: Model, screen: Screen, tmp_path: Path) -> 
     for name, margin in (("a", 0.0), ("b", 3.0)):
         (tmp_path / name).mkdir()
         given = pairs(150)._replace(margins=[margin] * 150)
-        role = run_reward(tmp_path / name, model, reward, given, pairs(8, 1), 0, screen).role
+        role = run_reward(tmp_path / name, OfflineSetup(model, given, pairs(8, 1), reward, 0), screen).role
         gains.append(float(role.head["gain"]))
     assert gains[1] < 0.8 * gains[0]
 
@@ -176,7 +176,7 @@ def test_every_kind_of_preference_trains_a_lora_model(kind: str, model: Model, s
     """From a random head, so that what is learnt is learnt by the joint training."""
     make = {"pairs": pairs, "ratings": some_ratings, "choices": some_choices}[kind]
     reward = RewardConfig(lora_layers=1, batch_size=8, epochs=6, learning_rate=1e-2, head_steps=0, centring=0.01)
-    result = run_reward(tmp_path, model, reward, make(120), make(40, 1), 0, screen)
+    result = run_reward(tmp_path, OfflineSetup(model, make(120), make(40, 1), reward, 0), screen)
     records = read_jsonl(tmp_path / rundir.METRICS)
     # A batch of equal ratings has no loss.
     losses = [r["loss"] for r in records if r.get("loss") is not None]
@@ -193,7 +193,7 @@ def test_a_full_model_is_a_directory_of_its_own(model: Model, screen: Screen, tm
     reward = RewardConfig(kind="full", depth=1, batch_size=8, epochs=2, learning_rate=1e-3)
     reference = some_ratings(30, seed=5).rows
     before = jax.tree.map(np.asarray, model.params)
-    result = run_reward(tmp_path, model, reward, pairs(60), pairs(30, 1), 0, screen, reference=reference)
+    result = run_reward(tmp_path, OfflineSetup(model, pairs(60), pairs(30, 1), reward, 0, reference=reference), screen)
     assert result.accuracy > 0.85 and result.path == tmp_path / "export" / "reward"
     scorer = load_scorer(tmp_path)
     scores = scorer.score_rows(reference)
@@ -211,14 +211,14 @@ def test_a_full_model_is_a_directory_of_its_own(model: Model, screen: Screen, tm
 
 def test_without_normalisation_the_gain_stays_1(model: Model, screen: Screen, tmp_path: Path) -> None:
     reward = RewardConfig(lora_layers=0, batch_size=8, normalise=False)
-    result = run_reward(tmp_path, model, reward, pairs(60), pairs(30, 1), 0, screen)
+    result = run_reward(tmp_path, OfflineSetup(model, pairs(60), pairs(30, 1), reward, 0), screen)
     assert result.role.head["gain"] == 1
     assert artifacts.load(result.path, "reward").meta["normalised_on"] is None
 
 
 def test_the_report_is_that_of_the_saved_model(model: Model, screen: Screen, tmp_path: Path) -> None:
     unseen = pairs(37, 1)
-    result = run_reward(tmp_path, model, HEAD_ONLY, pairs(60), unseen, 0, screen)
+    result = run_reward(tmp_path, OfflineSetup(model, pairs(60), unseen, HEAD_ONLY, 0), screen)
     scorer = load_scorer(tmp_path)
     chosen, rejected = scorer.score_rows(unseen.chosen), scorer.score_rows(unseen.rejected)
     scores = np.concatenate([chosen, rejected])

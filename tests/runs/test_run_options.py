@@ -1,6 +1,8 @@
 """Options that a whole run has to carry: pretraining texts, a critic of its own, an average of the policy."""
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import smoke
 from ppo_jax.data import right_pad
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, unembedding
@@ -22,6 +25,7 @@ from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.train.options import CriticConfig
+from ppo_jax.types import Scores
 from tests.runs.test_ppo import MODEL, SETUP, run
 from tests.train.toy import assert_close, noisy
 
@@ -81,6 +85,29 @@ def test_a_critic_from_the_reward_model_values_states_by_their_score(tmp_path: P
     kernel, bias = (result.policy.value_head["value"][name] for name in ("kernel", "bias"))
     said = last_token(hidden[0], mask) @ kernel + bias
     np.testing.assert_allclose(said[:, 0], score(role.head, last_token(hidden[1], mask)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("special_tokens", ["drop", "keep"])
+def test_special_tokens_reach_the_hosts_reward_where_they_are_kept(tmp_path: Path, special_tokens: str) -> None:
+    """In updates and evaluations. "great" stands for <think>; the token that ended a response is never part of it."""
+    tokenizer = copy.deepcopy(MODEL.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["great"]})
+    assert len(tokenizer) == len(MODEL.tokenizer)
+    read: dict[int, str] = {}  # all that was read of batches with so many rows: 8 in updates, 6 in evaluations
+
+    def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        read[len(prompts)] = read.get(len(prompts), "") + " ".join(responses)
+        return Scores(np.ones(len(prompts)), np.ones(len(prompts), bool), {})
+
+    setup = SETUP._replace(
+        model=MODEL._replace(tokenizer=tokenizer),
+        reward=Reward(host=reward, special_tokens=special_tokens),
+        loop=dataclasses.replace(SHORT, updates=1),
+    )
+    with progress("test", main_process=False) as screen:
+        run_ppo(rundir.open_run(tmp_path), setup, screen)
+    assert read.keys() == {8, 6} and not any(smoke.END in text for text in read.values())
+    assert all(("great" in text) == (special_tokens == "keep") for text in read.values())
 
 
 def test_a_critic_does_not_start_from_a_reward_model_on_a_cut_trunk(tmp_path: Path, screen: Any) -> None:

@@ -67,6 +67,13 @@ def test_a_response_is_what_its_tokens_say(name: str, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@given(ids=st.lists(st.sampled_from([0, 1, *range(3, len(PIECES))]), max_size=8))
+def test_special_tokens_stay_where_they_are_asked_for(name: str, ids: list[int]) -> None:
+    whole = "".join(PIECES[i].replace("\u2581", " ") for i in ids)
+    assert model(TOKENIZERS[name]).decode(np.array(ids, np.int32), special=True) == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_responses_of_a_rollout(name: str) -> None:
     film, is_, stop, end = (PIECES.index(piece) for piece in ("\u2581film", "\u2581is", "\u2581.", "</s>"))
     tokens, mask = np.array([[0, 4, film, is_, stop, end]]), np.array([[True] * 4])

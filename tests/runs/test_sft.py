@@ -13,13 +13,12 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.sft import SFTConfig
 from tests.data.tokenizer import EOS
 from tests.models.tiny import random_params
 from tests.small import SMALL, small_model
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +29,14 @@ def model() -> Model:
 def test_too_few_rows_for_a_batch(model: Model, screen: Screen, tmp_path: Path) -> None:
     rows = EncodedSFT([[2, 3, 4]] * 4, [1] * 4, list(range(4)), 0)
     with pytest.raises(ValueError, match="batch_size=16 but there are 4 demonstrations"):
-        run_sft(tmp_path, model, AdapterConfig(), rows, rows, SFTConfig(), 0, screen)
+        run_sft(tmp_path, OfflineSetup(model, rows, rows, SFTConfig(), 0, AdapterConfig()), screen)
     assert not list(tmp_path.iterdir())
 
 
 def test_sft_measures_before_and_after(model: Model, screen: Screen, tmp_path: Path) -> None:
     rows = EncodedSFT([[2, 3, 4, 5, EOS], [6, 7, EOS]] * 4, [2, 1] * 4, list(range(8)), 0)
     sft = SFTConfig(batch_size=4, steps=6, learning_rate=1e-2, accumulate=2)
-    result = run_sft(tmp_path, model, AdapterConfig(rank=4), rows, rows, sft, 0, screen)
+    result = run_sft(tmp_path, OfflineSetup(model, rows, rows, sft, 0, AdapterConfig(rank=4)), screen)
     assert result.after["loss"] < result.before["loss"] and result.before["tokens"] == 4 * (3 + 2)
     records = read_jsonl(tmp_path / rundir.METRICS)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5, 6, 6]

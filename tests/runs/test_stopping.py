@@ -30,14 +30,7 @@ from ppo_jax.runs.setup import Result
 from ppo_jax.train.loop import Exploded, Interrupted
 from ppo_jax.types import Frozen, Policy, Rollout, Scores
 from tests.checkpoints import read_arrays
-from tests.compilation import compile_once
 from tests.runs.test_ppo import MODEL, SETUP, WordReward, length_judge
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory):
-    with compile_once(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 def run(folder: Path, said: list[str] | None = None, **changes: Any) -> Result:

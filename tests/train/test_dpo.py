@@ -33,7 +33,6 @@ from ppo_jax.train.dpo import (
 from tests.models.tiny import CONFIG, random_params
 from tests.train.toy import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BASE = random_params(CONFIG)
 B, S = 8, 11
 SCALARS = DPOScalars(1e-2, 1e9, 0.3, 0.1)

@@ -28,7 +28,6 @@ from ppo_jax.train.sft import (
 )
 from tests.models.tiny import CONFIG, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BASE = random_params(CONFIG)
 B, S = 8, 11
 

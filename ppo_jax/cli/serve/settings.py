@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ppo_jax.cli.parse import Brief
+from ppo_jax.rewards.reading import At
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,8 @@ class ServeSettings:
     label."""
     model: str | None = None
     """The base of a LoRA reward model is here, where the one that it names has moved."""
+    at: At = "auto"
+    """The score is read there; auto: ours at the last token of the text, others where their template closes it."""
     host: str = "127.0.0.1"
     """The server listens at this address; only this machine reaches the default."""
     port: int = 8000

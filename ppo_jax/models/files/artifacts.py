@@ -42,7 +42,7 @@ FORMAT = 1
 ARRAYS, DESCRIPTION = "arrays.safetensors", "artifact.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 # Fields of a ModelConfig that say how it is run or where it stops, not what its weights compute.
-_CHOICES = ("dtype", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids")
+_CHOICES = ("dtype", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids", "tokenless")
 
 Kind = Literal["policy", "reward"]
 

@@ -44,6 +44,8 @@ class SequenceClassifier(NamedTuple):
     params: PyTree
     head: PyTree  # parameters of a RewardHead; the gain is 1
     meta: dict[str, Any]  # what the trainer said of it, {} in a directory of somebody else
+    ours: bool = True  # whether ppo_jax wrote it
+    pad_id: int | None = None  # by which `transformers` finds the last token of a text
 
 
 def is_sequence_classifier(path: str | Path) -> bool:
@@ -105,7 +107,9 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         "bias": jnp.asarray(bias, jnp.float32),
     }
     meta = raw.get(META)
-    return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {})
+    pad = raw.get("pad_token_id")
+    pad_id = pad if isinstance(pad, int) else None
+    return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {}, META in raw, pad_id)
 
 
 def save(

@@ -1,9 +1,10 @@
 """Where a model's files are: a local path or the Hugging Face hub; and JSON files of limited size."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ppo_jax.data.disk import replace_file
 
 LARGEST_JSON = 10**8  # bytes; the index of the largest models has some 10**7
 
@@ -52,6 +53,4 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

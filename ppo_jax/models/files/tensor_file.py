@@ -8,7 +8,6 @@ header as JSON, {name: dtype, shape, begin and end in the data}, filled up with 
 import itertools
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
+from ppo_jax.data.disk import publish
 from ppo_jax.parallel import processes
 
 # Name of a dtype in numpy -> in the file; the package puts later ones first, so that every tensor is aligned.
@@ -82,7 +82,7 @@ def write(path: Path, entries: Sequence[Entry], source: Pieces, metadata: Mappin
                     left -= _write_piece(file, next(source, None), entry)
                 if left:
                     raise ValueError(f"{path}: {entry.name} has {-left} bytes too many")
-        os.replace(partial, path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

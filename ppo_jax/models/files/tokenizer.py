@@ -62,6 +62,26 @@ def check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
         )
 
 
+def rows_without_token(vocab_size: int, tokenizer: Any) -> tuple[tuple[int, int], ...]:
+    """Find the ranges [start, stop) of ids below `vocab_size` for which the tokenizer has no token.
+
+    Models round their tables up: Qwen2.5 has 151,936 rows for 151,665 tokens.
+    """
+    known = set(tokenizer.get_vocab().values())
+    rows = [i for i in range(vocab_size) if i not in known and not _token_of(i, tokenizer)]
+    starts = [row for place, row in enumerate(rows) if not place or rows[place - 1] != row - 1]
+    stops = [row + 1 for place, row in enumerate(rows) if place == len(rows) - 1 or rows[place + 1] != row + 1]
+    return tuple(zip(starts, stops, strict=True))
+
+
+def _token_of(token_id: int, tokenizer: Any) -> str | None:
+    """Look up an id that the vocabulary does not list, which leaves out those that share a text."""
+    try:
+        return tokenizer.convert_ids_to_tokens(token_id)
+    except (IndexError, KeyError, ValueError):  # of tokenizers that are no table
+        return None
+
+
 def save_tokenizer(where: Path, tokenizer: Any) -> None:
     """Writes a transformers tokenizer with its chat template, for transformers 4 and 5."""
     tokenizer.save_pretrained(where)

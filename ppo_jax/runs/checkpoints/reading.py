@@ -19,6 +19,16 @@ FORMAT = 2
 LARGEST_META = 1 << 26  # bytes of a checkpoint's description that are read
 
 
+def check_path(directory: Path) -> None:
+    """Raises ValueError where a checkpoint below `directory` could not be read back, for a name on the way to it."""
+    where = str(directory.resolve())
+    if found := sorted(set(where) & set("[*?\\")):
+        raise ValueError(
+            f"{directory}: checkpoints cannot be kept below a directory with {' or '.join(found)} in its name "
+            f"({where}), which the library that writes them takes for a pattern; name it without"
+        )
+
+
 def all_steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`, oldest first (empty where there are none)."""
     return sorted(ocp.utils.checkpoint_steps(Path(directory).resolve()))
@@ -76,6 +86,19 @@ def read_leaves(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, 
     if wrong := checksums.changed(manifest, arrays, whole):
         raise DamagedCheckpoint(f"{path / str(step)}: not the bytes that were saved: {', '.join(wrong)}")
     return arrays
+
+
+def check_written(folder: Path) -> None:
+    """Raises ValueError unless every array that a checkpoint describes is stored in it; reads headers only.
+
+    Args:
+      folder: of one checkpoint, which need not have its name yet.
+    """
+    manifest: Manifest = parse_json((folder / "meta" / "metadata").read_bytes())["manifest"]
+    names = [name for name, entry in manifest.items() if 0 not in entry["shape"]]
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / "arrays").tree
+    if wrong := manifests.other_than_stored(manifest, stored, names):
+        raise ValueError(f"what was written cannot be read back: {'; '.join(wrong[:3])}")
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 
+from ppo_jax.data.disk import make_directory, sync
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
@@ -31,6 +32,10 @@ MAY_CHANGE = (
     "ppo.accumulate",
     "ppo.logprob_chunk",
     "ppo.sampling.gather_weights",
+    "sft.accumulate",
+    "sft.logprob_chunk",
+    "dpo.accumulate",
+    "dpo.logprob_chunk",
     "compute.remat",
     "compute.attention",
 )
@@ -100,16 +105,19 @@ def _first_sets_aside(directory: Path, step: int) -> Path | None:
 def set_aside(directory: Path, step: int) -> Path:
     """Moves a checkpoint out of the way, under a name that is free."""
     folder = directory / rundir.DAMAGED
-    folder.mkdir(exist_ok=True)
+    make_directory(folder)
     names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
     target = next(folder / name for name in names if not (folder / name).exists())
-    (directory / rundir.CHECKPOINTS / str(step)).rename(target)
+    checkpoints = directory / rundir.CHECKPOINTS
+    (checkpoints / str(step)).rename(target)
+    for place in (folder, checkpoints):
+        sync(place)
     return target
 
 
-def drop_later_records(directory: Path, step: int) -> None:
+def drop_later_records(directory: Path, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
     """Drops what a run wrote after `step`, and the samples of an evaluation at `step` that has no record yet."""
-    rundir.truncate_run(directory, step)
+    rundir.truncate_run(directory, step, phases)
     records = read_jsonl(directory / rundir.METRICS)
     if not any(record.get("phase") == "eval" and record.get("step") == step for record in records):
         rundir.drop_evaluations(directory, step - 1)

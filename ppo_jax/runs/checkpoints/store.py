@@ -13,6 +13,7 @@ process, fails in all of them, with the same error (`agreement`): those function
     state, step = store.restore(run / "checkpoints", abstract_state)
 """
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ppo_jax.data.disk import sync, sync_tree
 from ppo_jax.parallel.agreement import agree, anywhere, of_first
 from ppo_jax.runs.checkpoints import checksums, manifests
 from ppo_jax.runs.checkpoints.barrier import save_barrier
@@ -42,12 +44,29 @@ from ppo_jax.runs.checkpoints.reading import (
     FORMAT,
     LARGEST_META,
     all_steps,
+    check_path,
+    check_written,
     find_step,
     first_line,
     read_document,
     read_leaves,
 )
 from ppo_jax.types import PyTree
+
+
+class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint in the making. Before it gets its name it is read once, and it is on the disk itself."""
+
+    async def finalize(self) -> None:
+        final = Path(self.get_final())
+        if not final.name.isdecimal():  # one of its items, which is looked at with the whole
+            return await super().finalize()
+        await asyncio.to_thread(check_written, Path(self.get()))
+        await asyncio.to_thread(sync_tree, Path(self.get()))
+        await super().finalize()
+        await asyncio.to_thread(sync_tree, final)  # what Orbax says of it, which nobody needs to read it
+        for folder in (final.parent, final.parent.parent):
+            await asyncio.to_thread(sync, folder)
 
 
 class _Keep(ocp.checkpoint_managers.PreservationPolicy):
@@ -92,10 +111,12 @@ def open_manager(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     path = Path(directory).resolve()
+    check_path(path)
     quiet()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_Keep(keep, every, best),
         cleanup_tmp_directories=True,
+        temporary_path_class=_Durable,
         # Made in the background, a directory that cannot be made leaves Orbax's threads waiting for it for minutes.
         async_options=ocp.AsyncOptions(
             create_directories_asynchronously=False,

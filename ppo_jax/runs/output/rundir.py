@@ -25,11 +25,13 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import replace_file, strict
+from ppo_jax.data.disk import make_directory, replace_file, strict
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
+from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.parallel.launch import PRIVATE
 from ppo_jax.parallel.processes import is_first
+from ppo_jax.runs.checkpoints.reading import check_path
 
 CONFIG, METRICS, SAMPLES, EVALUATIONS = "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 RUN, SUMMARY, REPORT, LOG, README = "run.json", "summary.json", "report.html", "log.txt", "README.txt"
@@ -72,36 +74,52 @@ def open_run(
         can always pass it; with "yes" (or True) that is an error, since the directory is likely mistyped.
       overwrite: the files of a run are deleted, and nothing else.
 
+    From here until its end this process holds the directory (`data.locks`): another one is refused.
+
     Raises ValueError that says what is in the way and what to do.
     """
     if resume not in (False, "no") and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: choose one")
     path = Path(path).expanduser()
-    if resume in (True, "yes") and not any((path / name).exists() for name in LAYOUT):
-        raise ValueError(f"{path} holds no run to go on with: --resume auto starts one, or name another directory")
+    check_path(path)
+    if not (path / LOCK).exists():  # no process of ours is or was there
+        _look(path, resume, overwrite)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         with tempfile.TemporaryFile(dir=path):  # a mode bit does not tell: a disk may be read-only or full
             pass
     except OSError as error:
         raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
-
-    found = [name for name in (*LAYOUT, DAMAGED, FAULTS) if (path / name).exists()]
-    if found and resume in (False, "no"):
-        if not overwrite:
-            raise ValueError(
-                f"{path} already holds a run ({', '.join(found)}): "
-                "pass --resume to go on, --overwrite to delete it, or choose another directory"
-            )
-        if not holds_run(path):  # a `checkpoints/` of somebody else is not ours to delete
-            raise ValueError(
-                f"{path} holds {', '.join(found)} but neither {CONFIG} nor {METRICS}, so it may not be a run of "
-                "ppo_jax and nothing was deleted: empty it by hand or choose another directory"
-            )
-        for name in found:
-            item = path / name
-            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    hold_directory(path)
+    try:
+        found = _look(path, resume, overwrite)
+    except ValueError:
+        release_directory(path)
+        raise
+    for name in found if overwrite else ():
+        item = path / name
+        shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     return path
+
+
+def _look(path: Path, resume: bool | Literal["no", "yes", "auto"], overwrite: bool) -> list[str]:
+    """What of a run lies in `path`. Raises ValueError where that is not what was asked for."""
+    if resume in (True, "yes") and not any((path / name).exists() for name in LAYOUT):
+        raise ValueError(f"{path} holds no run to go on with: --resume auto starts one, or name another directory")
+    found = [name for name in (*LAYOUT, DAMAGED, FAULTS) if (path / name).exists()]
+    if not found or resume not in (False, "no"):
+        return found
+    if not overwrite:
+        raise ValueError(
+            f"{path} already holds a run ({', '.join(found)}): "
+            "pass --resume to go on, --overwrite to delete it, or choose another directory"
+        )
+    if not holds_run(path):  # a `checkpoints/` of somebody else is not ours to delete
+        raise ValueError(
+            f"{path} holds {', '.join(found)} but neither {CONFIG} nor {METRICS}, so it may not be a run of "
+            "ppo_jax and nothing was deleted: empty it by hand or choose another directory"
+        )
+    return found
 
 
 def truncate_run(path: str | os.PathLike, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
@@ -123,18 +141,26 @@ def write_evaluation(
     responses: Sequence[str],
     columns: Mapping[str, Sequence[float]],
     scores: Sequence[str],
+    put_samples: Callable[..., object] | None = None,
+    put_scores: Callable[..., object] | None = None,
 ) -> None:
-    """Append to evaluations.jsonl {"step", "columns": {name: a number per held-out prompt}}, and `write_samples`.
+    """Write the first responses of an evaluation by `write_samples`, and the scores of all by `write_scores`.
 
     Args:
-      prompts, responses: of the first of them, which become samples.
+      prompts, responses: the first of them.
       scores: the columns that a sample shows.
+      put_samples, put_scores: stand in for the two writers.
     """
+    shown = {name: list(columns[name])[: len(prompts)] for name in scores}
+    (put_samples or write_samples)(path, step, prompts, responses, shown)
+    (put_scores or write_scores)(path, step, columns)
+
+
+def write_scores(path: str | os.PathLike, step: int, columns: Mapping[str, Sequence[float]]) -> None:
+    """Append to evaluations.jsonl {"step", "columns": {name: a number per held-out prompt}}."""
     file = Path(path) / EVALUATIONS
     repair_jsonl(file)
     append_jsonl(file, [{"step": int(step), "columns": {name: list(column) for name, column in columns.items()}}])
-    shown = {name: list(columns[name])[: len(prompts)] for name in scores}
-    write_samples(path, step, prompts, responses, shown)
 
 
 def write_samples(
@@ -224,7 +250,7 @@ def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
     private = Path(tempfile.mkdtemp(prefix="ppo_jax-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     PRIVATE.append(private)
-    for name in (CONFIG, METRICS, SAMPLES):
+    for name in (CONFIG, METRICS, SAMPLES, EVALUATIONS):
         if (shared / name).exists():
             shutil.copy(shared / name, private / name)
     (private / CHECKPOINTS).symlink_to(shared / CHECKPOINTS)

@@ -10,12 +10,12 @@ Only the first process of a multi-host run shows anything.
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from ppo_jax.runs.output.streams import unbreakable
 
 # What is shown, in this order, with its label and format; a phase that has none of these shows what it has.
 SHOWN = {
@@ -59,20 +61,26 @@ def progress(
     main_process: False (every process but the first of a multi-host run) shows nothing at all.
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
-    log: a file that all that is said is added to, as plain lines, and what ended it where that was an error.
+    log: a file that all lines are added to as well, whatever becomes of the terminal, and what ended the block where
+      that was an error; None: none.
+
+    Inside the block nothing that is printed fails, whoever prints it (`streams`).
     """
-    screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
-    screen.log = log if main_process else None
-    screen.put_in_log(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {title}")
-    shown = Live(screen, console=screen.console, refresh_per_second=2) if screen.live else contextlib.nullcontext()
-    with shown:
-        try:
-            yield screen
-        except BaseException as error:
+    with unbreakable():
+        screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
+        screen.log = log if main_process else None
+        screen.message(title, only_log=True)
+        display: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if screen.live:
+            display = Live(screen, console=screen.console, refresh_per_second=2)
+        with display:
+            try:
+                yield screen
+            except BaseException as error:
+                screen.flush()
+                screen.message(f"ended by {type(error).__name__}: {error}", only_log=True)
+                raise
             screen.flush()
-            screen.put_in_log(f"ended by {type(error).__name__}: {error}")
-            raise
-        screen.flush()
 
 
 @dataclasses.dataclass
@@ -112,6 +120,8 @@ class Screen:
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
         self.log: Path | None = None
+        # Lays out what goes into the log: plain even where FORCE_COLOR is set.
+        self.plain = Console(file=io.StringIO(), width=120, force_terminal=False, color_system=None, highlight=False)
         self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
 
     def update(
@@ -135,11 +145,11 @@ class Screen:
             self.flush()
 
     def flush(self) -> None:
-        """Print the line of the last update, if it was held back: without a live terminal, and always into the log."""
+        """Print the line of the last update, if it was held back; where the terminal is live, into the log alone."""
         state = self.current
         if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
-            (self.put_in_log if self.live else self.message)(self._summary(state))
+            self.message(self._summary(state), only_log=self.live)
 
     def sample(
         self,
@@ -168,24 +178,23 @@ class Screen:
             table.add_row(*row)
         self._print(table)
 
-    def _print(self, what: RenderableType, **how: Any) -> None:
-        """Print onto the console. A log on a full disk, or a reader that is gone, is no reason to end a run."""
-        with contextlib.suppress(OSError):
-            self.console.print(what, **how)
-        self.put_in_log(what, **how)
-
-    def put_in_log(self, what: RenderableType, **how: Any) -> None:
-        """Print into the log alone. It is opened each time: the run directory may have been removed."""
+    def _print(self, what: RenderableType, only_log: bool = False, **how: Any) -> None:
+        """Print onto the console and into the log. That one of them cannot be written is no reason to end a run."""
+        if not only_log:
+            with contextlib.suppress(OSError):
+                self.console.print(what, **how)
         if self.log is not None:
+            with self.plain.capture() as captured:
+                self.plain.print(what, **how)
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {captured.get()}"
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
-                plain = Console(file=file, width=120, force_terminal=False, color_system=None, highlight=False)
-                plain.print(what, **(dict(markup=False, emoji=False, soft_wrap=True) if isinstance(what, str) else how))
+                file.write(line)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, only_log: bool = False) -> None:
         """Print text above the live part, as it is (no markup)."""
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
-            self._print(lines, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print(lines, only_log, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Estimate (total - step) * seconds per step of this phase - what has passed since its last step.

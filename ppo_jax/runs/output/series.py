@@ -6,6 +6,7 @@ from typing import Any
 
 Records = Sequence[dict[str, Any]]
 Labels = Mapping[str, str]  # name of a judge -> what people are shown
+EVALUATED = "held-out prompts"  # what evaluations are of, unless there were too few to hold any out
 NO_LABELS: Labels = {}
 OWN = ("reward", "kl")  # scores of an evaluation that are no judges; nor are the parts of a reward, reward/NAME
 

@@ -74,16 +74,17 @@ def resilient(
     return attempt
 
 
-def jsonl_writer(path: str | os.PathLike) -> Writer:
+def jsonl_writer(path: str | os.PathLike, in_order: Sequence[str] = ()) -> Writer:
     """Make a writer of JSON objects, a line each, to `path`: {"step", "phase", "time", and the values by name}.
 
     `time` is in seconds since the Unix epoch. Every line reaches the operating system before `write` returns, so a
     killed process loses none; a torn last line that an earlier crash left is removed first. The first write to a phase
-    drops what an earlier process wrote of that phase from that step on: what is done again is recorded once.
+    drops what an earlier process wrote of that phase from that step on: what is done again is recorded once. Not so
+    for the phases `in_order`, of which the caller has dropped what is done again.
     """
     path = Path(path)
     repair_jsonl(path)
-    begun: set[str] = set()
+    begun = set(in_order)
 
     def write(step: int, phase: str, values: Mapping[str, float]) -> None:
         clash = [name for name in values if name in RESERVED]
@@ -209,14 +210,20 @@ def with_screen(
     return write
 
 
-def run_files(directory: Path, screen: Screen, wandb: str = "", config: str = "") -> list[Callable[..., int]]:
-    """Make a writer for each place; called without arguments it tries again what it could not write."""
+def run_files(
+    directory: Path, screen: Screen, wandb: str = "", config: str = "", in_order: Sequence[str] = ()
+) -> list[Callable[..., int]]:
+    """Make a writer for each place; called without arguments it tries again what it could not write.
+
+    Args:
+      in_order: as for `jsonl_writer`.
+    """
     if jax.process_index():
         return []
     say = screen.message
     tensorboard = tensorboard_writer(directory / rundir.TENSORBOARD, say)
     writers = [
-        resilient(jsonl_writer(directory / rundir.METRICS), say, rundir.METRICS),
+        resilient(jsonl_writer(directory / rundir.METRICS, in_order), say, rundir.METRICS),
         resilient(tensorboard, say, f"{rundir.TENSORBOARD}/"),
     ]
     if wandb:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -316,6 +317,29 @@ def test_a_failure_in_the_background_surfaces_on_wait_and_on_leaving(tmp_path: P
     ):
         store.save(manager, 1, big)
         raise KeyboardInterrupt  # is not hidden behind the failed save
+
+
+def test_a_path_that_is_a_pattern_is_refused(tmp_path: Path) -> None:
+    """Orbax would look below whatever matches it, find nothing to merge, and call that saved."""
+    with pytest.raises(ValueError, match=r"with \[ in its name"):
+        save(tmp_path / "lr=[0.1]", 1, {"x": jnp.ones(1)})
+    (tmp_path / "link").symlink_to(tmp_path / "lr=[0.1]")
+    with pytest.raises(ValueError, match=r"with \[ in its name"):
+        save(tmp_path / "link", 1, {"x": jnp.ones(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_what_cannot_be_read_back_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: the checkpoint does not get its name, and the one before stays."""
+    save(tmp_path, 1, {"x": jnp.ones(3)})
+    merge = ocp.PyTreeCheckpointHandler.finalize
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda self, directory: None)  # as for such a path
+    with pytest.raises(store.CheckpointSaveError, match="could not be saved"):
+        save(tmp_path, 2, {"x": jnp.ones(3)})
+    assert store.all_steps(tmp_path) == [1]
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", merge)
+    save(tmp_path, 2, {"x": jnp.ones(3)})
+    assert store.all_steps(tmp_path) == [1, 2]
 
 
 def test_a_place_that_cannot_hold_checkpoints(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import filelock
 import pytest
 
+from ppo_jax.data import locks
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.runs.output import rundir, writers
 
@@ -23,12 +25,14 @@ def make_run(path: Path) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    """All files but those of the lock."""
+    files = (p for p in path.rglob("*") if p.is_file() and p.name not in (locks.LOCK, locks.HOLDER))
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
 
 
 def test_new_nested_directory_is_made(tmp_path: Path):
     run = rundir.open_run(tmp_path / "a" / "b")
-    assert run.is_dir() and list(run.iterdir()) == [] and not rundir.holds_run(run)
+    assert run.is_dir() and contents(run) == {} and not rundir.holds_run(run)
 
 
 def test_directory_with_a_run_is_refused_and_untouched(tmp_path: Path):
@@ -54,7 +58,33 @@ def test_resume_keeps_everything_and_starts_where_there_is_none(tmp_path: Path):
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path):
     run = make_run(tmp_path / "run")
     rundir.open_run(run, overwrite=True)
-    assert [p.name for p in run.iterdir()] == ["notes.txt"]
+    assert contents(run) == {"notes.txt": b"mine"} and not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"resume": "yes"}, {"overwrite": True}])
+def test_a_directory_that_another_process_is_in_is_not_touched(options: dict, tmp_path: Path):
+    """Here the other one is played by another lock of this process."""
+    run = make_run(tmp_path / "run")
+    lock = filelock.FileLock(run / locks.LOCK)
+    before = contents(run)
+    with lock, pytest.raises(ValueError, match="run is in use by another process: wait for it, stop it, or"):
+        rundir.open_run(run, **options)
+    assert contents(run) == before
+    assert rundir.open_run(run, **options) == run
+
+
+def test_what_is_refused_is_not_held(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        rundir.open_run(run)
+    assert not (run / locks.LOCK).exists()
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*", "why?", "back\\slash", "in[side]/run"])
+def test_a_name_that_checkpoints_cannot_be_read_below_is_refused_before_anything_is_made(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="checkpoints cannot be kept below a directory with .* name it without"):
+        rundir.open_run(tmp_path / name, "auto")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_follows_no_link_out_of_the_run(tmp_path: Path):

@@ -1,11 +1,6 @@
 """`ppo-jax sft`, `dpo` and `reward` in two real processes that gloo joins: what one process leaves, written once."""
 
 import dataclasses
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,10 +11,10 @@ from ppo_jax.cli import main as cli
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.rewards.loading import load_scorer
+from tests.processes import forks
+from tests.processes.world import free_port
 from tests.small import SMALL, write_stage_files
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 240  # seconds: a test that hangs has failed
 COMMON = "--model model --held-out 7 --run-dir"
 RUNS = {
     "sft": "sft --data sft.jsonl --adapter.kind full --sft.batch-size 8 --sft.steps 3",
@@ -34,21 +29,22 @@ def words(name: str, folder: str, *more: str) -> list[str]:
     return [*RUNS[name].split(), *COMMON.split(), f"{folder}/{name}", *more]
 
 
-def start_two(world: Path) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(world / "private")
-    }  # fmt: skip
-    started = []
-    for process in range(2):
-        joined = f"--distributed.coordinator 127.0.0.1:{port} --distributed.processes 2 --distributed.process {process}"
-        commands = [words(name, "two", *mesh.split(), *joined.split()) for name, mesh in MESHES.items()]
-        command = [sys.executable, "-m", "tests.command_worker", json.dumps(commands)]
-        with (world / f"{process}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=world, env=environment, stdout=log, stderr=log))
-    return started
+def run_commands(commands: list[list[str]]) -> int:
+    """One process: the commands one after the other, until one fails."""
+    return next((code for words in commands if (code := cli.main(words))), 0)
+
+
+def start_two(world: Path) -> list[forks.Fork]:
+    joined = f"--distributed.coordinator 127.0.0.1:{free_port()} --distributed.processes 2 --distributed.process"
+    return [
+        forks.start(
+            run_commands,
+            [words(name, "two", *mesh.split(), *joined.split(), str(process)) for name, mesh in MESHES.items()],
+            folder=world,
+            environment={"TMPDIR": str(world / "private")},
+        )
+        for process in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +53,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stages")
     write_stage_files(path, dataclasses.replace(SMALL, num_kv_heads=2))
     (path / "private").mkdir()
-    started = start_two(path)
-    try:
+    with forks.ending(start_two(path)) as started:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(path)
             assert [cli.main(words(name, "one")) for name in RUNS] == [0] * len(RUNS)
-        codes = [process.wait(timeout=LIMIT) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "".join((path / f"{i}.log").read_text()[-4000:] for i in range(2))
+        assert [process.wait() for process in started] == [0, 0], forks.logs(started)
+        for i, process in enumerate(started):
+            (path / f"{i}.log").write_text(process.text)
     return path
 
 
@@ -76,7 +68,7 @@ def test_two_processes_leave_what_one_leaves(world: Path, name: str) -> None:
     one, two = (read_jsonl(world / folder / name / "metrics.jsonl") for folder in ("one", "two"))
     assert [(r["step"], r["phase"]) for r in two] == [(r["step"], r["phase"]) for r in one]  # written by one process
     for record, expected in zip(two, one, strict=True):
-        for value in record.keys() - {"step", "phase", "time"}:
+        for value in record.keys() - {"step", "phase", "time", "seconds"}:
             pair = np.array([record[value], expected[value]], float)  # null: a batch in which nothing is ordered
             np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6, err_msg=value)
     left, right = (

@@ -1,9 +1,7 @@
 """`ppo-jax ppo` in two processes by experiments/launch/one_machine.sh: one run directory, as one process leaves it."""
 
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,48 +12,13 @@ import pytest
 
 from ppo_jax.cli import main as cli
 from ppo_jax.data.jsonl import read_jsonl
-from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import artifacts, hf
+from ppo_jax.models.files import artifacts
 from ppo_jax.runs.checkpoints import store
-from tests.data.tokenizer import EOS, make_tokenizer
-from tests.models.tiny import random_params
+from tests.processes.running import make_world, options
+from tests.processes.world import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "experiments" / "launch").glob("*.sh"))
-MODEL = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
-REWARD = """
-import os
-def length(prompts, responses, metadata):
-    with open(os.environ["CALLS"] + str(os.getpid()), "a") as log:
-        print(len(responses), file=log)
-    return [len(response) / 10 for response in responses]
-"""
-
-
-def make_world(folder: Path) -> None:
-    hf.save(folder / "model", MODEL, random_params(MODEL), make_tokenizer())
-    (folder / "reward.py").write_text(REWARD)
-    lines = [json.dumps({"prompt": "abcd"[: 1 + i % 4], "metadata": {"n": i}}) + "\n" for i in range(30)]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-
-
-def options(name: str) -> list[str]:
-    text = (
-        f"--model model --prompts prompts.jsonl --reward reward.py:length --run-dir {name} --loop.updates 2 "
-        "--held-out 4 --loop.batch-size 8 --ppo.sampling.response-length 4 --ppo.epochs 1 --ppo.num-minibatches 2 "
-        "--policy.kind full"
-    )
-    return text.split()
 
 
 def start(folder: Path, command: list[str], **more: str) -> None:
@@ -68,13 +31,14 @@ def start(folder: Path, command: list[str], **more: str) -> None:
 def test_two_processes_leave_what_one_leaves(tmp_path: Path) -> None:
     make_world(tmp_path)
     (tmp_path / "private").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     script = ROOT / "experiments" / "launch" / "one_machine.sh"
     joined = [str(script), *options("two"), "--mesh.fsdp", "2"]
-    start(tmp_path, joined, PROCESSES="2", PORT=str(port), CALLS=str(tmp_path / "two-calls-"))
-    start(tmp_path, ["ppo-jax", "ppo", *options("one")], CALLS=str(tmp_path / "one-calls-"))
+    start(tmp_path, joined, PROCESSES="2", PORT=str(free_port()), CALLS=str(tmp_path / "two-calls-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("CALLS", str(tmp_path / "one-calls-"))
+        assert cli.main(["ppo", *options("one")]) == 0
 
     one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [(r["step"], r["phase"]) for r in two] == [(r["step"], r["phase"]) for r in one]  # written by one process

@@ -1,8 +1,6 @@
-"""One process of a run of several: `python -m tests.distributed_worker JSON`. Also the same run in one process."""
+"""Checks of a world of processes: PPO, scores of a reward model and exports. Also the same in one process."""
 
 import contextlib
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.cli import main as cli
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.placement import create, create_on_mesh
 from ppo_jax.ops.means import means
-from ppo_jax.parallel.launch import DistributedConfig, start
 from ppo_jax.parallel.mesh import MeshConfig, current_mesh, make_mesh
 from ppo_jax.parallel.processes import feed, fetch, is_first
 from ppo_jax.rewards.adapter import RewardRole
@@ -33,6 +29,7 @@ from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.train.state import TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Scores
 from tests.disk import small_disk
+from tests.processes.world import one_after_another
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -96,8 +93,8 @@ def run(model: Path, config: MeshConfig, updates: int) -> Iterator[tuple[TrainSt
 
 def model_scores(model: Path, config: MeshConfig) -> list[float]:
     """What a reward model that reads text, on the mesh, says of texts of several lengths, one without tokens."""
-    with jax.set_mesh(make_mesh(config, jax.devices()[: config.size])):
-        model_config, base = hf.load(model, mesh=make_mesh(config, jax.devices()[: config.size]))
+    with jax.set_mesh(make_mesh(config, one_after_another(config.size))):
+        model_config, base = hf.load(model, mesh=current_mesh())
         head = RewardHead().init(jax.random.key(3), jnp.zeros((1, CONFIG.hidden_size)))["params"]
         role = RewardRole(init_lora(jax.random.key(4), model_config, 2, 4.0), head)
         scorer = row_scorer(base, role, model_config, 32, (4,))
@@ -134,41 +131,42 @@ def exports(model: Path, config: MeshConfig, folder: Path) -> dict[str, Any]:
         return {"same": all(jax.tree.leaves(same)), "failures": failures}
 
 
-def main(spec: dict[str, Any]) -> None:
-    global FAILS
-    start(DistributedConfig(**spec["distributed"]))
-    if "fails" in spec:
-        FAILS = (1, {"ValueError": ValueError, "KeyError": KeyError}[spec["fails"]])
-    if "score" in spec:
-        found = [model_scores(Path(spec["model"]), MeshConfig(**mesh)) for mesh in spec["score"]]
-        Path(spec["out"]).write_text(json.dumps(found))
-        return
-    if "export" in spec:
-        found = exports(
-            Path(spec["model"]), MeshConfig(**spec["mesh"]), Path(spec["export"]) / str(jax.process_index())
-        )
-        Path(spec["out"]).write_text(json.dumps(found))
-        return
-    record: dict[str, Any] = {"process": jax.process_index(), "metrics": []}
-    state = None
-    for latest, values in run(Path(spec["model"]), MeshConfig(**spec["mesh"]), spec["updates"]):
+# -- checks: what a world calls, in each of its processes --------------------------------------------------------------
+
+
+def iterations(model: str, mesh: dict[str, int], updates: int, checkpoints: str) -> dict[str, Any]:
+    """The metrics of `updates` iterations, and the state from the checkpoint that all have written."""
+    SCORED.clear()
+    metrics, state = [], None
+    for latest, values in run(Path(model), MeshConfig(**mesh), updates):
         state = latest
-        record["metrics"].append(values)
-        print("update", len(record["metrics"]), flush=True)
+        metrics.append(values)
+        print("update", len(metrics), flush=True)
     assert state is not None
-    with store.open_manager(spec["checkpoints"]) as manager:
-        store.save(manager, spec["updates"], state)
-    restored, _ = store.restore(spec["checkpoints"], state)
+    with store.open_manager(checkpoints) as manager:
+        store.save(manager, updates, state)
+    restored, _ = store.restore(checkpoints, state)
     same = jax.tree.map(np.array_equal, fetch(state.policy), fetch(restored.policy))
-    record["restored"] = all(jax.tree.leaves(same)) and all(
+    again = all(jax.tree.leaves(same)) and all(
         a.sharding == b.sharding for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)
     )
-    held = [sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in jax.tree.leaves(state.policy)]
-    record |= {"scored": SCORED, "held": sum(held), "first": is_first()}
-    record["total"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy))
-    Path(spec["out"]).write_text(json.dumps(record))
+    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(state.policy) for shard in leaf.addressable_shards)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy))
+    first = is_first()
+    return dict(metrics=metrics, restored=again, scored=SCORED, held=held, total=total, first=first)
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    sys.exit(cli.exit_code("worker", lambda: main(given)))
+def failing_iterations(model: str, mesh: dict[str, int], kind: str) -> None:
+    """Iterations without end, in which the second call of the second process's reward fails."""
+    global FAILS
+    FAILS = (1, {"ValueError": ValueError, "KeyError": KeyError}[kind])
+    for _ in run(Path(model), MeshConfig(**mesh), 10**6):
+        pass
+
+
+def scores_on(model: str, meshes: list[dict[str, int]]) -> list[list[float]]:
+    return [model_scores(Path(model), MeshConfig(**mesh)) for mesh in meshes]
+
+
+def exports_on(model: str, mesh: dict[str, int], folder: str) -> dict[str, Any]:
+    return exports(Path(model), MeshConfig(**mesh), Path(folder) / str(jax.process_index()))

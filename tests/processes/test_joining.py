@@ -4,24 +4,18 @@ import http.server
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = """
-import json, jax
+from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import multihost_utils
+
 from ppo_jax.parallel.launch import start
-start()
-seen = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 10))
-here = jax.process_index(), jax.process_count(), jax.local_device_count()
-print(json.dumps([*here, seen.tolist(), jax.config.jax_enable_compilation_cache]), flush=True)
-"""
+from tests.processes import forks
+
 OTHERS = ("SLURM_", "TPU_", "MEGASCALE_")
 JOB = random.randrange(1, 4096)  # jax takes the coordinator's port from the job's number
 
@@ -70,30 +64,37 @@ def metadata() -> Iterator[str]:
         server.shutdown()
 
 
-def run(environments: list[dict[str, str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of one process per environment, all at once."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
-    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    command, pipe = [sys.executable, "-c", PROGRAM], subprocess.PIPE
-    started = [subprocess.Popen(command, env=clean | e, stdout=pipe, stderr=pipe, text=True) for e in environments]
-    try:
-        said = [process.communicate(timeout=120) for process in started]  # raises when they hang
-        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+def find_others() -> None:
+    """One process: what `start()` has found without arguments."""
+    if "JAX_FORCE_TPU_INIT" in os.environ:  # which jax asks for when it is imported
+        cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+    start()
+    seen = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 10))
+    here = jax.process_index(), jax.process_count(), jax.local_device_count()
+    print(json.dumps([*here, seen.tolist(), jax.config.jax_enable_compilation_cache]), flush=True)
+
+
+def run(folder: Path, environments: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit code and what it says of one process per environment, all at once."""
+    nothing = {name: None for name in os.environ if name.startswith(OTHERS)}
+    started = [
+        forks.start(find_others, folder=folder, environment=nothing | environment) for environment in environments
+    ]
+    with forks.ending(started):
+        return [(process.wait(120), process.text) for process in started]  # raises when they hang
 
 
 @pytest.mark.parametrize("platform", [slurm, pod, addressed, slices])
-def test_processes_find_each_other_without_arguments(platform: Callable[[int], dict], metadata: str) -> None:
-    found = run([platform(i) | {"GCE_METADATA_IP": metadata} for i in range(2)])
-    for i, (code, out, errors) in enumerate(found):
-        assert code == 0, errors
-        assert json.loads(out.splitlines()[-1]) == [i, 2, 1, [10, 11], False]
+def test_processes_find_each_other_without_arguments(
+    tmp_path: Path, platform: Callable[[int], dict], metadata: str
+) -> None:
+    found = run(tmp_path, [platform(i) | {"GCE_METADATA_IP": metadata} for i in range(2)])
+    for i, (code, said) in enumerate(found):
+        assert code == 0, said
+        assert json.loads(said.splitlines()[-1]) == [i, 2, 1, [10, 11], False]
 
 
-def test_a_platform_that_does_not_answer_is_an_error_that_says_what_to_give() -> None:
-    [(code, _, errors)] = run([pod(0) | {"GCE_METADATA_IP": "127.0.0.1:9"}])
-    assert code == 1 and "ConnectionError: the processes did not come together" in errors
-    assert "Give --distributed.coordinator" in errors
+def test_a_platform_that_does_not_answer_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
+    [(code, said)] = run(tmp_path, [pod(0) | {"GCE_METADATA_IP": "127.0.0.1:9"}])
+    assert code == 1 and "ConnectionError: the processes did not come together" in said
+    assert "Give --distributed.coordinator" in said

@@ -15,9 +15,9 @@ import pytest
 from ppo_jax.cli.main import FAILED, MISTAKE
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.runs.output import rundir
-from tests.running import Run, folder, last_good, programs, resume_to, running, saved, updates
+from tests.processes.running import Run, folder, last_good, resume_to, running, saved, updates
 
-__all__ = ["folder", "programs"]  # fixtures
+__all__ = ["folder"]  # a fixture
 
 
 def fill(run: Run, folder: Path) -> None:
@@ -45,7 +45,7 @@ FAULTS: dict[str, tuple[Callable, Callable, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["full disk", pytest.param("read-only", marks=pytest.mark.long)])
 def test_what_cannot_be_written_is_said_kept_and_written_later_and_no_saved_state_is_promised(
     folder: Path, fault: str
 ) -> None:
@@ -80,6 +80,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_done(f
     assert "cannot write the run directory run: Permission denied" in run.text and "asked" not in run.text
 
 
+@pytest.mark.long
 def test_a_directory_that_is_removed_is_made_again_and_the_run_ends_well(folder: Path) -> None:
     with running(folder, "--loop.updates", "40") as run:
         saved(folder)
@@ -109,6 +110,7 @@ def test_what_was_kept_in_memory_is_written_at_the_end(folder: Path, monkeypatch
     assert done and done == list(range(done[0], 21)) and done[0] <= 10
 
 
+@pytest.mark.long
 def test_where_a_file_has_taken_its_place_training_goes_on_and_the_end_is_no_success(folder: Path) -> None:
     with running(folder, "--loop.updates", "40") as run:
         saved(folder)

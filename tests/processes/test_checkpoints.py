@@ -1,10 +1,6 @@
 """Two real processes: a checkpoint that one cannot read or save is none for both, and neither waits for ever."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +9,23 @@ import pytest
 
 from ppo_jax.runs.checkpoints import resuming, store
 from ppo_jax.runs.output import rundir
-from tests import agreement_worker as worker
+from tests.processes import checkpoints, forks, world
+from tests.processes.world import Check, World
 from tests.runs.checkpoints.test_resuming import files_of
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 240  # seconds: a test that hangs has failed
+
+@pytest.fixture
+def damages(two: World) -> tuple[Path, list[dict[str, Any]]]:
+    return two.folder / "damages", two.found("damages")
 
 
-def launch(folder: Path, what: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    started = []
-    for process in range(2):
-        joined = {"coordinator": coordinator, "processes": 2, "process": process, "heartbeat": 10, "timeout": 120}
-        spec = {"distributed": joined, "what": what, "folder": str(folder), "out": str(folder / f"{process}.json")}
-        command = [sys.executable, "-m", "tests.agreement_worker", json.dumps(spec)]
-        with (folder / f"{process}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    return started
-
-
-def finish(started: list[subprocess.Popen]) -> list[int]:
-    """The exit codes; raises where one hangs."""
-    try:
-        return [process.wait(LIMIT) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-def logs(folder: Path) -> str:
-    return "".join((folder / f"{i}.log").read_text()[-4000:] for i in range(2))
-
-
-def records(folder: Path, what: str) -> list[dict[str, Any]]:
-    assert finish(launch(folder, what)) == [0, 0], logs(folder)
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(2)]
-
-
-@pytest.fixture(scope="module")
-def damages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("damages")
-    return folder, records(folder, "damages")
-
-
-@pytest.mark.parametrize("name", worker.DAMAGE)
+@pytest.mark.parametrize("name", checkpoints.DAMAGE)
 def test_both_go_on_from_the_newest_that_is_whole_as_one_alone_would(damages: Any, name: str) -> None:
     folder, found = damages
     said: list[str] = []
-    alone = resuming.restore(folder / f"{name} alone", worker.values(0), worker.FACTS, said.append)
+    alone = resuming.restore(folder / f"{name} alone", checkpoints.values(0), checkpoints.FACTS, said.append)
     assert alone is not None and alone.step == (6 if name == "nothing" else 4)
-    for kind, expected in worker.values(alone.step).items():
+    for kind, expected in checkpoints.values(alone.step).items():
         np.testing.assert_array_equal(alone.state[kind], expected)
     for record in found:
         assert (record[name]["step"], record[name]["whole"], record[name]["meta"]) == (alone.step, True, alone.meta)
@@ -108,8 +67,8 @@ def test_what_one_process_cannot_read_now_is_not_taken_for_damaged(damages: Any)
     assert not (folder / "saved" / rundir.DAMAGED).exists()
 
 
-def test_a_save_that_fails_in_one_fails_in_both_and_training_goes_on(tmp_path: Path) -> None:
-    found = records(tmp_path, "failures")
+def test_a_save_that_fails_in_one_fails_in_both_and_training_goes_on(two: World) -> None:
+    found = two.found("failures")
     for failing in (0, 1):
         for limit in (100, 20_000):
             for record in found:
@@ -126,9 +85,11 @@ def test_a_save_that_fails_in_one_fails_in_both_and_training_goes_on(tmp_path: P
 
 
 def test_one_that_fails_where_the_other_waits_for_it_ends_both(tmp_path: Path) -> None:
-    first, second = finish(launch(tmp_path, "broken"))
-    assert first == 1 and second != 0, logs(tmp_path)
-    assert "a checkpoint could not be saved: [Errno 28] No space left" in (tmp_path / "0.log").read_text()
+    check = Check("broken", checkpoints.broken, [str(tmp_path)])
+    with forks.ending(world.start(tmp_path, [check], heartbeat=10)) as started:
+        first, second = (process.wait() for process in started)
+        assert first == 1 and second != 0, forks.logs(started)
+        assert "a checkpoint could not be saved: [Errno 28] No space left" in started[0].text
     assert store.all_steps(tmp_path / "broken") == [1]
-    state, _ = store.restore(tmp_path / "broken", worker.values(0))
-    np.testing.assert_array_equal(state["w"], worker.values(1)["w"])
+    state, _ = store.restore(tmp_path / "broken", checkpoints.values(0))
+    np.testing.assert_array_equal(state["w"], checkpoints.values(1)["w"])

@@ -1,21 +1,21 @@
-"""Kills a run again and again: python -m tests.kill_loop FOLDER KILLS. One process that has imported everything forks
-each life of the run, so that a life costs no more than its programs. Prints what happened, a JSON object a line."""
+"""Kills a run again and again. A process of `forks` forks each life of the run, so that a life costs no more than its
+programs."""
 
 import dataclasses
-import json
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from experiments import smoke, soak_run
 from ppo_jax.cli.main import PREEMPTED
+from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.runs import ppo
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir, writers
@@ -28,7 +28,10 @@ UNFINISHED = "*orbax-checkpoint-tmp*"  # what Orbax calls a save that is not com
 PLACES = ("save", "anywhere", "SIGTERM", "update", "reward", "evaluation")
 
 
-def main(folder: Path, kills: int) -> None:
+def kill(where: str, kills: int) -> None:
+    """Lives until so many were killed, and three that are not; lives.jsonl says what happened."""
+    folder = Path(where)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))  # some die while they write to it
     writers.tensorboard_writer(folder / "unused")  # imports it before the forks
     killed = folder / "killed"
     for seed in range(10 * kills):
@@ -37,7 +40,8 @@ def main(folder: Path, kills: int) -> None:
         status = life(killed, ENDLESS, place, seed)
         unfinished = len(list((killed / rundir.CHECKPOINTS).glob(UNFINISHED)))
         where = (folder / "died").read_text() if status == -signal.SIGKILL else place
-        print(json.dumps({"place": where, "before": before, "status": status, "unfinished": unfinished}), flush=True)
+        record = {"place": where, "before": before, "status": status, "unfinished": unfinished}
+        append_jsonl(folder / "lives.jsonl", [record])
         if status not in (-signal.SIGKILL, PREEMPTED):
             raise SystemExit(f"a life ended with {status}")
         kills -= status == -signal.SIGKILL
@@ -119,7 +123,3 @@ def train(folder: Path, updates: int, place: str | None, rng: random.Random) -> 
     directory = rundir.open_run(folder, "auto")
     with progress("killed", main_process=False) as screen:
         ppo.run_ppo(directory, setup, screen, "auto")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

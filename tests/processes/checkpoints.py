@@ -1,9 +1,8 @@
-"""One of two processes that save and resume side by side: `python -m tests.agreement_worker JSON`."""
+"""Checks of a world of two processes: what they save and resume side by side."""
 
 import errno
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppo_jax.cli import main as cli
-from ppo_jax.parallel.launch import DistributedConfig, start
 from ppo_jax.runs.checkpoints import manifests, resuming, saving, store
 from ppo_jax.runs.output import rundir
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped
 from tests.disk import small_disk
+from tests.processes.world import one_after_another
 from tests.runs.checkpoints.test_resuming import arrays_file, cut, flip
 
 FACTS = {"seed": 1}
@@ -39,7 +37,7 @@ def values(step: int) -> dict[str, np.ndarray]:
 
 
 def state(step: int, axis: int = 0) -> dict[str, jax.Array]:
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=one_after_another(2))
     spec = P("data") if axis == 0 else P(None, "data")
     where = {"w": NamedSharding(mesh, spec), "r": NamedSharding(mesh, P()), "step": NamedSharding(mesh, P())}
     return {
@@ -109,9 +107,10 @@ DAMAGE: dict[str, Callable[[Path, int], object]] = {
 }
 
 
-def damages(folder: Path) -> dict[str, Any]:
+def damages(where: str) -> dict[str, Any]:
     """The newest of three checkpoints is damaged, in one way after another; what both make of it."""
     record: dict[str, Any] = {}
+    folder = Path(where)
     saved = folder / "saved"
     with store.open_manager(saved / rundir.CHECKPOINTS, keep=None) as manager:
         for step in (2, 4, 6):
@@ -145,13 +144,13 @@ def damages(folder: Path) -> dict[str, Any]:
     return record
 
 
-def failures(folder: Path) -> dict[str, Any]:
+def failures(where: str) -> dict[str, Any]:
     """Saves that fail in one process, at once and in the background; training goes on in both."""
     record: dict[str, Any] = {}
     for failing in (0, 1):
         for limit in (100, 20_000):  # the first is too small for anything, the second for the arrays
             said: list[str] = []
-            path = folder / f"{failing}-{limit}"
+            path = Path(where) / f"{failing}-{limit}"
             with saving.saver(path, LOOP, {"facts": FACTS}, said.append, None) as keep:
                 keep(1, state(1), True)
                 good = [keep.settle()]
@@ -178,9 +177,9 @@ def failures(folder: Path) -> dict[str, Any]:
     return record
 
 
-def broken(folder: Path) -> dict[str, Any]:
+def broken(where: str) -> None:
     """The first process fails between two of Orbax's meetings, where the other waits for it."""
-    with saving.saver(folder / "broken", LOOP, {}, print, None) as keep:
+    with saving.saver(Path(where) / "broken", LOOP, {}, print, None) as keep:
         keep(1, state(1), True)
         keep.settle()
 
@@ -191,15 +190,3 @@ def broken(folder: Path) -> dict[str, Any]:
             store.ocp.CheckpointManager.save = fails
         keep(2, state(2), True)
         keep(3, state(3), True)
-    return {}
-
-
-def main(spec: dict[str, Any]) -> None:
-    start(DistributedConfig(**spec["distributed"]))
-    record = {"damages": damages, "failures": failures, "broken": broken}[spec["what"]](Path(spec["folder"]))
-    Path(spec["out"]).write_text(json.dumps(record))
-
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    sys.exit(cli.exit_code("worker", lambda: main(given)))

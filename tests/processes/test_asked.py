@@ -9,19 +9,22 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from ppo_jax.cli.main import FAILED, PREEMPTED
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
-from tests.running import folder, last_good, programs, resume_to, running, updates
+from tests.processes.running import folder, last_good, resume_to, running, updates
 
-__all__ = ["folder", "programs"]  # fixtures
+__all__ = ["folder"]  # a fixture
 
 ENDLESS = ("--resume", "auto", "--loop.updates", "1000000")
 
 
-def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(folder: Path) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(folder: Path, times: int) -> None:
     rng, before = random.Random(), 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGINT) * times:
         with running(folder, *ENDLESS) as run:
             run.until("asked 2")
             time.sleep(rng.uniform(0, 0.5))

@@ -1,0 +1,109 @@
+"""Which records are held out: none that shares a prompt or a text with a training one, and what is said of too few."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppo_jax.cli.sft import SFTSettings, split_demonstrations
+from ppo_jax.data import PairRecord, PromptRecord, SFTRecord
+from ppo_jax.data.records import ChoiceRecord, RatingRecord, identities
+from ppo_jax.runs.prompts import group_alike, split_held_out
+
+ASK = [{"role": "user", "content": "a"}]
+ANSWER = [{"role": "assistant", "content": "b"}]
+
+
+def prompts(*texts: str) -> list[PromptRecord]:
+    return [PromptRecord(text, {"line": i}, f"f:{i}") for i, text in enumerate(texts)]
+
+
+def test_held_out_records_are_apart() -> None:
+    for count, number in [(0, 64), (4, 64), (5, 64), (40, 64), (400, 64), (400, 0)]:
+        records = prompts(*map(str, range(count)))
+        split = split_held_out(records, number, seed=1)
+        expected = min(number, count // 5)
+        assert (split.kind == "held-out") == bool(expected)
+        if expected:
+            assert len(split.measured) == expected
+            assert sorted([*split.training, *split.measured], key=lambda r: int(r.prompt)) == records
+        else:
+            assert split.training == split.measured == records
+    hundred = prompts(*map(str, range(100)))
+    assert split_held_out(hundred, 10, 1).measured != split_held_out(hundred, 10, 2).measured
+
+
+def test_rows_that_all_differ_are_held_out_as_ever() -> None:
+    """A run that was begun before prompts were compared goes on with the same rows."""
+    records = prompts(*map(str, range(50)))
+    chosen = sorted(np.random.default_rng(3).permutation(50)[:7].tolist())
+    assert [int(r.prompt) for r in split_held_out(records, 7, 3).measured] == chosen
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), max_size=40), st.integers(0, 12), st.integers(0, 5))
+def test_no_prompt_is_on_both_sides(texts: list[str], count: int, seed: int) -> None:
+    records = prompts(*texts)
+    split = split_held_out(records, count, seed)
+    if split.kind == "training":
+        assert split.training == split.measured == records and "of the training prompts" in split.notice
+        return
+    assert not {r.prompt for r in split.training} & {r.prompt for r in split.measured}
+    assert len(split.training) + len(split.measured) == len(records)
+    assert 0 < len(split.measured) <= min(count, len(records) // 5)
+    assert bool(split.notice) == (len(split.measured) < count)
+
+
+def test_what_is_said_of_too_few() -> None:
+    assert split_held_out(prompts(*map(str, range(10))), 2, 0).notice == ""
+    few = split_held_out(prompts(*map(str, range(10))), 5, 0)
+    assert few.notice == "--held-out 5: of 10 prompts 2 can be held out."
+    same = split_held_out(prompts(*"aaaaabbbbb"), 5, 0, "pairs")
+    assert same.notice == (
+        "--held-out 5: of 10 pairs, of which 2 differ, none can be held out. Evaluations are of the training pairs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        (SFTRecord("a", "b", ""), SFTRecord("a", "c", ""), True),  # one prompt
+        (SFTRecord("a", "b", ""), SFTRecord("ab", "b", ""), False),
+        (SFTRecord("a", "bc", ""), SFTRecord("ab", "c", ""), True),  # one text
+        (SFTRecord(None, "ab", ""), SFTRecord("a", "b", ""), True),
+        (SFTRecord(None, "ab", ""), SFTRecord(None, "a", ""), False),
+        (PairRecord(None, "a", "b", 0.0, ""), PairRecord(None, "c", "a", 1.0, ""), True),
+        (PairRecord(None, [*ASK, *ANSWER], [*ASK, *ANSWER], 0.0, ""), PairRecord(ASK, ANSWER, ANSWER, 0.0, ""), True),
+        (RatingRecord(None, "a", 1.0, ""), RatingRecord(None, "a", 2.0, ""), True),
+        (RatingRecord(ASK, "a", 1.0, ""), RatingRecord(None, "a", 2.0, ""), False),
+        (ChoiceRecord("p", ["a", "b"], 0, ""), ChoiceRecord("p", ["c", "d"], 1, ""), True),
+    ],
+)
+def test_what_makes_two_records_one(one: SFTRecord, other: SFTRecord, alike: bool) -> None:
+    assert bool(identities(one) & identities(other)) == alike
+
+
+def test_groups_join_through_others() -> None:
+    assert group_alike(["a", "b", "c", "ab", "d", "c"]) == [[0, 1, 3], [2, 5], [4]]
+    assert group_alike([]) == []
+
+
+def test_all_turns_of_conversations_that_begin_alike_are_on_one_side(tmp_path: Path) -> None:
+    """Of a conversation that is held out, an answer whose prompt is trained on is not measured."""
+
+    def say(role: str, text: str) -> dict:
+        return {"role": role, "content": text}
+
+    lines = [
+        {"messages": [say("user", "hi"), say("assistant", "ho"), say("user", str(i)), say("assistant", "ok")]}
+        for i in range(20)
+    ]
+    file = tmp_path / "sft.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = split_demonstrations(SFTSettings("m", file, held_out=4))
+    every = split_demonstrations(SFTSettings("m", file, held_out=4, turns="all"))
+    assert len(last.training) == 16 and len(every.training) == 32
+    assert every.measured == last.measured and len(every.measured) == 4  # each without its "hi"
+    assert not set().union(*map(identities, every.training)) & set().union(*map(identities, every.measured))
