@@ -91,9 +91,13 @@ def draw_evaluations(axes: "Axes", evidence: Evidence, name: str, color: str, li
     points = [e for e in evaluations_by_step(evidence.records).values() if finite(e, name) is not None]
     if points:
         x, y = [e["step"] for e in points], [float(e[name]) for e in points]
-        label = evidence.measured_on if evidence.measured_on == EVALUATED else f"{evidence.measured_on}, evaluated"
         bars = [bar(evidence, e, name) for e in points]
-        draw_points(axes, x, y, bars, color, line, **({"label": label} | how))
+        draw_points(axes, x, y, bars, color, line, **({"label": name_dots(evidence)} | how))
+
+
+def name_dots(evidence: Evidence) -> str:
+    """What the dots of evaluations are called in a legend that may have the batches of training prompts too."""
+    return evidence.measured_on if evidence.measured_on == EVALUATED else f"{evidence.measured_on}, evaluated"
 
 
 def draw_points(

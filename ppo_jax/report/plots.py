@@ -66,11 +66,13 @@ def draw(run_dir: Path, pictures: Sequence[Picture]) -> list[Drawn]:
 def evaluation_pictures(evidence: Evidence) -> list[Picture]:
     """The pictures of evaluations, in the order of the report."""
     bars = " Bars: two standard errors." if evidence.prompts else ""
+    evaluated = evaluations_by_step(evidence.records)
+    dots = f" Dots: evaluations on {evidence.measured_on}.{bars}" if evaluated else ""
     return [
         Picture(
             "reward_kl",
             "Reward and KL over updates",
-            f"Line: training batches. Dots: evaluations on {evidence.measured_on}.{bars}",
+            f"Line: training batches.{dots}",
             lambda: reward_and_kl(evidence),
         ),
         Picture(
@@ -155,7 +157,9 @@ def _travel(axes: "Axes", evidence: Evidence, name: str, color: str) -> None:
     evaluations = evaluations_by_step(evidence.records).values()
     found = [e for e in evaluations if finite(e, name) is not None and finite(e, "kl") is not None]
     x, y = [math.sqrt(max(0.0, e["kl"])) for e in found], [float(e[name]) for e in found]
-    draw_points(axes, x, y, [drawing.bar(evidence, e, name) for e in found], color, False)
+    draw_points(
+        axes, x, y, [drawing.bar(evidence, e, name) for e in found], color, False, label=drawing.name_dots(evidence)
+    )
     for i, j in itertools.pairwise(range(len(found))):
         arrow = dict(arrowstyle="-|>", color=color, lw=1.3, shrinkA=3, shrinkB=4, mutation_scale=9)
         axes.annotate("", (x[j], y[j]), (x[i], y[i]), arrowprops=arrow, zorder=2)

@@ -25,11 +25,11 @@ class Known(NamedTuple):
     """What the checks know beside the records; None where nobody said."""
 
     held_out: int | None = None  # prompts of an evaluation
-    measured_on: str = EVALUATED  # what they are
     judges: Labels = NO_LABELS
     reward_accuracy: float | None = None  # held-out pairwise accuracy of the reward model
     reward_mean: float | None = None  # of its scores on the texts that it was normalised or measured on
     reward_std: float | None = None
+    measured_on: str = EVALUATED  # what the prompts of an evaluation are
 
 
 NOTHING_KNOWN = Known()
