@@ -60,7 +60,7 @@ $(CORE): $(CREATED) pyproject.toml constraints.txt
 # torch comes first and alone: a local CPU build is then taken where there is one, and trl and peft find it.
 $(DEV): $(CREATED) pyproject.toml constraints.txt
 	$(INSTALL) setuptools torch==2.13.0
-	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard]"
+	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard,sweep]"
 	touch $(CORE) $@
 
 clean:

@@ -37,7 +37,7 @@ from ppo_jax.runs.setup import OfflineSetup, Setup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.sft import SFTConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
@@ -161,6 +161,7 @@ def make_setup(settings: PipelineConfig, base: Model, reward: RewardResult) -> S
         adapter=adapter,
         prompts=prompts,
         held_out=prompts,  # all there are
+        measured_on="training",
         ppo=dataclasses.replace(settings.ppo, sampling=sampling),
         hyper=settings.hyper,
         loop=settings.loop,
@@ -189,7 +190,7 @@ def summarise(prompts: int, accuracy: float, seed: int) -> page.Summary:
         "title": "SFT, reward model, PPO on a toy language",
         "task": TASK,
         "prompts": prompts,
-        "measured_on": "training prompts",  # all there are
+        "measured_on": "training prompts",
         "reward_accuracy": accuracy,
         "reward_accuracy_note": "held-out pairs",
         "raters": "the count of good words does",

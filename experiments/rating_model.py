@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments import movie_reviews
@@ -17,11 +16,10 @@ from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.adapter import RewardRole, adapter_reward, score_tokens, text_mask
+from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.runs.output import writers
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Judge
 from ppo_jax.train.comparisons import (
     Bucket,
     bucket_texts,
@@ -31,9 +29,8 @@ from ppo_jax.train.comparisons import (
     rated_pairs,
     text_features,
 )
-from ppo_jax.train.reward_model import RewardConfig, fit_head, init_role, normalise_head, train_role
+from ppo_jax.train.reward import RewardConfig, fit_head, init_role, normalise_head, train_role
 from ppo_jax.train.state import key_stream
-from ppo_jax.types import Frozen, Rollout
 
 LENGTHS = (16, 24, 36, 80)  # padded lengths; one program is compiled for each
 HEAD_PAIRS = 20_000
@@ -53,17 +50,6 @@ def lora_reward(found: RatingModel, stop_ids: tuple[int, ...], normalised: bool)
     device = adapter_reward(found.trunk, stop_ids)
     metadata = {"accuracy": found.accuracy, "reward": {"normalise": normalised}}
     return Reward(device, params=found.role, layers=found.trunk.num_layers, metadata=metadata)
-
-
-def model_judge(model: Model, found: RatingModel, stop_ids: tuple[int, ...]) -> Judge:
-    """A rating model as a judge of whole sentences."""
-
-    @jax.jit
-    def score(frozen: Frozen, rollout: Rollout) -> jax.Array:
-        mask = text_mask(rollout, stop_ids)
-        return score_tokens(frozen.base, frozen.reward, found.trunk, rollout.tokens, mask)
-
-    return lambda rollout, prompts, responses: np.asarray(score(Frozen(model.params, found.role), rollout))
 
 
 class Wanted(NamedTuple):

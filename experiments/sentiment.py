@@ -29,9 +29,10 @@ from typing import cast
 
 import jax
 import numpy as np
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import movie_reviews, rating_model, smoke
+from experiments.judges import model_judge, vader_judge, vader_score
+from experiments.movie_reviews import prompt_set
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
@@ -43,6 +44,7 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -55,7 +57,7 @@ from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Judge, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
@@ -71,7 +73,6 @@ TASK = (
 # Pairwise accuracy on held-out sentences, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 LABELS = {"vader": "VADER", "judge": "the second reward model"}
-_VADER = SentimentIntensityAnalyzer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ class SentimentConfig:
     """All results of the run go into this directory."""
     seed: int = 0
     """This number seeds data, sampling and initialisation."""
+    data_seed: int | None = None
+    """This number seeds data and reward models alone, so that runs differ in the rest; by default it is seed."""
     smoke: bool = False
     """Take a toy grammar and a random model in place of SmolLM2 and the ratings."""
     reward_texts: int = 2000
@@ -131,6 +134,11 @@ class SentimentConfig:
         self.ppo.check_batch(self.loop.batch_size)
         check_micro_batches(self.mesh, self.loop.batch_size, self.ppo)
         check_hyper(self.hyper)
+
+    @property
+    def drawn_by(self) -> int:
+        """The seed of data and reward models."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 DEMO = SentimentConfig()
@@ -191,11 +199,7 @@ def run(settings: SentimentConfig) -> Path:
     # -- data and base model: what can be wrong is found before the run directory is touched ---------------------
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
-    rng = np.random.default_rng(settings.seed)
-    prompts = prompt_set(model, splits.prompts, settings.max_prompt, rng)
-    held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
-    if len(prompts.rows) < settings.loop.batch_size:
-        raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
+    prompts, held_out = prompt_sets(settings, model, splits)
     stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = open_directory(settings)
@@ -211,28 +215,16 @@ def run(settings: SentimentConfig) -> Path:
         test = splits.test[: settings.test_texts]
         cache = assets.cache_dir() / "reward-models"
         wanted = wanted_models(settings, splits)[0 if chosen is None else 1 :]
-        models = rating_model.obtain(wanted, model, test, settings.seed, cache, screen, write)
+        models = rating_model.obtain(wanted, model, test, settings.drawn_by, cache, screen, write)
         reward, judge = models[0], models[-1]  # the same one where another reward was chosen
         for one, found in zip(wanted, models, strict=True):
             shutil.copytree(found.path, directory / EXPORT / one.name, dirs_exist_ok=True)
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
-        sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
-        setup = Setup(
-            model=model,
-            adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
-            prompts=prompts,
-            held_out=held_out,
-            ppo=dataclasses.replace(settings.ppo, sampling=sampling),
-            hyper=settings.hyper,
-            loop=settings.loop,
-            seed=settings.seed,
-            reward=chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise),
-            judges={"vader": vader_judge(), "judge": rating_model.model_judge(model, judge, stop_ids)},
-            labels=LABELS,
-            config=repeatable_yaml(settings),
-        )
+        scored = chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise)
+        judges = {"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)}
+        setup = make_setup(settings, model, (prompts, held_out), scored, judges)
         for notice in setup.reward.notices:
             screen.message(notice)
         summary = summarise(settings, len(held_out.rows), test, setup.reward.metadata.get("accuracy"), judge.accuracy)
@@ -250,6 +242,38 @@ def run(settings: SentimentConfig) -> Path:
 def durations(clock: dict[str, float]) -> dict[str, float]:
     """Seconds of each phase, from the time at the end of each."""
     return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
+
+
+def make_setup(
+    settings: SentimentConfig, model: Model, data: tuple[PromptSet, PromptSet], reward: Reward, judges: dict[str, Judge]
+) -> Setup:
+    """What PPO is about; `data` are the prompts of training and of evaluations."""
+    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
+    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
+    return Setup(
+        model=model,
+        adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
+        prompts=data[0],
+        held_out=data[1],
+        ppo=dataclasses.replace(settings.ppo, sampling=sampling),
+        hyper=settings.hyper,
+        loop=settings.loop,
+        seed=settings.seed,
+        reward=reward,
+        judges=judges,
+        labels=LABELS,
+        config=repeatable_yaml(settings),
+    )
+
+
+def prompt_sets(settings: SentimentConfig, model: Model, splits: movie_reviews.Splits) -> tuple[PromptSet, PromptSet]:
+    """The prompts of training, and those of evaluations."""
+    rng = np.random.default_rng(settings.drawn_by)
+    prompts = prompt_set(model, splits.prompts, settings.max_prompt, rng)
+    held_out = prompt_set(model, splits.test, settings.max_prompt, rng, settings.eval_prompts)
+    if len(prompts.rows) < settings.loop.batch_size:
+        raise ValueError(f"loop.batch_size={settings.loop.batch_size} but there are {len(prompts.rows)} prompts")
+    return prompts, held_out
 
 
 def open_directory(settings: SentimentConfig) -> Path:
@@ -306,41 +330,19 @@ def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     """The base model, and the rated sentences in disjoint parts."""
     if not settings.smoke:
         model = load_model(assets.smollm2(), settings.compute)
-        return model, movie_reviews.splits(movie_reviews.load(), settings.seed)
-    toy = smoke.model(settings.seed)
+        return model, movie_reviews.splits(movie_reviews.load(), settings.drawn_by)
+    toy = smoke.model(settings.drawn_by)
     params = jax.tree.map(lambda x: x.astype(settings.compute.dtype), toy.params)
     toy = toy._replace(config=settings.compute.of(toy.config), params=params)
     return toy, movie_reviews.splits(
-        smoke.reviews(seed=settings.seed), settings.seed, test=40, prompts=40, judge_train=40
+        smoke.reviews(seed=settings.drawn_by), settings.drawn_by, test=40, prompts=40, judge_train=40
     )
-
-
-def prompt_set(
-    model: Model, reviews: list[movie_reviews.Review], longest: int, rng: np.random.Generator, count: int | None = None
-) -> PromptSet:
-    """The first words of sentences, at most `longest` tokens; the first `count` of them."""
-    texts = movie_reviews.openings(reviews, rng)
-    rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
-    return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
 
 
 def sentence_ends(model: Model) -> tuple[int, ...]:
     """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
     line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
     return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
-
-
-def vader_score(text: str) -> float:
-    """VADER's compound sentiment, -1 to 1 (Hutto & Gilbert 2014): a lexicon and rules."""
-    return float(_VADER.polarity_scores(text)["compound"])
-
-
-def vader_judge() -> Judge:
-    """VADER on the whole sentence."""
-    return lambda rollout, prompts, responses: np.array(
-        [vader_score(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
-    )
 
 
 if __name__ == "__main__":

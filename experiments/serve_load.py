@@ -33,7 +33,7 @@ from ppo_jax.models.heads import RewardHead
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.rewards.loading import load_scorer
 from ppo_jax.train.comparisons import bucket_texts, head_scores, text_features
-from ppo_jax.train.reward_model import normalise_head
+from ppo_jax.train.reward import normalise_head
 
 WORDS = smoke.GOOD + smoke.BAD + smoke.OTHER
 TOLERANCE = 1e-5

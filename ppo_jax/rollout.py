@@ -15,6 +15,7 @@ from ppo_jax.models.placement import gathered
 from ppo_jax.models.transformer import Cache, apply, finish_logits, init_cache, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs, unembed
 from ppo_jax.ops.sampling import penalise_repetition, sample
+from ppo_jax.parallel.members import any_row
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.types import Off, Policy, Prompts, PyTree, Rollout
 
@@ -114,7 +115,7 @@ def generate(
     hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
     loop = _draw(given, _nothing_drawn(prompts, config, sampling, cache), hidden[:, -1])
     loop = jax.lax.while_loop(
-        lambda loop: (loop.step < length) & jnp.any(loop.alive), lambda loop: _advance(given, loop), loop
+        lambda loop: (loop.step < length) & any_row(loop.alive), lambda loop: _advance(given, loop), loop
     )
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),

@@ -77,17 +77,20 @@ def open_directory(settings: Any) -> Path:
     return directory
 
 
-def begin_report(directory: Path, settings: RunSettings, title: str, task: str, **more: Any) -> page.Summary:
-    """Leave in the run directory what its report is to say, so that one can be drawn on the way; return it.
+def describe_run(settings: Any, title: str, task: str, **more: Any) -> page.Summary:
+    """Gather what the report of a run is told before there are results.
 
     Args:
       more: further fields of `report.page.Summary`.
     """
     about = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
-    summary = cast(page.Summary, about | environment() | more)
+    return cast(page.Summary, about | environment() | more)
+
+
+def begin_report(directory: Path, summary: page.Summary) -> None:
+    """Leave in the run directory what its report is to say, so that one can be drawn on the way."""
     with contextlib.suppress(OSError):  # a full disk is no reason to end the run
         rundir.write_summary(directory, summary)
-    return summary
 
 
 def write_report(directory: Path, summary: page.Summary, **results: Any) -> Path:

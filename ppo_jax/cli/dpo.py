@@ -17,6 +17,7 @@ from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.dpo import DPOConfig
 from ppo_jax.train.loop import OfflineLoop
 
@@ -88,7 +89,8 @@ def _dpo(settings: DPOSettings) -> None:
         common.tell(screen, split.notice)
         task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
         title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
-        summary = common.begin_report(directory, settings, title, task, measured_on=measured_on)
+        summary = common.describe_run(settings, title, task, measured_on=measured_on)
+        common.begin_report(directory, summary)
         config = common.repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config
@@ -99,3 +101,8 @@ def _dpo(settings: DPOSettings) -> None:
             f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
             f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}; report: {page}"
         )
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax dpo` to a sweep, which makes one run after another."""
+    return Task("ppo-jax dpo", DPOSettings, lambda settings: 0, run=dpo)

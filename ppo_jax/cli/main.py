@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft
+from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -36,6 +36,13 @@ class Command(NamedTuple):
     brief: Brief
 
 
+def _sweep(name: str, stage: Any, settings: type, *examples: str) -> Command:
+    """Make the command `ppo-jax sweep NAME`."""
+    shown = tuple(f"ppo-jax sweep {name} {example}" for example in examples)
+    made, brief = sweep.make_settings(settings, stage.BRIEF, f"runs/sweep-{name}", shown)
+    return Command(made, lambda given: sweep.sweep(given, stage.sweep_task), brief)
+
+
 COMMANDS = {
     "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
     "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
@@ -47,6 +54,25 @@ COMMANDS = {
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
     "export-reward": Command(reward.ExportRewardSettings, reward.export_reward, reward.BRIEF_EXPORT),
     "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),
+    "sweep ppo": _sweep(
+        *("ppo", ppo, ppo.PPOSettings),
+        '--model MODEL --prompts prompts.jsonl --reward runs/reward --ranges hyper.kl-coef "log 0.005..0.2"',
+        "--config runs/ppo/config.yaml --ranges policy.rank '4 8' seed '0 1 2' --sweep.search grid --dry-run",
+    ),
+    "sweep sft": _sweep(
+        *("sft", sft, sft.SFTSettings),
+        '--model MODEL --data texts.jsonl --ranges sft.learning-rate "log 1e-5..1e-3" --sweep.objective=-heldout_loss',
+    ),
+    "sweep reward": _sweep(
+        *("reward", reward, reward.RewardSettings),
+        '--model MODEL --pairs pairs.jsonl --ranges reward.epochs "1 2" --sweep.objective heldout_accuracy',
+    ),
+    "sweep dpo": _sweep(
+        *("dpo", dpo, dpo.DPOSettings),
+        '--model MODEL --pairs pairs.jsonl --ranges dpo.beta "0.05 0.1 0.3" --sweep.objective heldout_accuracy',
+    ),
+    "sweep-report": Command(sweep.SweepReportSettings, sweep.report_sweep, sweep.BRIEF_REPORT),
+    "compare": Command(sweep.CompareSettings, sweep.compare, sweep.BRIEF_COMPARE),
 }
 
 
@@ -84,6 +110,12 @@ def _run_command(args: Sequence[str] | None) -> int:
         print(f"ppo_jax {metadata.version('ppo_jax')}")
         return 0
     name, *options = args
+    if name == "sweep":
+        stages = [command.removeprefix("sweep ") for command in COMMANDS if command.startswith("sweep ")]
+        if not options or options[0] not in stages:
+            print(f"ppo-jax sweep: name what is swept: {', '.join(stages)}", file=sys.stderr)
+            return MISTAKE
+        name, *options = f"sweep {options[0]}", *options[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"

@@ -1,12 +1,14 @@
 """`ppo-jax ppo`: prompts and a reward -> PPO in a run directory."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.cli.common import (
     RunSettings,
     begin_report,
+    describe_run,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -23,17 +25,21 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
+from ppo_jax.report import page
+from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
+from ppo_jax.runs.output.config import from_yaml, to_yaml
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
-from ppo_jax.runs.setup import Setup, with_stops
+from ppo_jax.runs.setup import Result, Setup, with_stops
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.options import PPOConfig, check_micro_batches
+from ppo_jax.train.options import PPOConfig, check_hyper, check_micro_batches, check_scalars_of
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
@@ -106,6 +112,24 @@ def _ppo(settings: PPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
+    setup, notice, long = make_setup(settings, model, chosen)
+    directory = run_directory(settings.run_dir, lambda: open_directory(settings))
+    with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
+        report_long_texts(screen, long, settings.max_prompt, settings.too_long)
+        for line in (notice, *chosen.notices):
+            tell(screen, line)
+        summary = summarise(settings, setup)
+        begin_report(directory, summary)
+        result = run_ppo(directory, setup, screen, settings.resume)
+        exported = directory / EXPORT / MODEL
+        write_model(exported, model, result.policy.adapter)
+        path = write_report(directory, summary, before=result.before, after=result.after)
+        screen.message(f"the model is at {exported}; report: {path}")
+
+
+def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, str, int]:
+    """Read, cut and encode what a run is about; also return a notice of the held-out, and how many were too long."""
+    sampling = with_stops(settings.ppo.sampling, model)
     split = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
         encode_prompt_set(part, model, settings.max_prompt, settings.too_long)
@@ -122,30 +146,58 @@ def _ppo(settings: PPOSettings) -> None:
         adapter=create_on_mesh(lambda k, base: init_adapter(k, base, model.config, settings.policy), key, model.params),
         prompts=prompts,
         held_out=held_out,
+        measured_on=split.kind,
         ppo=dataclasses.replace(settings.ppo, sampling=sampling),
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
         pretrain=_pretraining(settings, model),
-        reward=chosen,
+        reward=reward,
         config=repeatable_yaml(settings),
     )
-    directory = run_directory(settings.run_dir, lambda: open_directory(settings))
-    with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
-        report_long_texts(screen, long + long_too, settings.max_prompt, settings.too_long)
-        for notice in (split.notice, *chosen.notices):
-            tell(screen, notice)
-        more: dict[str, Any] = {"prompts": len(held_out.rows), "measured_on": f"{split.kind} prompts"}
-        if "accuracy" in chosen.metadata:
-            note = f"{chosen.metadata.get('measured_on', 'held-out')} pairs"
-            more |= {"reward_accuracy": chosen.metadata["accuracy"], "reward_accuracy_note": note}
-        task = f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}."
-        summary = begin_report(directory, settings, f"PPO on {settings.prompts.name}", task, **more)
-        result = run_ppo(directory, setup, screen, settings.resume)
-        exported = directory / EXPORT / MODEL
-        write_model(exported, model, result.policy.adapter)
-        page = write_report(directory, summary, before=result.before, after=result.after)
-        screen.message(f"the model is at {exported}; report: {page}")
+    return setup, split.notice, long + long_too
+
+
+def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
+    """Gather what the report is told before there are results."""
+    task = f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}."
+    more: dict[str, Any] = {"prompts": len(setup.held_out.rows), "measured_on": f"{setup.measured_on} prompts"}
+    reward = setup.reward.metadata
+    if "accuracy" in reward:
+        more["reward_accuracy"] = reward["accuracy"]
+        more["reward_accuracy_note"] = f"{reward.get('measured_on', 'held-out')} pairs"
+    return describe_run(settings, f"PPO on {settings.prompts.name}", task, **more)
+
+
+def check_settings(settings: PPOSettings) -> None:
+    """Raise ValueError for choices that do not go together, before anything is loaded."""
+    settings.ppo.check_batch(settings.loop.batch_size)
+    check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
+    check_scalars_of(settings.ppo, check_hyper(settings.hyper))
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax ppo` to a sweep: base and reward are loaded once for all runs that name the same."""
+
+    @functools.lru_cache(maxsize=2)
+    def load(name: str, compute: ModelOptions) -> Model:
+        return load_model(name, compute)
+
+    @functools.lru_cache(maxsize=2)
+    def choose(reward: tuple[str, ...], scoring: str, name: str, compute: ModelOptions, sampling: Sampling) -> Reward:
+        model = load(name, compute)
+        options = from_yaml(RewardOptions, scoring)
+        return choose_reward(reward, options, model, with_stops(sampling, model).stop_ids)
+
+    def setup(settings: PPOSettings) -> Setup:
+        model, scoring = load(settings.model, settings.compute), to_yaml(settings.scoring)
+        chosen = choose(settings.reward, scoring, settings.model, settings.compute, settings.ppo.sampling)
+        return make_setup(settings, model, chosen)[0]
+
+    def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
+        write_report(directory, summarise(settings, setup), before=result.before, after=result.after)
+
+    return Task("ppo-jax ppo", PPOSettings, lambda settings: settings.loop.updates, check_settings, setup, finish)
 
 
 def _pretraining(settings: PPOSettings, model: Model) -> list[list[int]]:

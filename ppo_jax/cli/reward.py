@@ -24,9 +24,10 @@ from ppo_jax.runs.output.screen import Screen, progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out
 from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
 from ppo_jax.runs.setup import OfflineSetup
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.calibration import format_table
 from ppo_jax.train.loop import OfflineLoop
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _reward(settings: RewardSettings) -> None:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell(screen, split.notice)
         task = f"Base: {settings.model}. Preferences: {where.name}."
-        summary = common.begin_report(directory, settings, "Reward model", task, measured_on=f"{split.kind} pairs")
+        summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
+        common.begin_report(directory, summary)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
             config=common.repeatable_yaml(settings),
@@ -197,3 +199,8 @@ def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:
     if len(rows) < 2:
         raise ValueError(f"{settings.reference} has {len(rows)} text; a standard deviation needs at least 2")
     return rows
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax reward` to a sweep, which makes one run after another."""
+    return Task("ppo-jax reward", RewardSettings, lambda settings: 0, run=reward)

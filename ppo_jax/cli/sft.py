@@ -8,6 +8,7 @@ from ppo_jax.cli.common import (
     RunSettings,
     begin_report,
     describe_micro_batch,
+    describe_run,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -29,6 +30,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
+from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import OfflineLoop
 from ppo_jax.train.sft import SFTConfig
 
@@ -110,7 +112,8 @@ def _sft(settings: SFTSettings) -> None:
         tell(screen, split.notice)
         task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
         measured_on = f"{split.kind} demonstrations"
-        summary = begin_report(directory, settings, "Supervised fine-tuning", task, measured_on=measured_on)
+        summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)
+        begin_report(directory, summary)
         config = repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config
@@ -121,3 +124,8 @@ def _sft(settings: SFTSettings) -> None:
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}; report: {page}"
         )
+
+
+def sweep_task() -> Task:
+    """Describe `ppo-jax sft` to a sweep, which makes one run after another."""
+    return Task("ppo-jax sft", SFTSettings, lambda settings: 0, run=sft)

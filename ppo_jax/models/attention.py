@@ -161,13 +161,14 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _splash_local(q, k, v, positions, interpret=interpret)
-    rows = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
-    heads = "tensor" if "tensor" in mesh.axis_names else None
+    rows = tuple(name for name in ("data", "fsdp") if name in mesh.auto_axes)
+    heads = "tensor" if "tensor" in mesh.auto_axes else None
     spec = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(
         partial(_splash_local, interpret=interpret),
         in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
         out_specs=spec,
+        axis_names=set(mesh.auto_axes),  # where each device has its own members, their axis is taken already
         check_vma=False,
     )(q, k, v, positions)
 
@@ -194,7 +195,7 @@ def _splash_problem(q: Array, k: Array) -> str | None:
     if q.shape[-1] % 64:
         return f"splash attention needs a head width that is a multiple of 64; this model's is {q.shape[-1]}"
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {} if mesh.empty else dict(mesh.shape)
+    sizes = {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
     rows, heads = math.prod(sizes.get(name, 1) for name in ("data", "fsdp")), sizes.get("tensor", 1)
     if q.shape[0] % rows:
         return f"{q.shape[0]} rows do not divide over data x fsdp = {rows} devices"

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, how arrays lie on it, and what several processes tell each other."""
+"""Devices and processes: the mesh, which device holds what of an array, and what processes tell each other."""

@@ -57,10 +57,12 @@ def spec(axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionS
     """Choose the spec of an array of `shape` whose dimensions have these logical axes.
 
     A dimension that its axes do not divide is left whole (`check_model` has refused models where that would matter).
+    An axis along which each device works for itself (`members.over_members`) is not named.
     """
+    own = mesh.manual_axes
     entries: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
-        cut = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+        cut = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1 and axis not in own)
         if size % math.prod(mesh.shape[axis] for axis in cut):
             cut = ()
         entries.append(cut if len(cut) > 1 else (cut[0] if cut else None))

@@ -9,8 +9,10 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppo_jax.data.disk import replace_file
 from ppo_jax.report.evidence import Evidence, Values, evaluations_by_step, mean_error
 from ppo_jax.runs.output.series import EVALUATED, Records, finite, series
 
@@ -159,6 +161,15 @@ def to_svg(figure: "Figure", name: str) -> str:
     text = re.sub(r"font-family: [^\";]*", "font-family: system-ui, sans-serif", text)
     text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
     return text.replace("<svg ", '<svg style="stroke-linejoin: round; stroke-linecap: butt" ', 1).strip()
+
+
+def save_svg(figure: "Figure", name: str, folder: Path) -> str:
+    """Write NAME.svg, on paper of its own, into the folder; return the <svg> element."""
+    svg = to_svg(figure, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = svg.replace('<svg style="', f'<svg style="background: {PAPER}; ', 1)
+    replace_file(folder / f"{name}.svg", alone.encode("utf-8", "replace"))
+    return svg
 
 
 def _variable(color: str) -> str:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ppo_jax.data.disk import replace_file
 from ppo_jax.report import drawing
 from ppo_jax.report.drawing import BLUE, COLORS, GREY, INK, RED, draw_curve, draw_evaluations, draw_points, make_panels
 from ppo_jax.report.evidence import Evidence, evaluations_by_step, gain
@@ -54,11 +53,7 @@ def draw(run_dir: Path, pictures: Sequence[Picture]) -> list[Drawn]:
         for picture in pictures:
             figure = picture.make()
             if figure is not None:
-                svg = drawing.to_svg(figure, picture.name)
-                folder = run_dir / rundir.PLOTS
-                folder.mkdir(exist_ok=True)
-                alone = svg.replace('<svg style="', f'<svg style="background: {drawing.PAPER}; ', 1)
-                replace_file(folder / f"{picture.name}.svg", alone.encode("utf-8", "replace"))
+                svg = drawing.save_svg(figure, picture.name, run_dir / rundir.PLOTS)
                 drawn.append(Drawn(picture.name, picture.title, picture.caption, svg))
     return drawn
 

@@ -46,4 +46,10 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters |= {"minus": real_minus, "cell": table_cell, "options": mark_options, "quoted": repr}
+TEMPLATES.filters |= {
+    "minus": real_minus,
+    "cell": table_cell,
+    "options": mark_options,
+    "quoted": repr,
+    "signed": signed,
+}

@@ -3,9 +3,11 @@
 A score has failed where the reward says so (`Scores.valid` is False), where it is no finite float32 (NaN, infinity, too
 large, no number at all), or where a reward of one of its tokens is not finite. Then
 
-    the row is invalid      `valid` is False and `reward` is NaN; it is never 0, and no number stands in for it
-    nothing is learnt       it is masked out of loss, whitening and baselines (train/experience.py), of the running
-                            statistics (ops/rewards.py) and of every mean in the log (train/metrics.py)
+    the row is invalid      `valid` is False and `reward` is NaN: no number stands in for the score
+    nothing is learnt       the row has an empty mask, so it counts in no loss, whitening or baseline
+                            (train/experience.py; the rewards of its tokens are then zeros that nobody reads), in no
+                            running statistics (ops/rewards.py) and in no mean of the log (train/metrics.py); a
+                            minibatch without a valid row makes no step at all (train/ppo.py)
     it is counted           as `invalid_scores`, and its cause is named once (rewards/failures.py)
     too many stop the run   (train/loop.py, --loop.max-failed)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from ppo_jax.train.experience import reference_logprobs, score_rollout, share_pr
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
 from ppo_jax.train.ppo import collect
-from ppo_jax.train.state import TrainState
+from ppo_jax.train.state import RunState, TrainState
 from ppo_jax.types import Frozen, Hyper, Prompts, Rollout, Scores
 
-Dump = Callable[[int, TrainState, Hyper], str]
+Dump = Callable[[int, RunState, Hyper], str]
 
 
 def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int], Prompts]) -> Dump:
@@ -33,8 +34,9 @@ def dumper(directory: Path, setup: Setup, frozen: Frozen, prompts: Callable[[int
     log-probs of policy and reference, values and scores; .jsonl with the texts. Returns a sentence for the error.
     """
 
-    def dump(step: int, state: TrainState, hyper: Hyper) -> str:
-        before = dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype))
+    def dump(step: int, state: RunState, hyper: Hyper) -> str:
+        known: Any = state
+        before = dataclasses.replace(known, step=jnp.asarray(step, state.step.dtype))
         rollout, reference, scores = processes.fetch(_again(setup)(before, frozen, prompts(step), hyper))
         texts = decode_responses(setup.model, setup.ppo.sampling, rollout)
         rows = [int(i) for i in rollout.index]

@@ -1,5 +1,6 @@
 """Evaluations of a run: the held-out prompts in pieces, rewards, judges, KL; records, samples, a table on screen."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,16 +9,18 @@ import numpy as np
 
 from ppo_jax.data import left_pad
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.parallel import processes
+from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rewards.combine import SplitReward, add_scores
 from ppo_jax.rewards.scores import as_scores, only_finite
 from ppo_jax.runs.output import rundir, writers
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Setup, decode_responses, host_responses
-from ppo_jax.train.evaluate import Evaluation, make_evaluate
+from ppo_jax.train.evaluate import Evaluate, Evaluation, make_evaluate
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.options import Algorithm
-from ppo_jax.train.state import TrainState, key_stream
+from ppo_jax.train.options import Algorithm, PPOConfig
+from ppo_jax.train.state import RunState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
 SAMPLES = 64  # held-out prompts whose responses are kept in samples.jsonl
@@ -37,7 +40,7 @@ def make_evaluator(
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
-) -> Callable[[int, TrainState], dict[str, float] | None]:
+) -> Callable[[int, RunState], dict[str, float] | None]:
     """Return evaluate(step, state), which scores held-out prompts, writes samples and "eval", fills `evaluations`.
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
@@ -46,7 +49,7 @@ def make_evaluator(
     failure of the disk through.
     """
     ppo = setup.ppo
-    run = make_evaluate(Algorithm(setup.model.config, ppo, make_optimizer(ppo.optimizer), setup.reward.device))
+    run = _compile_evaluate(setup.model.config, ppo, setup.reward.device)  # type: ignore[arg-type]  # by identity
     held_out = setup.held_out
     length = max(len(row) for row in [*held_out.rows, *setup.prompts.rows])
     tokens, mask = left_pad(held_out.rows, length, setup.model.pad_id)
@@ -54,7 +57,7 @@ def make_evaluator(
     size = min(setup.loop.batch_size, count)
     key = key_stream(setup.seed, "evaluation")
 
-    def evaluate(step: int, state: TrainState) -> dict[str, float] | None:
+    def evaluate(step: int, state: RunState) -> dict[str, float] | None:
         pieces: list[Columns] = []
         responses: list[str] = []
         for number, first in enumerate(range(0, count, size)):
@@ -82,6 +85,12 @@ def make_evaluator(
         return values
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_evaluate(config: ModelConfig, ppo: PPOConfig, reward: DeviceReward | None) -> Evaluate:
+    """One program for all runs of this process that evaluate alike: the members of a population."""
+    return make_evaluate(Algorithm(config, ppo, make_optimizer(ppo.optimizer), reward))
 
 
 def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") -> dict[int, dict[str, float]]:

@@ -11,14 +11,14 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.setup import Result, Setup
-from ppo_jax.train.state import TrainState
+from ppo_jax.train.state import RunState
 from ppo_jax.types import Policy, PyTree
 
 
 def export_policies(
     directory: Path,
     setup: Setup,
-    state: TrainState,
+    state: RunState,
     evaluations: dict[int, dict[str, float]],
     best: Mapping[str, Any],
     notify: Callable[[str], None],

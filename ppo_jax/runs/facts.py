@@ -86,6 +86,7 @@ def reported_facts(setup: Setup) -> dict[str, Any]:
         "base": setup.model.name,
         "prompts": len(setup.prompts.rows),
         "held_out": len(setup.held_out.rows),
+        "measured_on": f"{setup.measured_on} prompts",
         "judges": {name: setup.labels.get(name, name) for name in setup.judges},
         "reward_accuracy": reward.get("accuracy"),
         "reward_mean": held_out.get("score_mean", 0.0 if normalised else None),

@@ -27,7 +27,7 @@ from ppo_jax.train.loop import schedule_hyper, train
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import check_hyper, check_scalars_of
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
-from ppo_jax.train.state import Iteration, TrainState
+from ppo_jax.train.state import Iteration
 from ppo_jax.types import Frozen, Metrics
 
 FILTERED = {
@@ -39,8 +39,12 @@ FILTERED = {
 }
 
 
-def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume = "no") -> Result:
+def run_ppo(
+    directory: Path, setup: Setup, screen: Screen, resume: bool | Resume = "no", iteration: Iteration | None = None
+) -> Result:
     """Trains by PPO in an opened run directory (`rundir.open_run`); unless `resume` is "no", from its last checkpoint.
+
+    `iteration` stands in for the compiled one where the run is a member of a population (`runs.sweep.crowd`).
 
     Writes config.yaml (once the checkpoint has been read), metrics.jsonl, TensorBoard events, samples.jsonl,
     evaluations.jsonl, run.json, checkpoints/, export/policy and, where another update than the last evaluated best,
@@ -66,7 +70,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
     with open_hooks(stage, start) as hooks:
         failures = introduce_run(setup, screen)
         prompts, hyper = prompt_batches_of(setup), schedule_hyper(setup.hyper, loop)
-        dump, iteration = dumper(directory, setup, frozen, prompts), choose_iteration(setup, optimizer, hooks)
+        dump = dumper(directory, setup, frozen, prompts)
+        iterate = iteration or choose_iteration(setup, optimizer, hooks)
         hooks.measure = make_evaluator(
             directory, setup, frozen, hooks.record, hooks.put_evaluation, screen, hooks.evaluations, hooks.stopping
         )
@@ -74,8 +79,8 @@ def run_ppo(directory: Path, setup: Setup, screen: Screen, resume: bool | Resume
         hooks.causes = failures.summary
         hooks.watch = watch_run(directory, reported_facts(setup), screen)
 
-        def step(state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-            return iteration(state, frozen, prompts(number), hyper(number))
+        def step(state: Any, number: int) -> tuple[Any, Metrics]:
+            return iterate(state, frozen, prompts(number), hyper(number))
 
         # -- evaluate what was left ------------------------------------------------------------------------------------
         state = hooks.evaluate_left(start.state)

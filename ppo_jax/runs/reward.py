@@ -28,7 +28,7 @@ from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.calibration import Bucket, calibration, calibration_error
 from ppo_jax.train.comparisons import Comparisons, bucket_texts, head_scores, rated_batches, rated_pairs, text_features
-from ppo_jax.train.reward_model import Loss, RewardConfig, bind_reward_step, fit_head, init_role, normalise_head
+from ppo_jax.train.reward import Loss, RewardConfig, bind_reward_step, fit_head, init_role, normalise_head
 from ppo_jax.train.state import key_stream
 
 Data = EncodedPairs | EncodedRatings | EncodedChoices

@@ -37,6 +37,7 @@ class Setup(NamedTuple):
     judges: Mapping[str, Judge] = {}
     labels: Mapping[str, str] = {}  # what people are shown in place of a judge's name
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
+    measured_on: str = "held-out"  # prompts; "training" where there were too few to hold any out
 
 
 class OfflineSetup(NamedTuple):

@@ -1,1 +1,1 @@
-"""The algorithms: PPO, supervised fine-tuning, reward models, and the loop around them."""
+"""The algorithms: PPO, supervised fine-tuning, DPO, reward models, and the loop around them."""

@@ -20,6 +20,7 @@ PPO), Stiennon et al. 2020 and Ouyang et al. 2022 (the recipe). `Hyper` is trace
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.means import merge_metrics, no_metrics
+from ppo_jax.parallel.members import branch
 from ppo_jax.parallel.sharding import constrain_rows
 from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rewards.combine import add_scores
@@ -114,13 +116,12 @@ def update_epochs(
         state, stopped = carry
         taken = constrain_rows(jax.tree.map(lambda x: x[rows], batch))
 
-        def go(state: TrainState) -> tuple[TrainState, Metrics]:
-            return update(algorithm, state, frozen, taken, hyper)
+        go = partial(update, algorithm)
 
-        def rest(state: TrainState) -> tuple[TrainState, Metrics]:
-            return state, no_metrics(jax.eval_shape(go, state)[1])
+        def rest(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
+            return state, no_metrics(jax.eval_shape(go, state, *inputs)[1])
 
-        state, metrics = jax.lax.cond(stopped, rest, go, state)
+        state, metrics = branch(stopped, rest, go, state, frozen, taken, hyper)
         left_out = stopped.astype(jnp.float32)
         stopped |= metrics["early_stops"][0] > 0
         return (state, stopped), metrics | {"steps_left_out": (left_out, jnp.ones(()))}

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -42,6 +42,21 @@ class TrainState:
     failing: PyTree  # Int[Array, ""]: batches in a row of which too many rewards failed (loop.max_failed)
     best: PyTree  # Float[Array, ""]: of the evaluations so far, the best value of the metric that chooses checkpoints
     ema: PyTree = None  # running average of the policy's parameters; None: off
+
+
+@runtime_checkable
+class RunState(Protocol):
+    """What the host reads of a run's state: a `TrainState`, or that of a member, whose arrays a population holds."""
+
+    step: Any
+    nonfinite: Any
+    failing: Any
+    best: Any
+
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def ema(self) -> Any: ...
 
 
 Iteration = Callable[[TrainState, Frozen, Prompts, Hyper], tuple[TrainState, Metrics]]

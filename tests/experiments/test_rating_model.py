@@ -13,7 +13,7 @@ from experiments.rating_model import RatingModel, Wanted, obtain
 from ppo_jax.rewards.adapter import score_tokens
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.comparisons import rated_pairs
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 
 MODEL = smoke.model(0)
 REVIEWS = smoke.reviews(260)

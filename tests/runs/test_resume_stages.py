@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.compilation import compile_once
 
 from experiments.soak import timeless
 from ppo_jax.data import EncodedPairs, EncodedSFT
@@ -33,25 +32,18 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.dpo import DPOConfig
 from ppo_jax.train.loop import Interrupted, OfflineLoop, Stopped
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.sft import SFTConfig
 from tests.checkpoints import read_arrays
 from tests.data.tokenizer import EOS
 from tests.small import small_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 7
 LOOP = OfflineLoop(eval_every=3, checkpoint_every=2)
 
 
 class Killed(Exception):
     """The process ends here."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compile_once(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 def texts(count: int, seed: int) -> list[list[int]]:

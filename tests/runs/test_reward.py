@@ -25,7 +25,7 @@ from ppo_jax.runs.reward import (
     training_batches,
 )
 from ppo_jax.runs.setup import OfflineSetup
-from ppo_jax.train.reward_model import RewardConfig
+from ppo_jax.train.reward import RewardConfig
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.small import SMALL

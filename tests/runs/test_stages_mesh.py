@@ -29,7 +29,7 @@ from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.dpo import DPOConfig, DPOScalars, Preferences, make_dpo_step
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.reward_model import RewardConfig, init_role, make_reward_step
+from ppo_jax.train.reward import RewardConfig, init_role, make_reward_step
 from ppo_jax.train.sft import Demonstrations, SFTConfig, make_sft_step
 from ppo_jax.types import PyTree
 from tests.data.tokenizer import EOS

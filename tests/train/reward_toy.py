@@ -6,7 +6,7 @@ import numpy as np
 
 from ppo_jax.rewards.adapter import RewardRole, score_tokens
 from ppo_jax.train.comparisons import Comparisons, bucket_texts
-from ppo_jax.train.reward_model import RewardConfig, init_role
+from ppo_jax.train.reward import RewardConfig, init_role
 from tests.models.tiny import CONFIG, random_params
 from tests.train.toy import noisy
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.train.comparisons import bucket_texts, head_scores, keep_prefix, rated_batches, text_features
-from ppo_jax.train.reward_model import comparison_loss
+from ppo_jax.train.reward import comparison_loss
 from tests.models.tiny import CONFIG
 from tests.train.reward_toy import BASE, PAD, TRUNK, role, scores_of, texts
 from tests.train.toy import assert_close

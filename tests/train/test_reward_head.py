@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppo_jax.train.comparisons import head_scores
-from ppo_jax.train.reward_model import fit_head, normalise_head
+from ppo_jax.train.reward import fit_head, normalise_head
 
 
 def features_and_pairs():

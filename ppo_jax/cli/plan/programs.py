@@ -5,7 +5,9 @@ CPU devices are chosen once per process. Nothing is ever run and no array is mad
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import re
 import sys
@@ -27,12 +29,14 @@ from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import check_model, init_params
 from ppo_jax.models.placement import shardings
 from ppo_jax.parallel import sharding
+from ppo_jax.parallel.members import batch_sharding, member_shardings, over_members
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.runs.output import config as configuration
 from ppo_jax.train.experience import score_rollout, share_prefix
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm, PPOConfig
+from ppo_jax.train.population import abstract_members, collect_members, learn_members, make_members
 from ppo_jax.train.ppo import collect, make_host_iteration, make_iteration
 from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Hyper, Prompts, PyTree, Rollout, Scores
@@ -51,7 +55,9 @@ class PlanSettings:
     mesh: MeshConfig = MeshConfig()
     """These options cut the work; their product must be the number of devices."""
     batch: int = 64
-    """An iteration has this many prompts, over all devices."""
+    """An iteration of one run has this many prompts, over all devices."""
+    members: int = 1
+    """This many runs train at once over one base, as in `ppo-jax sweep`; figures are of all of them."""
     prompt_length: int = 512
     """A prompt has this many slots, in tokens."""
     response_length: int = 512
@@ -74,7 +80,7 @@ class PlanSettings:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "prompt_length", "response_length"):
+        for name in ("batch", "members", "prompt_length", "response_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.programs:
@@ -96,8 +102,8 @@ BRIEF = Brief(
     ),
     {
         PlanSettings: (
-            *("model", "topology", "mesh", "batch", "prompt_length", "response_length", "policy", "compute", "ppo"),
-            *("programs", "search", "memory", "json"),
+            *("model", "topology", "mesh", "batch", "members", "prompt_length", "response_length", "policy"),
+            *("compute", "ppo", "programs", "search", "memory", "json"),
         ),
         AdapterConfig: ("kind", "layers", "rank"),
         ModelOptions: ("dtype", "remat"),
@@ -195,13 +201,24 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
     placed = {name: (tree, shardings(tree, mesh)) for name, tree in (("state", state), ("frozen", frozen))}
     batches = {"prompts": prompts, "rollout": rollout, "scores": scores}
     placed |= {name: (tree, sharding.row_shardings(tree, mesh)) for name, tree in batches.items()}
-    return {name: sharding.abstract(tree, of) for name, (tree, of) in placed.items()}
+    found = {name: sharding.abstract(tree, of) for name, (tree, of) in placed.items()}
+    return found if settings.members == 1 else found | _of_members(found, settings.members, mesh)
+
+
+def _of_members(of_one: dict[str, PyTree], members: int, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+    """Make the shapes of a population: all but the base get a leading axis of members."""
+    lies = {"state": member_shardings(jax.tree.map(lambda x: x.sharding, of_one["state"]), members)}
+    for name in ("prompts", "rollout", "scores"):
+        lies[name] = jax.tree.map(lambda x: batch_sharding(members, x.shape, mesh), of_one[name])
+    return {name: sharding.abstract(abstract_members(of_one[name], members), of) for name, of in lies.items()}
 
 
 def program(
     name: Program, settings: PlanSettings, config: ModelConfig, inputs: dict[str, PyTree]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Choose the jitted function that training runs, and its arguments."""
+    if settings.members > 1:
+        return _population_program(name, settings, config, inputs)
     ppo, hyper = settings.static, Hyper()
     optimizer = make_optimizer(ppo.optimizer)
     reward = adapter_reward(config, ppo.sampling.stop_ids)
@@ -221,12 +238,36 @@ def program(
     return jax.jit(scoring), (state, frozen, inputs["rollout"])
 
 
+def _population_program(
+    name: Program, settings: PlanSettings, config: ModelConfig, inputs: dict[str, PyTree]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Choose the function that a sweep runs for all members at once, and its arguments."""
+    ppo, members = settings.static, settings.members
+    algorithm = Algorithm(config, ppo, make_optimizer(ppo.optimizer))
+    reward = adapter_reward(config, ppo.sampling.stop_ids)
+    scalar: Any = jax.ShapeDtypeStruct((members,), jnp.float32)
+    hypers, active = Hyper(*[scalar] * len(Hyper._fields)), jax.ShapeDtypeStruct((members,), bool)
+    state, frozen = inputs["state"], inputs["frozen"]
+    if name == "rollout":
+        return jax.jit(functools.partial(collect_members, algorithm)), (state, frozen, inputs["prompts"], hypers)
+    if name == "update":
+        learn = jax.jit(functools.partial(learn_members, algorithm), donate_argnums=0)
+        return learn, (state, frozen, inputs["rollout"], inputs["scores"], hypers, active)
+    if name == "iteration":
+        return make_members(algorithm._replace(reward=reward)), (state, frozen, inputs["prompts"], hypers, active)
+
+    def scoring(state: Any, frozen: Frozen, rollout: Rollout) -> Scores:
+        return score_rollout(reward, frozen, share_prefix(algorithm, state.policy, frozen, rollout))
+
+    return jax.jit(over_members(scoring, members, shared=(1,))), (state, frozen, inputs["rollout"])
+
+
 def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
     """Count the bytes per device of what stays between programs."""
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
-        return sum(x.dtype.itemsize * _elements(x.sharding.shard_shape(x.shape)) for x in leaves)
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
     state, frozen = inputs["state"], inputs["frozen"]
     sizes = {
@@ -238,13 +279,6 @@ def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
     if state.policy.critic is not None:
         sizes["critic"] = size(state.policy.critic)
     return sizes if state.ema is None else sizes | {"average": size(state.ema)}
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 # -- compile and measure ---------------------------------------------------------------------------------------------

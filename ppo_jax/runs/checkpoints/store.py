@@ -19,6 +19,7 @@ import functools
 import json
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
     several = jax.process_count() > 1
     if several:  # what can be known to fail fails here, where all hear of it
         wait(manager)
+        _let_others_finish(manager)
         _check_writable(Path(manager.directory))
     with _save_errors(manager, CheckpointSaveBroken if several else CheckpointSaveError):
         manager.save(step, args=args, force=True)
@@ -292,6 +294,21 @@ def _save_errors(
         yield
     except Exception as error:  # a full disk, a vanished directory and the like, in Orbax's many kinds
         raise kind(f"{manager.directory}: a checkpoint could not be saved: {first_line(error)}") from error
+
+
+_last_saved: list[Any] = []  # a weak reference to the manager that saved last
+
+
+def _let_others_finish(manager: ocp.CheckpointManager) -> None:
+    """With several processes: waits for the save of another run of this process, the member of a population.
+
+    The meetings of two saves in the background would be mixed up. Whether it went well is for its own run to find.
+    """
+    for other in [reference() for reference in _last_saved]:
+        if other is not None and other is not manager:
+            with contextlib.suppress(Exception):
+                other.wait_until_finished()
+    _last_saved[:] = [weakref.ref(manager)]
 
 
 def _check_writable(path: Path) -> None:

@@ -67,7 +67,7 @@ def progress(
     Inside the block nothing that is printed fails, whoever prints it (`streams`).
     """
     with unbreakable():
-        screen = Screen(title, main_process, console or _stdout(), live, interval, clock)
+        screen = Screen(title, main_process, console or stdout_console(), live, interval, clock)
         screen.log = log if main_process else None
         screen.message(title, only_log=True)
         display: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -249,7 +249,7 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
     console = Console(highlight=False)
     wide = console.is_terminal or "COLUMNS" in os.environ
     return console if wide else Console(highlight=False, width=120)  # a log has no width of its own

@@ -13,7 +13,7 @@ import torch
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.train.comparisons import bucket_texts, rated_batches, text_features
 from ppo_jax.train.optimizer import make_optimizer
-from ppo_jax.train.reward_model import RewardConfig, comparison_loss, init_role, make_reward_step, train_role
+from ppo_jax.train.reward import RewardConfig, comparison_loss, init_role, make_reward_step, train_role
 from tests.models.tiny import CONFIG
 from tests.train.reward_toy import BASE, PAD, REWARD, TRUNK, comparisons, groups_of, role, scores_of, texts
 from tests.train.toy import assert_close

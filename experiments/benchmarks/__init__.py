@@ -1,0 +1,1 @@
+"""Measurements, each a script that writes a table and a JSON file."""
