@@ -90,11 +90,12 @@ def open_run(
             pass
     except OSError as error:
         raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
-    hold_directory(path)
+    taken = hold_directory(path)
     try:
         found = _look(path, resume, overwrite)
     except ValueError:
-        release_directory(path)
+        if taken:
+            release_directory(path)
         raise
     for name in found if overwrite else ():
         item = path / name
