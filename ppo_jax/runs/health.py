@@ -119,7 +119,7 @@ def reward_at_chance(records: Records, known: Known) -> Answer:
     if accuracy is None or accuracy > 0.55:
         return None
     return (
-        f"The reward model orders {accuracy:.1%} of held-out pairs rightly, and chance is 50%.",
+        f"The reward model orders {accuracy:.1%} of the pairs that it is measured on rightly, and chance is 50%.",
         "Train it longer (--reward.epochs), with more layers (--reward.lora-layers) or on more pairs before PPO.",
     )
 

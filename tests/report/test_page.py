@@ -320,6 +320,18 @@ def test_a_stage_on_fixed_data_has_a_page_like_it(tmp_path: Path, phase: str):
             assert f"Pairs in the right order %{100 * before:.1f}{100 * after:.1f}" in page.text
 
 
+@pytest.mark.parametrize("phase", OFFLINE)
+def test_a_stage_measured_on_what_it_learned_does_not_call_that_held_out(tmp_path: Path, phase: str):
+    values = OFFLINE[phase][0]
+    write = writers.jsonl_writer(tmp_path / "metrics.jsonl")
+    for step, side in ((0, 0), (3, 1)):
+        write(step, phase, {"loss": 1.0 - step / 9})
+        write(step, phase, {f"heldout_{name}": ends[side] for name, ends in values.items()})
+    said = read(tmp_path, {"measured_on": "training demonstrations"}).text
+    assert re.search("training (demonstrations|pairs)", said)
+    assert "held-out" not in (tmp_path / "report.html").read_text(encoding="utf-8").lower()  # nor in a picture
+
+
 def test_a_run_of_before_reports_still(tmp_path: Path):
     """No run.json, no evaluations.jsonl, no log.txt; a summary with the keys of that time."""
     page = read(make_run(tmp_path), {"before": {"reward": 0.0}, "after": {"reward": 2.0}, "prompts": 64})

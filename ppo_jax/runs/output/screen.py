@@ -69,7 +69,7 @@ def progress(
     with unbreakable():
         screen = Screen(title, main_process, console or stdout_console(), live, interval, clock)
         screen.log = log if main_process else None
-        screen.message(title, only_log=True)
+        screen.note(title)
         display: contextlib.AbstractContextManager = contextlib.nullcontext()
         if screen.live:
             display = Live(screen, console=screen.console, refresh_per_second=2)
@@ -78,7 +78,7 @@ def progress(
                 yield screen
             except BaseException as error:
                 screen.flush()
-                screen.message(f"ended by {type(error).__name__}: {error}", only_log=True)
+                screen.note(f"ended by {type(error).__name__}: {error}")
                 raise
             screen.flush()
 
@@ -149,7 +149,7 @@ class Screen:
         state = self.current
         if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
-            self.message(self._summary(state), only_log=self.live)
+            self._say(self._summary(state), only_log=self.live)
 
     def sample(
         self,
@@ -190,8 +190,15 @@ class Screen:
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line)
 
-    def message(self, text: str, only_log: bool = False) -> None:
+    def message(self, text: str) -> None:
         """Print text above the live part, as it is (no markup)."""
+        self._say(text)
+
+    def note(self, text: str) -> None:
+        """Put text into the log alone."""
+        self._say(text, only_log=True)
+
+    def _say(self, text: str, only_log: bool = False) -> None:
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
             self._print(lines, only_log, markup=False, highlight=False, emoji=False, soft_wrap=True)

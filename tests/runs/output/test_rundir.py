@@ -185,6 +185,17 @@ def test_an_evaluation_is_kept_whole_and_its_first_prompts_as_samples(tmp_path: 
     assert [r["step"] for name in (rundir.EVALUATIONS, rundir.SAMPLES) for r in read_jsonl(tmp_path / name)] == [0] * 3
 
 
+def test_what_can_be_written_of_an_evaluation_is_not_written_twice(tmp_path: Path):
+    """The disk is full between the two files; what is tried again is the one that failed."""
+    kept = [writers.resilient(write, lambda text: None, "it") for write in (rundir.write_samples, rundir.write_scores)]
+    (tmp_path / rundir.EVALUATIONS).mkdir()
+    how = {"put_samples": kept[0], "put_scores": kept[1]}
+    rundir.write_evaluation(tmp_path, 0, ["a"], ["x"], {"reward": [1.0, 2.0]}, ["reward"], **how)
+    (tmp_path / rundir.EVALUATIONS).rmdir()
+    assert [again() for again in kept] == [0, 0]
+    assert [len(read_jsonl(tmp_path / name)) for name in (rundir.EVALUATIONS, rundir.SAMPLES)] == [1, 1]
+
+
 def test_facts_are_added_to_those_that_are_there(tmp_path: Path):
     assert rundir.read_facts(tmp_path) == {}
     rundir.add_facts(tmp_path, sessions=[1], held_out=4)
