@@ -43,7 +43,7 @@ SHOWN = {
         (([evaluation(0, 1.5, reward_std=0.0)], KNOWN), ["evaluation at update 0"], ["prompts"]),
     ],
     "reward_at_chance": [
-        ((WELL, KNOWN._replace(reward_accuracy=0.51)), ["51.0% of held-out pairs", "50%"], ["--reward.epochs"]),
+        ((WELL, KNOWN._replace(reward_accuracy=0.51)), ["51.0% of the pairs", "50%"], ["--reward.epochs"]),
         (([{"step": 9, "phase": "reward", "heldout_accuracy": 0.5}], Known()), ["50.0%"], ["--reward.lora-layers"]),
     ],
     "scores_far_from_known": [
