@@ -27,13 +27,13 @@ from ppo_jax.rewards.adapter import adapter_reward
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.reward import RewardResult, run_reward
-from ppo_jax.runs.setup import OfflineSetup, Result, Setup
+from ppo_jax.runs.setup import OfflineSetup, Setup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig
@@ -113,6 +113,7 @@ def main(args: list[str] | None = None) -> Path:
             base, demonstrations, unseen, settings.sft, seed, AdapterConfig(kind="full"), config=repeatable
         )
         sft = run_sft(directories["sft"], setup, screen, settings.resume)
+        write_part(directories["sft"], "SFT on a toy language", "Here is its first part.")
         screen.message(f"SFT: perplexity {sft.before['perplexity']:.1f} -> {sft.after['perplexity']:.2f}")
 
         # -- 2: reward model, on pairs of sentences of which one has more good words -----------------------------------
@@ -121,11 +122,14 @@ def main(args: list[str] | None = None) -> Path:
         )
         setup = OfflineSetup(sft.model, pairs, unseen_pairs, settings.reward, seed, config=repeatable)
         reward = run_reward(directories["reward"], setup, screen, settings.resume)
+        write_part(directories["reward"], "Reward model of a toy language", "Here is its second part.")
         screen.message(f"reward model: {reward.accuracy:.3f} of held-out pairs in the right order")
 
         # -- 3: PPO, from the fine-tuned model, which is also its reference --------------------------------------------
+        summary = summarise(8 * len(OPENINGS), reward.accuracy, seed)
+        rundir.write_summary(directories["ppo"], summary)  # for a report in the middle of the run
         result = run_ppo(directories["ppo"], make_setup(settings, sft.model, reward), screen, settings.resume)
-        path = page.write(directories["ppo"], summarise(result, 8 * len(OPENINGS), reward.accuracy, seed))
+        path = page.write(directories["ppo"], {**summary, "before": result.before, "after": result.after})
         screen.message(f"report: {path}")
     return path
 
@@ -137,6 +141,7 @@ def open_directories(settings: PipelineConfig) -> dict[str, Path]:
         found[name] = rundir.open_run(settings.run_dir / name, settings.resume, settings.overwrite)
         if not (found[name] / rundir.CONFIG).exists():
             replace_file(found[name] / rundir.CONFIG, repeatable_yaml(settings).encode())
+        record_start(found[name])
     return found
 
 
@@ -156,12 +161,16 @@ def make_setup(settings: PipelineConfig, base: Model, reward: RewardResult) -> S
         adapter=adapter,
         prompts=prompts,
         held_out=prompts,  # all there are
+        measured_on="training",
         ppo=dataclasses.replace(settings.ppo, sampling=sampling),
         hyper=settings.hyper,
         loop=settings.loop,
         seed=settings.seed,
         reward=Reward(
-            adapter_reward(reward.trunk, sampling.stop_ids), params=reward.role, layers=reward.trunk.num_layers
+            adapter_reward(reward.trunk, sampling.stop_ids),
+            params=reward.role,
+            layers=reward.trunk.num_layers,
+            metadata={"accuracy": reward.accuracy, "heldout": reward.heldout},
         ),
         judges={"judge": lambda rollout, prompts, responses: np.array([goodness(text) for text in responses])},
         labels=LABELS,
@@ -169,17 +178,22 @@ def make_setup(settings: PipelineConfig, base: Model, reward: RewardResult) -> S
     )
 
 
-def summarise(result: Result, prompts: int, accuracy: float, seed: int) -> page.Summary:
-    """The numbers of the report."""
+def write_part(directory: Path, title: str, which: str) -> None:
+    """Write the report of one of the first two stages."""
+    page.write(directory, {"title": title, "task": f"{TASK} {which}"})
+
+
+def summarise(prompts: int, accuracy: float, seed: int) -> page.Summary:
+    """Say what the report is told before there are results."""
     facts = environment()
     return {
         "title": "SFT, reward model, PPO on a toy language",
         "task": TASK,
-        "before": result.before,
-        "after": result.after,
         "prompts": prompts,
+        "measured_on": "training prompts",
         "reward_accuracy": accuracy,
         "reward_accuracy_note": "held-out pairs",
+        "raters": "the count of good words does",
         "seed": seed,
         "judges": LABELS,
         "versions": facts["versions"],

@@ -45,10 +45,11 @@ class RatingModel(NamedTuple):
     path: Path  # the artifact
 
 
-def lora_reward(found: RatingModel, stop_ids: tuple[int, ...]) -> Reward:
+def lora_reward(found: RatingModel, stop_ids: tuple[int, ...], normalised: bool) -> Reward:
     """The trained reward model as PPO takes it: an adapter and a head on the policy's own base."""
     device = adapter_reward(found.trunk, stop_ids)
-    return Reward(device, params=found.role, layers=found.trunk.num_layers)
+    metadata = {"accuracy": found.accuracy, "reward": {"normalise": normalised}}
+    return Reward(device, params=found.role, layers=found.trunk.num_layers, metadata=metadata)
 
 
 class Wanted(NamedTuple):

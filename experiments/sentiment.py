@@ -32,6 +32,7 @@ import numpy as np
 
 from experiments import movie_reviews, rating_model, smoke
 from experiments.judges import model_judge, vader_judge, vader_score
+from experiments.movie_reviews import prompt_set
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
@@ -47,19 +48,23 @@ from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup
+from ppo_jax.runs.setup import Judge, Setup
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
+TOY_TASK = (
+    "A smoke run: random sentences of a toy grammar stand for the ratings, and a random model of four layers for the "
+    "policy. It shows that everything runs, and nothing else."
+)
 TASK = (
     "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
@@ -217,20 +222,26 @@ def run(settings: SentimentConfig) -> Path:
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
-        scored = chosen or rating_model.lora_reward(reward, stop_ids)
+        scored = chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise)
         judges = {"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)}
         setup = make_setup(settings, model, (prompts, held_out), scored, judges)
         for notice in setup.reward.notices:
             screen.message(notice)
+        summary = summarise(settings, len(held_out.rows), test, setup.reward.metadata.get("accuracy"), judge.accuracy)
+        rundir.write_summary(directory, summary)  # for a report in the middle of the run
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        accuracy = reward.accuracy if chosen is None else chosen.metadata.get("accuracy")
-        summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
+        summary |= {"before": result.before, "after": result.after, "seconds": durations(clock)}
         path = page.write(directory, summary)
         screen.message(f"report: {path}")
     return path
+
+
+def durations(clock: dict[str, float]) -> dict[str, float]:
+    """Seconds of each phase, from the time at the end of each."""
+    return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
 
 
 def make_setup(
@@ -270,6 +281,7 @@ def open_directory(settings: SentimentConfig) -> Path:
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
         replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
 
 
@@ -287,29 +299,26 @@ def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> li
 
 def summarise(
     settings: SentimentConfig,
-    result: Result,
     prompts: int,
     test: list[movie_reviews.Review],
     reward_accuracy: float | None,
     judge_accuracy: float,
-    clock: dict[str, float],
 ) -> page.Summary:
-    """The numbers of the report; `clock` has the time at the end of each phase."""
-    times = list(clock.items())
+    """What the report is told before there are results. Nothing of SmolLM2 or of people where neither took part."""
+    toy = settings.smoke
+    task = TOY_TASK if toy else TASK
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
-        "title": "PPO on film-review sentiment",
-        "task": f"{TASK} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else TASK,
-        "before": result.before,
-        "after": result.after,
+        "title": "Smoke run of PPO on film-review sentiment" if toy else "PPO on film-review sentiment",
+        "task": f"{task} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else task,
         "prompts": prompts,
         "kl_budget": 15.0,
         "reward_accuracy": reward_accuracy,
         "judge_accuracy": judge_accuracy,
         "judges": LABELS,
-        "reference_accuracies": {**REFERENCES, "VADER": vader},
+        "reference_accuracies": {"VADER": vader} if toy else {**REFERENCES, "VADER": vader},
+        "raters": "the toy ratings say" if toy else "people did",
         "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
-        "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
         "seed": settings.seed,
         "date": date.today().isoformat(),
         **environment(),
@@ -328,16 +337,6 @@ def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     return toy, movie_reviews.splits(
         smoke.reviews(seed=settings.drawn_by), settings.drawn_by, test=40, prompts=40, judge_train=40
     )
-
-
-def prompt_set(
-    model: Model, reviews: list[movie_reviews.Review], longest: int, rng: np.random.Generator, count: int | None = None
-) -> PromptSet:
-    """The first words of sentences, at most `longest` tokens; the first `count` of them."""
-    texts = movie_reviews.openings(reviews, rng)
-    rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
-    return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
 
 
 def sentence_ends(model: Model) -> tuple[int, ...]:

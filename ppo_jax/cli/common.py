@@ -6,10 +6,10 @@ Everything that a user may have got wrong is looked at before the run directory 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ppo_jax.data import TooLong
 from ppo_jax.data.disk import replace_file
@@ -17,8 +17,9 @@ from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
+from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.offline import OfflineConfig
@@ -68,29 +69,35 @@ def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
 
 
 def open_directory(settings: Any) -> Path:
-    """Open the run directory, and write the settings that repeat the run into it."""
+    """Open the run directory, and write into it the settings that repeat the run, and who started it when."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
         replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
 
 
-def write_report(
-    directory: Path, settings: Any, title: str, task: str, before: Mapping[str, float], after: Mapping[str, float]
-) -> Path:
-    """Write the report of a stage that trains on fixed data; return its path."""
-    facts = environment()
-    summary: page.Summary = {
-        "title": title,
-        "task": task,
-        "before": before,
-        "after": after,
-        "seed": settings.seed,
-        "date": date.today().isoformat(),
-        "versions": facts["versions"],
-        "machine": facts["machine"],
-    }
-    return page.write(directory, summary)
+def describe_run(settings: Any, title: str, task: str, **more: Any) -> page.Summary:
+    """Gather what the report of a run is told before there are results.
+
+    Args:
+      more: further fields of `report.page.Summary`.
+    """
+    about = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
+    return cast(page.Summary, about | environment() | more)
+
+
+def begin_report(directory: Path, summary: page.Summary) -> None:
+    """Leave in the run directory what its report is to say, so that one can be drawn on the way."""
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        rundir.write_summary(directory, summary)
+
+
+def write_report(directory: Path, summary: page.Summary, **results: Any) -> Path:
+    """Write the report with these results as well; return its path. Only the first process has something to draw."""
+    if is_first():
+        page.write(directory, cast(page.Summary, {**summary, **results}))
+    return directory / rundir.REPORT
 
 
 def repeatable_yaml(settings: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax.cli import dpo, export, generate, ppo, reward, sft, sweep
+from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -50,6 +50,7 @@ COMMANDS = {
     "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
     "ppo": Command(ppo.PPOSettings, ppo.ppo, ppo.BRIEF),
     "generate": Command(generate.GenerateSettings, generate.generate_responses, generate.BRIEF),
+    "report": Command(report.ReportSettings, report.report, report.BRIEF),
     "export": Command(export.ExportSettings, export.export, export.BRIEF),
     "dpo": Command(dpo.DPOSettings, dpo.dpo, dpo.BRIEF),
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),

@@ -127,13 +127,16 @@ def _reward(settings: RewardSettings) -> None:
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell(screen, split.notice)
+        task = f"Base: {settings.model}. Preferences: {where.name}."
+        summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
+        common.begin_report(directory, summary)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
             config=common.repeatable_yaml(settings),
         )  # fmt: skip
         result = run_reward(directory, setup, screen, settings.resume)
-        task = f"Base: {settings.model}. Preferences: {where.name}."
-        page = common.write_report(directory, settings, "Reward model", task, {}, result.heldout)
+        table = [bucket._asdict() for bucket in result.calibration]
+        page = common.write_report(directory, summary, after=result.heldout, calibration=table)
         report_result(screen, result, page, split.kind)
 
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 from ppo_jax.cli.common import (
     RunSettings,
+    begin_report,
     describe_micro_batch,
+    describe_run,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -108,13 +110,16 @@ def _sft(settings: SFTSettings) -> None:
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         tell(screen, split.notice)
+        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
+        measured_on = f"{split.kind} demonstrations"
+        summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)
+        begin_report(directory, summary)
         config = repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config
         )
         result = run_sft(directory, setup, screen, settings.resume)
-        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
-        page = write_report(directory, settings, "Supervised fine-tuning", task, result.before, result.after)
+        page = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}; report: {page}"

@@ -23,7 +23,7 @@ from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.state import RunState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
-SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
+SAMPLES = 64  # held-out prompts whose responses are kept in samples.jsonl
 SHOWN = 4  # of them in the table on screen
 
 NOT_SCORES = ("valid", "tokens", "ended")
@@ -36,7 +36,7 @@ def make_evaluator(
     setup: Setup,
     frozen: Frozen,
     write: writers.Writer,
-    put_samples: Callable[..., object],
+    put_evaluation: Callable[..., object],
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
@@ -45,7 +45,7 @@ def make_evaluator(
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
     same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
-    ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
+    ends the evaluation, with None and nothing written. `write` and `put_evaluation` (`rundir.write_evaluation`) let no
     failure of the disk through.
     """
     ppo = setup.ppo
@@ -76,8 +76,9 @@ def make_evaluator(
         values = summarise(columns)
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
-        scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
-        put_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
+        scores = [name for name in columns if name not in NOT_SCORES]
+        listed = {name: column.tolist() for name, column in columns.items()}
+        put_evaluation(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], listed, scores)
         write(step, "eval", values)
         if step == setup.loop.updates:
             _show(directory, step, screen)

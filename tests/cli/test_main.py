@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,10 +114,29 @@ def test_the_reward_model_belongs_to_the_fine_tuned_base(trained: Path) -> None:
 
 def test_ppo_leaves_everything(trained: Path) -> None:
     names = {item.name for item in (trained / "ppo").iterdir()}
-    assert names >= {rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.REPORT, "checkpoints", "export"}
+    assert names >= {*rundir.FILES, rundir.README, "checkpoints", "export"}
+    log = (trained / "ppo" / rundir.LOG).read_text()
+    assert "[ppo]  2/2" in log and "report: ppo/report.html" in log
+    (session,) = rundir.read_facts(trained / "ppo")["sessions"]
+    assert session["command"].startswith("ppo-jax ppo --model sft/export/model --prompts prompts.jsonl --reward rm")
     updates = [r for r in read_jsonl(trained / "ppo" / rundir.METRICS) if r["phase"] == "ppo"]
     assert [r["step"] for r in updates] == [1, 2] and all(np.isfinite(r["reward"]) for r in updates)
     assert "<s>user: " in json.loads((trained / "ppo" / rundir.SAMPLES).read_text().splitlines()[0])["prompt"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_report_is_drawn_again(trained: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(trained)
+    page = trained / stage / rundir.REPORT
+    before = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert cli.main(["report", stage]) == 0 and capsys.readouterr().out == f"report: {stage}/report.html\n"
+    assert page.read_text(encoding="utf-8").replace("report.html", "") == before.replace("report.html", "")
+    assert "Base model" in before and "ppo-jax" in before
+
+
+def test_a_report_of_nothing_is_a_mistake(mistake: Callable[[str], str]) -> None:
+    assert "nowhere holds no run: give the directory that has its metrics.jsonl" in mistake("report nowhere")
 
 
 def test_generate_in_a_process(trained: Path) -> None:

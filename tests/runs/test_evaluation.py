@@ -35,7 +35,7 @@ def make(folder: Path, batch_size: int, stop_after: int = 99) -> tuple[Any, list
             setup,
             Frozen(MODEL.params),
             lambda step, phase, values: written.append((step, phase, dict(values))),
-            rundir.write_samples,
+            rundir.write_evaluation,
             screen,
             {},
             lambda: next(asked),
@@ -60,6 +60,10 @@ def test_every_row_once_in_order(tmp_path: Path, batch_size: int):
     points[FAILS] = None
     assert [row["scores"]["reward"] for row in rows] == points
     assert values["reward"] == pytest.approx(np.mean([p for p in points if p is not None]))
+    (kept,) = read_jsonl(tmp_path / rundir.EVALUATIONS)  # every held-out prompt, so that two of these can be paired
+    assert kept["step"] == 2 and kept["columns"]["reward"] == points
+    assert kept["columns"]["valid"] == [point is not None for point in points]
+    assert np.mean(kept["columns"]["tokens"]) == values["response_length"]
     assert abs(values["kl"]) < 1e-4  # the policy is the reference
     assert written == [(2, "eval", values)]
 
@@ -74,7 +78,7 @@ def test_the_same_step_and_state_give_the_same_numbers_again(tmp_path: Path):
 def test_given_up_between_two_pieces_it_leaves_nothing(tmp_path: Path):
     evaluate, written = make(tmp_path, 4, stop_after=1)
     assert evaluate(2, STATE) is None
-    assert written == [] and not (tmp_path / rundir.SAMPLES).exists()
+    assert written == [] and not (tmp_path / rundir.SAMPLES).exists() and not (tmp_path / rundir.EVALUATIONS).exists()
 
 
 def test_only_rewards_leave_out_the_rows_that_were_not_scored():

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from ppo_jax.data.disk import make_directory, sync
-from ppo_jax.data.jsonl import read_jsonl, truncate_jsonl
+from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
@@ -120,7 +120,7 @@ def drop_later_records(directory: Path, step: int, phases: Sequence[str] = ("ppo
     rundir.truncate_run(directory, step, phases)
     records = read_jsonl(directory / rundir.METRICS)
     if not any(record.get("phase") == "eval" and record.get("step") == step for record in records):
-        truncate_jsonl(directory / rundir.SAMPLES, step - 1)
+        rundir.drop_evaluations(directory, step - 1)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -143,12 +143,13 @@ def test_records_after_the_checkpoint_go_and_half_an_evaluation_too(tmp_path: Pa
         write(step, "ppo", {"x": 1.0})
     write(0, "eval", {"x": 1.0})
     for step in (0, 2, 3):
-        rundir.write_samples(tmp_path, step, ["p"], ["r"], {"reward": [1.0]})
+        rundir.write_evaluation(tmp_path, step, ["p"], ["r"], {"reward": [1.0]}, ["reward"])
     resuming.drop_later_records(tmp_path, 2)  # killed in the evaluation at 2: samples are there, the record is not
     assert [(r["phase"], r["step"]) for r in read_jsonl(tmp_path / rundir.METRICS)] == [
         ("ppo", 1), ("ppo", 2), ("eval", 0),
     ]  # fmt: skip
-    assert [r["step"] for r in read_jsonl(tmp_path / rundir.SAMPLES)] == [0]
+    for name in (rundir.SAMPLES, rundir.EVALUATIONS):
+        assert [r["step"] for r in read_jsonl(tmp_path / name)] == [0]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "no"), OSError(errno.EIO, "Input/output error")])
