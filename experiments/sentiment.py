@@ -14,6 +14,7 @@ What it stands on (docs/algorithm.md has every formula):
     what a failed score becomes  rewards/scores.py   to_scores
     the sampler                  ops/sampling.py     sample
     the KL penalty               ops/kl.py           kl_penalty
+    score and KL, token by token ops/rewards.py      shape_rewards
     GAE                          ops/advantages.py   gae
     the clipped policy loss      ops/losses.py       clipped_policy_loss
     one iteration of PPO         train/ppo.py        iterate
