@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
+from ppo_jax.cli.demo import command as demo
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -34,7 +35,7 @@ TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
 class Command(NamedTuple):
     settings: type
-    run: Callable[[Any], None]
+    run: Callable[[Any], object]
     brief: Brief
 
 
@@ -46,6 +47,7 @@ def _sweep(name: str, stage: Any, settings: type, *examples: str) -> Command:
 
 
 COMMANDS = {
+    "demo": Command(demo.DemoSettings, demo.demo, demo.BRIEF),
     "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
     "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
     "ppo": Command(ppo.PPOSettings, ppo.ppo, ppo.BRIEF),

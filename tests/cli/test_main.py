@@ -196,7 +196,7 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
     ("args", "said"),
     [
         ("stf --model model", "'stf' is not a command; did you mean sft?"),
-        ("train", "'train' is not a command; there are: sft, reward, ppo, generate"),
+        ("train", "'train' is not a command; there are: demo, sft, reward, ppo, generate"),
         ("sft --model model --data sft.jsonl --run-dir x --sft.batch-sise 4", "--sft.batch-size"),
         ("sft --model model", "--data"),
         ("sft --model model --data none.jsonl --run-dir x", "none.jsonl is not a file"),
