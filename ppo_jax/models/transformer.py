@@ -145,17 +145,26 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _not_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep everything for the backward pass but a layer's weights as read from the stack.
+# Steps that cost no more to do again than to read back: elementwise ones, shapes, and a layer read from the stack.
+_CHEAP = frozenset(
+    "add add_any and broadcast_in_dim concatenate convert_element_type div dynamic_slice exp ge integer_pow iota le "
+    "logistic lt max mul neg or reduce_max reduce_sum reshape rsqrt select_n sharding_constraint slice split square "
+    "squeeze stop_gradient sub transpose".split()
+)
 
-    Kept, they would be a second copy of the whole frozen base; read again, they cost nothing.
+
+def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep for the backward pass what products and attention kernels gave; it does the rest again.
+
+    Writing and reading the rest takes longer than computing it (measured on CPUs). A layer's weights as read from the
+    stack, kept, would be a second copy of the whole frozen base.
     """
-    return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
+    return primitive.name not in _CHEAP
 
 
 # ModelConfig.remat -> what of a layer is saved for the backward pass.
 SAVED = {
-    "none": _not_slices,
+    "none": _costly,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -201,13 +210,14 @@ def _linear(layer: PyTree, lora: PyTree) -> Callable[[str, Array], Array]:
     """name, x -> x W (+ scale x a b) (+ bias), in the dtype of x."""
 
     def linear(name: str, x: Array) -> Array:
-        y = x @ layer[name].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # one contracted dimension in the weight's gradient: no transposed copies
+        y = rows @ layer[name].astype(x.dtype)
         if name in lora:
             update = lora[name]
-            y += ((x @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
+            y += ((rows @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
         if f"{name}_bias" in layer:
             y += layer[f"{name}_bias"].astype(x.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], -1)
 
     return linear
 
