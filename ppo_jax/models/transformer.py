@@ -252,7 +252,8 @@ def _layer_block(
         if cache is None or fresh:
             attended = attend(q, k, v, positions, positions, config.attention, aligned=True)
         else:
-            attended = attend_cached(q, *kept, positions, cache.positions)
+            keys, values = kept
+            attended = attend_cached(q, keys, values, positions, cache.positions)
         x = constrain(x + linear("o", constrain(attended, "heads").reshape(*h.shape[:2], -1)), "residual")
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
         h = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), "mlp")
@@ -261,9 +262,9 @@ def _layer_block(
     return block
 
 
-def _store(stored: Any, new: tuple[Array, Array], length: Array, index: Array | None) -> tuple[Any, Any]:
+def _store(stored: Any, pair: tuple[Array, Array], length: Array, index: Array | None) -> tuple[Any, Any]:
     """Keys and values written at slots [length, ...): (what is stored, this layer's part of it)."""
-    new = tuple(x.swapaxes(1, 2).astype(s.dtype) for x, s in zip(new, stored, strict=True))
+    new = [x.swapaxes(1, 2).astype(s.dtype) for x, s in zip(pair, stored, strict=True)]
     if index is None:
         stored = tuple(jax.lax.dynamic_update_slice(s, x, (0, 0, length, 0)) for s, x in zip(stored, new, strict=True))
         return stored, stored

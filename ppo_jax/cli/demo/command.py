@@ -137,10 +137,11 @@ def demo(settings: DemoSettings) -> Path:
 
 def next_commands(run_dir: Path) -> str:
     """Say what to do next."""
+    model = run_dir / "ppo" / EXPORT / MODEL
     return "\n".join(
         [
             "Next:",
-            f'  ppo-jax generate --model {run_dir / "ppo" / EXPORT / MODEL} --prompt "the film is"     # what it says now',
+            f'  ppo-jax generate --model {model} --prompt "the film is"     # what it says now',
             "  ppo-jax sft --help     # the first of the three stages with a model and texts of your own",
             "  ppo-jax ppo --help     # PPO with your prompts and reward",
         ]
