@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.disk import parse_json
+from ppo_jax.data.disk import RepeatedKey, parse_json
 
 Text = str | list[dict[str, str]]  # plain text, or chat messages
 LONGEST_LINE = 1 << 24  # bytes of one record
@@ -50,6 +50,8 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in read_lines(path):
         try:
             value = parse_json(line)
+        except RepeatedKey as error:
+            raise ValueError(f"{where}: {error}; each key may stand there once: {show_value(line)}") from error
         except ValueError as error:  # also an integer of thousands of digits
             raise ValueError(
                 f"{where}: not JSON ({error}); each line must be one JSON object: {show_value(line)}"

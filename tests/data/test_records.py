@@ -111,7 +111,8 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, texts: list
         (read_pairs, {"chosen": [ASSISTANT], "rejected": [USER, ASSISTANT]}, '"chosen" has only a response'),
         (read_pairs, {"chosen": [USER, ASSISTANT], "rejected": [USER]}, 'last message of "rejected" must be'),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": -1}, '"margin" must be a finite number'),
-        (read_pairs, {"chosen": "a", "rejected": "b", "margin": float("nan")}, '"margin" must be a finite number'),
+        (read_pairs, {"chosen": "a", "rejected": "b", "margin": float("nan")}, "NaN is not a number of JSON"),
+        (read_prompts, {"prompt": "a", "metadata": {"x": [float("-inf")]}}, "-Infinity is not a number of JSON"),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": 10**400}, '"margin" must be a finite number'),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": True}, '"margin" must be a finite number'),
         (read_sft, {"prompt": "a"}, 'allowed: "prompt" and "response" or "messages" or "text"'),
@@ -142,6 +143,9 @@ def test_wrong_files(tmp_path: Path, read: Callable[[Path], Any]) -> None:
         (b'{"text": "a"', "data.jsonl:1: not JSON"),
         (b"[" * 100_000, "data.jsonl:1: not JSON"),
         (b"9" * 5_000, "data.jsonl:1: not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "data.jsonl:1: the key 'prompt' stands twice in one object"),
+        (b'{"prompt": "a", "metadata": {"n": [{"k": 1, "k": 1}]}}', "data.jsonl:1: the key 'k' stands twice"),
+        (b'{"prompt": "a", "metadata": {"n": 1e999}}', "data.jsonl:1: not JSON (1e999 is not a number of JSON"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError) as error:

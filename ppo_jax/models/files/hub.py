@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.disk import replace_file
+from ppo_jax.data.disk import RepeatedKey, parse_json, replace_file
 
 LARGEST_JSON = 10**8  # bytes; the index of the largest models has some 10**7
 
@@ -42,9 +42,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{size} bytes; at most {LARGEST_JSON} are read")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
+        raw = parse_json(file.read_text(encoding="utf-8"))
+    except RepeatedKey:
+        raise
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(raw, dict):
