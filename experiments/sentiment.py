@@ -53,7 +53,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup
+from ppo_jax.runs.setup import Judge, Result, Setup, with_stops
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward import RewardConfig
@@ -195,7 +195,7 @@ def run(settings: SentimentConfig) -> Path:
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
     prompts, held_out = prompt_sets(settings, model, splits)
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
+    stop_ids = stops_of(settings, model)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
@@ -237,8 +237,8 @@ def make_setup(
     settings: SentimentConfig, model: Model, data: tuple[PromptSet, PromptSet], reward: Reward, judges: dict[str, Judge]
 ) -> Setup:
     """What PPO is about; `data` are the prompts of training and of evaluations."""
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
-    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
+    stop_ids = stops_of(settings, model)
+    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, model_stops=True, pad_id=model.pad_id)
     return Setup(
         model=model,
         adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
@@ -338,6 +338,12 @@ def prompt_set(
     rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
     return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
+
+
+def stops_of(settings: SentimentConfig, model: Model) -> tuple[int, ...]:
+    """Token ids that end a response: those that were given, with the model's; or `sentence_ends`."""
+    sampling = settings.ppo.sampling
+    return with_stops(sampling, model).stop_ids if sampling.stop_ids else sentence_ends(model)
 
 
 def sentence_ends(model: Model) -> tuple[int, ...]:
