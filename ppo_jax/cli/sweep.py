@@ -3,18 +3,21 @@
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from ppo_jax.cli.common import read_date
 from ppo_jax.cli.parse import Brief
+from ppo_jax.data.chat import use_date
 from ppo_jax.parallel import launch
-from ppo_jax.parallel.agreement import agree
+from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output import config
-from ppo_jax.runs.sweep.command import delete_sweep, plan_sweep, run_sweep, show_plan
+from ppo_jax.runs.sweep.command import SETTINGS, delete_sweep, plan_sweep, run_sweep, show_plan
 from ppo_jax.runs.sweep.plan import SweepConfig
 from ppo_jax.runs.sweep.task import Task
 
@@ -64,7 +67,10 @@ def sweep(settings: Any, make_task: Callable[[], Task]) -> None:
     if settings.overwrite:
         agree(lambda: _overwrite(settings), ValueError, ConnectionError)
     resume = "yes" if getattr(settings, "resume", "no") == "yes" and not settings.overwrite else "auto"
-    with use_mesh(settings.mesh):
+    # All runs of a sweep have one day, which prompts may tell, whatever the day on which a slice begins.
+    day = of_first(settings.date or read_date(settings.run_dir / SETTINGS) or date.today().isoformat())
+    settings, base = (dataclasses.replace(one, date=day) for one in (settings, base))
+    with use_mesh(settings.mesh), use_date(day):
         run_sweep(settings.run_dir, base, plan, task, _repeatable(settings), resume)  # type: ignore[arg-type]
     if is_first():
         report_sweep(SweepReportSettings(settings.run_dir, settings.sweep.storage))
