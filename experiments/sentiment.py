@@ -108,8 +108,7 @@ class SentimentConfig:
     mesh: MeshConfig = MeshConfig()
     """These options say how many devices share the work; by default it is one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """These choices of the algorithm are compiled in. Empty sampling.stop_ids: special tokens and line breaks end a
-    response."""
+    """These choices of the algorithm are compiled in; without sampling.stop_ids, special tokens and line breaks end."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
@@ -195,7 +194,7 @@ def run(settings: SentimentConfig) -> Path:
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
     prompts, held_out = prompt_sets(settings, model, splits)
-    stop_ids = stops_of(settings, model)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
@@ -237,7 +236,7 @@ def make_setup(
     settings: SentimentConfig, model: Model, data: tuple[PromptSet, PromptSet], reward: Reward, judges: dict[str, Judge]
 ) -> Setup:
     """What PPO is about; `data` are the prompts of training and of evaluations."""
-    stop_ids = stops_of(settings, model)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
     sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, model_stops=True, pad_id=model.pad_id)
     return Setup(
         model=model,
@@ -340,16 +339,11 @@ def prompt_set(
     return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
 
 
-def stops_of(settings: SentimentConfig, model: Model) -> tuple[int, ...]:
-    """Token ids that end a response: those that were given, with the model's; or `sentence_ends`."""
-    sampling = settings.ppo.sampling
-    return with_stops(sampling, model).stop_ids if sampling.stop_ids else sentence_ends(model)
-
-
-def sentence_ends(model: Model) -> tuple[int, ...]:
-    """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
+def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:
+    """Token ids that end a response: those given, with the model's; else special ones and all with a line break."""
     line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
-    return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    ends = tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    return with_stops(sampling, model).stop_ids if sampling and sampling.stop_ids else ends
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     """A response ends with the first of these token ids, which belongs to it."""
     model_stops: bool = True
-    """The stop tokens of model and tokenizer end a response too, in commands; without, only stop_ids do."""
+    """In commands stop_ids are joined by the stop tokens of model and tokenizer; without, they stand alone."""
     pad_id: int = 0
     """This id fills the slots after the end; never read back, it may equal a stop id. Commands take the tokenizer's."""
 

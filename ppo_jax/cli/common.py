@@ -46,7 +46,7 @@ class RunSettings:
     distributed: DistributedConfig = DistributedConfig()
     """These options say how this process finds the others, where there are several."""
     date: str = ""
-    """Chat templates that write the date write this day, as 2026-11-28; by default it is the day when the run began."""
+    """This day, as 2026-11-28, is the date that chat templates write; by default it is the day when the run began."""
     overwrite: bool = False
     """Delete the run that is in run_dir and start anew."""
 

@@ -55,7 +55,7 @@ class GenerateSettings:
     """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal. Until all
     are there, the file has `.partial` after its name."""
     date: str = ""
-    """Chat templates that write the date write this day, as 2026-11-28; by default it is today."""
+    """This day, as 2026-11-28, is the date that chat templates write; by default it is today."""
     seed: int = 0
     """This number seeds the sampling of responses."""
     temperature: float = 0.7

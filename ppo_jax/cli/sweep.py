@@ -67,13 +67,22 @@ def sweep(settings: Any, make_task: Callable[[], Task]) -> None:
     if settings.overwrite:
         agree(lambda: _overwrite(settings), ValueError, ConnectionError)
     resume = "yes" if getattr(settings, "resume", "no") == "yes" and not settings.overwrite else "auto"
-    # All runs of a sweep have one day, which prompts may tell, whatever the day on which a slice begins.
-    day = of_first(settings.date or read_date(settings.run_dir / SETTINGS) or date.today().isoformat())
-    settings, base = (dataclasses.replace(one, date=day) for one in (settings, base))
-    with use_mesh(settings.mesh), use_date(day):
+    settings, base = (fix_date(one) for one in (settings, base))
+    with use_mesh(settings.mesh), use_date(getattr(settings, "date", "")):
         run_sweep(settings.run_dir, base, plan, task, _repeatable(settings), resume)  # type: ignore[arg-type]
     if is_first():
         report_sweep(SweepReportSettings(settings.run_dir, settings.sweep.storage))
+
+
+def fix_date(settings: Any) -> Any:
+    """Give the settings with the sweep's day, which prompts may tell, whatever the day on which a slice begins.
+
+    It is the one given, else that of the sweep in run_dir, else today's. Collective.
+    """
+    if not hasattr(settings, "date"):
+        return settings
+    earlier = read_date(settings.run_dir.expanduser() / SETTINGS)
+    return dataclasses.replace(settings, date=of_first(settings.date or earlier or date.today().isoformat()))
 
 
 def _repeatable(settings: Any) -> str:

@@ -1,5 +1,6 @@
 """Chat templates that write today's date: a run's prompts are those of its first day, on whatever day it goes on."""
 
+import dataclasses
 import datetime
 import json
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from ppo_jax.cli import common
+from ppo_jax.cli import common, sweep
 from ppo_jax.cli import main as cli
 from ppo_jax.cli.common import use_run_date
 from ppo_jax.cli.dpo import DPOSettings
@@ -17,6 +18,7 @@ from ppo_jax.cli.ppo import PPOSettings
 from ppo_jax.cli.reward import RewardSettings
 from ppo_jax.cli.sft import SFTSettings
 from ppo_jax.data.chat import render, use_date
+from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.files import hf
 from ppo_jax.runs.output import config, rundir
 from tests.data.tokenizer import CHAT, make_tokenizer
@@ -47,7 +49,8 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
             return datetime.date.fromisoformat(day)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Moment)
-    monkeypatch.setattr(common, "date", Day)
+    for module in (common, sweep):
+        monkeypatch.setattr(module, "date", Day)
 
 
 def test_a_template_gets_the_day_that_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +116,19 @@ def test_every_stage_goes_on_with_the_day_that_its_settings_keep(
     assert day(SATURDAY, resume="yes") == day(SATURDAY, resume="auto") == (FRIDAY, "friday")
     assert day(SATURDAY, overwrite=True) == day(SATURDAY) == (SATURDAY, "saturday")
     assert day(SATURDAY, resume="yes", date="2026-11-26") == ("2026-11-26", "thursday")
+
+
+def test_a_sweep_has_one_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of its first slice, which sweep.yaml keeps; settings without a date, of an experiment, stay as they are."""
+    settings = SFTSettings(model="m", run_dir=tmp_path, data=Path("d"))
+    set_clock(monkeypatch, FRIDAY)
+    first = sweep.fix_date(settings)
+    assert first.date == FRIDAY
+    (tmp_path / "sweep.yaml").write_text(config.to_yaml(first))
+    set_clock(monkeypatch, SATURDAY)
+    assert sweep.fix_date(settings) == first
+    assert sweep.fix_date(dataclasses.replace(settings, run_dir=tmp_path / "other")).date == SATURDAY
+    assert sweep.fix_date(AdapterConfig()) == AdapterConfig()
 
 
 def test_ppo_resumes_after_midnight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

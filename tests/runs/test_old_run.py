@@ -14,7 +14,7 @@ from ppo_jax.runs.output import rundir
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_run"
 CLOCK = ("time", "seconds", "tokens_per_second")  # columns that differ from run to run
-NEW = {"unscored_updates"}  # metrics that the old code did not have
+NEW = {"unscored_updates", "unchanged"}  # metrics that the old code did not have
 
 
 @pytest.fixture(scope="module")
