@@ -55,7 +55,7 @@ from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Setup
+from ppo_jax.runs.setup import Judge, Setup, with_stops
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward import RewardConfig
@@ -114,8 +114,7 @@ class SentimentConfig:
     mesh: MeshConfig = MeshConfig()
     """These options say how many devices share the work; by default it is one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """These choices of the algorithm are compiled in. Empty sampling.stop_ids: special tokens and line breaks end a
-    response."""
+    """These choices of the algorithm are compiled in; without sampling.stop_ids, special tokens and line breaks end."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
@@ -201,7 +200,7 @@ def run(settings: SentimentConfig) -> Path:
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
     prompts, held_out = prompt_sets(settings, model, splits)
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
@@ -249,8 +248,8 @@ def make_setup(
     settings: SentimentConfig, model: Model, data: tuple[PromptSet, PromptSet], reward: Reward, judges: dict[str, Judge]
 ) -> Setup:
     """What PPO is about; `data` are the prompts of training and of evaluations."""
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
-    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
+    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, model_stops=True, pad_id=model.pad_id)
     return Setup(
         model=model,
         adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
@@ -340,10 +339,11 @@ def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     )
 
 
-def sentence_ends(model: Model) -> tuple[int, ...]:
-    """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
+def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:
+    """Token ids that end a response: those given, with the model's; else special ones and all with a line break."""
     line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
-    return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    ends = tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    return with_stops(sampling, model).stop_ids if sampling and sampling.stop_ids else ends
 
 
 if __name__ == "__main__":

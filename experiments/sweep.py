@@ -101,7 +101,7 @@ def make_shared(settings: SentimentConfig) -> Shared:
     began = time.perf_counter()
     model, splits = sentiment.world(settings)
     data = sentiment.prompt_sets(settings, model, splits)
-    stop_ids = settings.ppo.sampling.stop_ids or sentiment.sentence_ends(model)
+    stop_ids = sentiment.sentence_ends(model, settings.ppo.sampling)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     wanted = sentiment.wanted_models(settings, splits)[0 if chosen is None else 1 :]
     print("reward models: trained, or taken from the cache ...", flush=True)

@@ -46,6 +46,8 @@ class Sampling:
     """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
     """A response ends with the first of these token ids, which belongs to it."""
+    model_stops: bool = True
+    """In commands stop_ids are joined by the stop tokens of model and tokenizer; without, they stand alone."""
     pad_id: int = 0
     """This id fills the slots after the end; never read back, it may equal a stop id. Commands take the tokenizer's."""
 

@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from ppo_jax.data import TooLong
+from ppo_jax.data.chat import use_date
 from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
+from ppo_jax.parallel.agreement import of_first
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
 from ppo_jax.parallel.processes import is_first
@@ -23,6 +25,8 @@ from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.train.offline import OfflineConfig
+
+S = TypeVar("S", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,8 @@ class RunSettings:
     """These options say how many devices share the work; by default it is one."""
     distributed: DistributedConfig = DistributedConfig()
     """These options say how this process finds the others, where there are several."""
+    date: str = ""
+    """This day, as 2026-11-28, is the date that chat templates write; by default it is the day when the run began."""
     overwrite: bool = False
     """Delete the run that is in run_dir and start anew."""
 
@@ -60,6 +66,26 @@ def use_run_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
     launch.start(settings.distributed)
     with use_mesh(settings.mesh):
         yield
+
+
+@contextlib.contextmanager
+def use_run_date(settings: S) -> Iterator[S]:
+    """Give the settings with the day of the run, which chat templates write inside the block. Collective.
+
+    It is the one given, else that of the run which goes on, else today's: a run that was stopped before midnight has
+    the same prompts after it.
+    """
+    goes_on = getattr(settings, "resume", "no") != "no" and not settings.overwrite
+    earlier = read_date(settings.run_dir.expanduser() / rundir.CONFIG) if goes_on else ""
+    day = of_first(settings.date or earlier or date.today().isoformat())
+    with use_date(day):
+        yield dataclasses.replace(settings, date=day)
+
+
+def read_date(file: Path) -> str:
+    """Read the day in the settings of an earlier run; "" where they have none."""
+    found = config.read_mapping(file.read_text(encoding="utf-8"), str(file)).get("date") if file.is_file() else None
+    return str(found or "")
 
 
 def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:

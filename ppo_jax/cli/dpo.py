@@ -67,8 +67,9 @@ BRIEF = Brief(
 
 def dpo(settings: DPOSettings) -> None:
     """Run `ppo-jax dpo`."""
-    with common.use_run_mesh(settings, *common.describe_micro_batch("dpo", settings.dpo)):
-        _dpo(settings)
+    rows, what = common.describe_micro_batch("dpo", settings.dpo)
+    with common.use_run_mesh(settings, rows, what), common.use_run_date(settings) as dated:
+        _dpo(dated)
 
 
 def _dpo(settings: DPOSettings) -> None:

@@ -13,6 +13,7 @@ from ppo_jax.cli.common import (
     repeatable_yaml,
     report_long_texts,
     tell,
+    use_run_date,
     write_report,
 )
 from ppo_jax.cli.parse import Brief
@@ -69,7 +70,7 @@ class PPOSettings(RunSettings):
     policy: AdapterConfig = AdapterConfig()
     """These options say what of the policy is trained."""
     ppo: PPOConfig = PPOConfig()
-    """These choices of the algorithm are compiled in. Empty sampling.stop_ids mean those of model and tokenizer."""
+    """These choices of the algorithm are compiled in. sampling.stop_ids add to those of model and tokenizer."""
     hyper: Hyper = Hyper()
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig()
@@ -104,8 +105,8 @@ def ppo(settings: PPOSettings) -> None:
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
-    with use_mesh(settings.mesh):
-        _ppo(settings)
+    with use_mesh(settings.mesh), use_run_date(settings) as dated:
+        _ppo(dated)
 
 
 def _ppo(settings: PPOSettings) -> None:

@@ -108,8 +108,9 @@ def reward(settings: RewardSettings) -> None:
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
     size = settings.reward.batch_size
-    with common.use_run_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
-        _reward(settings)
+    what = f"a batch (--reward.batch-size {size})"
+    with common.use_run_mesh(settings, size, what), common.use_run_date(settings) as dated:
+        _reward(dated)
 
 
 def _reward(settings: RewardSettings) -> None:

@@ -13,6 +13,7 @@ from ppo_jax.cli.common import (
     repeatable_yaml,
     report_long_texts,
     tell,
+    use_run_date,
     use_run_mesh,
     write_report,
 )
@@ -80,8 +81,8 @@ BRIEF = Brief(
 
 def sft(settings: SFTSettings) -> None:
     """Run `ppo-jax sft`."""
-    with use_run_mesh(settings, *describe_micro_batch("sft", settings.sft)):
-        _sft(settings)
+    with use_run_mesh(settings, *describe_micro_batch("sft", settings.sft)), use_run_date(settings) as dated:
+        _sft(dated)
 
 
 def split_demonstrations(settings: SFTSettings) -> Split:

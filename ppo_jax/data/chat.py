@@ -1,10 +1,45 @@
 """Chats as the tokenizer's own template writes them, and the token with which it ends an answer."""
 
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from ppo_jax.data.lines import Text
 
+_moments: list[datetime] = []  # what templates take for now, innermost last; none: the clock. Threads see it too.
+# transformers hands nothing but data to a template, so a function of its own says the moment in place of the clock's.
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(is=format) -%}{%- for sign, value in moment.items() -%}"
+    "{%- set text.is = text.is.replace(sign, value) -%}{%- endfor -%}{{ text.is }}{%- endmacro +%}"
+)
+_SIGNS = [f"%{way}{sign}" for way in ("", "-") for sign in "aAbBcdDeFHIjklmMpPrRsSTuUVwWxXyYzZ"]
 _PROBE = "answer"  # what a probe of a template says
+
+
+@contextlib.contextmanager
+def use_date(day: str) -> Iterator[None]:
+    """Inside the block, templates that ask for date or time (`strftime_now`) get those of `day`; "": the clock's.
+
+    A run's prompts are so the same on every day that it goes on.
+
+    Args:
+      day: as ISO 8601 writes it, 2026-11-28, with a time behind it or without (midnight).
+
+    Raises ValueError where it is none.
+    """
+    try:
+        moment = datetime.fromisoformat(day) if day else None
+    except ValueError as error:
+        raise ValueError(f"date={day!r} must be a day, as 2026-11-28 ({error})") from None
+    if moment is None:
+        yield
+        return
+    _moments.append(moment)
+    try:
+        yield
+    finally:
+        _moments.pop()
 
 
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
@@ -21,8 +56,14 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
             f"{at}these are chat messages, but the tokenizer has no chat template; use plain text, or a tokenizer "
             "with one (chat_template.jinja or tokenizer_config.json in the model's folder)"
         )
+    clock: dict[str, Any] = {}
+    if _moments and "strftime_now" in (template := tokenizer.get_chat_template()):
+        moment = {sign: _moments[-1].strftime(sign) for sign in _SIGNS}
+        clock = {"chat_template": _CLOCK + template, "moment": moment}
     try:
-        rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=add_generation_prompt)
+        rendered = tokenizer.apply_chat_template(
+            text, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
+        )
     except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
         raise ValueError(f"{at}the tokenizer's chat template refuses these messages: {error}") from error
     return str(rendered)

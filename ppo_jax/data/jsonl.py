@@ -72,7 +72,7 @@ def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if not line.strip():
             continue
         if _is_object(line):
-            parsed.append((line, json.loads(line)))
+            parsed.append((line, parse_json(line)))
         elif number < len(lines):  # the last element is what follows the last newline: a torn line
             raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}; mend or delete the line")
     return parsed

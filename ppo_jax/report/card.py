@@ -14,7 +14,7 @@ from ppo_jax.runs.trained import Trained
 
 # Of config.yaml: what says where files and machines were and which way the command was told to go, not what was
 # trained.
-_LEFT_OUT = ("run_dir", "resume", "overwrite", "model", "seed", "distributed")
+_LEFT_OUT = ("run_dir", "date", "resume", "overwrite", "model", "seed", "distributed")
 _MOST = 100_000  # characters of a base's own card that are looked at
 
 

@@ -19,6 +19,7 @@ from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, wit
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
+from ppo_jax.models.files.foreign import describe_directory
 from ppo_jax.models.files.hub import resolve
 from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from ppo_jax.models.pretrained import Model, load_model
@@ -194,6 +195,8 @@ def find_reward(path: str | Path) -> Path:
             return where
     if not given.exists():
         return resolve(path)  # a hub name, or its error
+    if what := describe_directory(given):
+        raise FileNotFoundError(what)
     raise FileNotFoundError(
         f"{given} holds no reward model: neither {artifacts.DESCRIPTION} (of `ppo-jax reward`) nor config.json (of a "
         "Hugging Face sequence classifier) is in it, nor in its export/reward"

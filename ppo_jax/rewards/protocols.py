@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from ppo_jax.data.disk import parse_json
+from ppo_jax.data.disk import RepeatedKey, parse_json
 from ppo_jax.rewards.failures import printable
 from ppo_jax.rewards.scores import number
 
@@ -101,7 +101,9 @@ def read_answer(answer: tuple[bytes, str], show: Show) -> Any:
     """The JSON in (body, content type); `Failed` where it is none."""
     body, kind = answer
     try:
-        return parse_json(body)
+        return parse_json(body, finite=False)  # a score that is NaN fails its row, not the others
+    except RepeatedKey as error:
+        raise Failed("the answer has a key twice", str(error)) from None
     except ValueError:  # not UTF-8, not JSON, nested a thousand deep
         named = show(kind, 40) or "no content type"
         detail = show(body.decode("utf-8", "replace"), 80)

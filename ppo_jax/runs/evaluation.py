@@ -74,6 +74,8 @@ def make_evaluator(
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         values = summarise(columns)
+        if (same := count_unchanged(directory, step, responses[:SAMPLES])) is not None:
+            values["unchanged"] = same
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
         scores = [name for name in columns if name not in NOT_SCORES]
@@ -101,6 +103,22 @@ def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") 
         if record["phase"] == phase and names:
             found.setdefault(record["step"], {}).update({name.removeprefix(prefix): record[name] for name in names})
     return found
+
+
+def count_unchanged(directory: Path, step: int, responses: Sequence[str]) -> float | None:
+    """Compute the fraction of the sampled responses that are, letter by letter, those of the evaluation before.
+
+    Evaluations draw with the same random numbers, so 1 tells of a policy that updates do not move. None: there is no
+    earlier evaluation. It is read from samples.jsonl, where a run that goes on finds the same.
+    """
+    try:
+        found = [(s["step"], s["index"], s["response"]) for s in read_jsonl(directory / rundir.SAMPLES)]
+    except (OSError, ValueError, KeyError):
+        return None  # the failure to write them has been reported
+    last = max((at for at, _, _ in found if at < step), default=None)
+    before = {index: response for at, index, response in found if at == last}
+    same = [before[index] == response for index, response in enumerate(responses) if index in before]
+    return float(np.mean(same)) if same else None
 
 
 def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:

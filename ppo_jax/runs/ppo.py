@@ -19,7 +19,7 @@ from ppo_jax.runs.facts import reported_facts, run_facts
 from ppo_jax.runs.health import watch_run
 from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Result, Setup
+from ppo_jax.runs.setup import Result, Setup, missing_stop
 from ppo_jax.runs.stage import Stage, start_or_resume
 from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
 from ppo_jax.train.host import host_iteration
@@ -116,6 +116,8 @@ def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
             f"{rows} of the {setup.model.config.vocab_size} rows of the vocabulary have no token: their probability is "
             "0, for the sampler as in every log-prob, entropy and KL"
         )
+    if notice := missing_stop(setup.ppo.sampling, setup.model):
+        screen.message(notice)
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "

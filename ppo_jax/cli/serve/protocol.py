@@ -1,9 +1,10 @@
 """The requests that the reward server reads, and why it refuses one (docs/rewards.md has both protocols)."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from ppo_jax.data.disk import parse_json
 
 DRAINED = 4  # times the limit: as much of a body that is too large is read, so that the client sees the answer
 
@@ -43,8 +44,8 @@ async def read_json(request: Any, limit: int, timeout: float) -> dict[str, Any]:
     if size > limit:
         raise too_large
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(bytes(body))
+    except ValueError as error:  # also a key that stands twice, NaN, or nested too deep
         raise Refused(422, f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refused(422, f"the body must be a JSON object, not {type(value).__name__}")

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import replaced_directory, sha256_of, strict
+from ppo_jax.data.disk import RepeatedKey, parse_json, replaced_directory, sha256_of, strict
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -261,8 +261,10 @@ def _read_description(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{size} bytes; at most {LARGEST_JSON} are read")
     try:
-        raw = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(file.read_bytes())
+    except RepeatedKey:
+        raise
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"not a JSON object but {type(raw).__name__}")

@@ -133,9 +133,16 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
         if name not in old and name in defaults and new[name] == defaults[name]:
             continue  # a choice that the code of the checkpoint did not have yet, made as it did
         if old.get(name) != new.get(name):
-            line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now"
+            line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now{_without_effect(name, new)}"
             (harmless if name.startswith(MAY_CHANGE) else serious).append(line)
     return serious, harmless
+
+
+def _without_effect(name: str, now: Mapping[str, Any]) -> str:
+    """Say so of a change that changes nothing any more."""
+    if name == "hyper.kl_coef" and now.get("ppo.kl.control") == "adaptive":
+        return " (no effect: the coefficient adapts, and goes on from the checkpoint's)"
+    return ""
 
 
 def _check(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], notify: Callable[[str], None]) -> None:

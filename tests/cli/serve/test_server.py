@@ -216,7 +216,7 @@ def test_requests_that_are_refused(path: str, body: object, status: int, detail:
 
 
 def test_what_is_no_json_and_what_comes_in_pieces(url: str) -> None:
-    for content in (b"", b"{", b"\xff", b"[" * 1900):
+    for content in (b"", b"{", b"\xff", b"[" * 1900, b'{"model": NaN}', b'{"messages": ["a"], "messages": ["b"]}'):
         response = httpx.post(f"{url}{OURS}", content=content)
         assert response.status_code == 422 and "not JSON" in response.json()["detail"]
 

@@ -128,6 +128,14 @@ def test_compatible_changes_are_said_and_go_through(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("control", ["fixed", "adaptive", "linear"])
+def test_a_coefficient_that_is_changed_in_vain_is_told_of(control: str) -> None:
+    before = {"ppo": {"kl": {"control": control}}, "hyper": {"kl_coef": 0.1}}
+    serious, (line,) = resuming.differences(before, before | {"hyper": {"kl_coef": 0.2}})
+    assert serious == [] and line.startswith("hyper.kl_coef: 0.1 in the checkpoint, 0.2 now")
+    assert ("no effect: the coefficient adapts, and goes on from the checkpoint's" in line) == (control == "adaptive")
+
+
 VALUES = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3)
 TREES = st.recursive(VALUES, lambda inner: st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3))
 
