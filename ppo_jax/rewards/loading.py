@@ -116,7 +116,9 @@ class Scorer(NamedTuple):
         Far beyond that length only the end of a text is tokenised (`rewards.endings`).
         """
         fixed = len(self.bos) + len(self.reading.closing)
-        rooms = [max(min(most or self.max_length, self.max_length) - fixed, 1) for most in lengths or [None] * len(sides)]
+        rooms = [
+            max(min(most or self.max_length, self.max_length) - fixed, 1) for most in lengths or [None] * len(sides)
+        ]
         rows = end_rows(sides, self.tokenizer, rooms, self.longest, self._text)
         closing = list(self.reading.closing)
         return [self.bos + row[-room:] + closing if row else [] for row, room in zip(rows, rooms, strict=True)]

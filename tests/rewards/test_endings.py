@@ -58,7 +58,9 @@ def test_what_is_tokenised_is_bounded_by_what_is_wanted_whatever_the_text() -> N
         seen.append(sum(map(len, texts)))
         return tokenizer(texts, **options)
 
-    scorer = Scorer("plain", counting, [], 20, lambda rows: np.zeros(len(rows)), {}, (1,), longest=longest_token(tokenizer))
+    scorer = Scorer(
+        "plain", counting, [], 20, lambda rows: np.zeros(len(rows)), {}, (1,), longest=longest_token(tokenizer)
+    )
     assert scorer.longest == 4
     assert scorer.encode([""], ["abc" * 10**6]) == [tokenizer("abc" * 7)["input_ids"][-20:]]
     assert scorer.encode(["abc" * 10**6], ["</s>" * 10**6]) == [[]]

@@ -17,7 +17,7 @@ class Answer(Future[list[Any]]):
 
     def __init__(self, rows: Sequence[Any]) -> None:
         super().__init__()
-        self.rows, self.clients = rows, 1
+        self.rows, self.clients = rows, 1  # rows: until they are scored
 
 
 class Batcher:
@@ -150,5 +150,7 @@ class Batcher:
             return
         start = 0
         for request in batch:
-            request.set_result(scores[start : start + len(request.rows)])
-            start += len(request.rows)
+            end = start + len(request.rows)
+            request.rows = ()  # the answer may be kept longer
+            request.set_result(scores[start:end])
+            start = end
