@@ -100,6 +100,9 @@ def _exit_code(prog: str, run: Callable[[], object]) -> int:
         return PREEMPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError as error:
+        print(f"{prog}: out of memory{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return FAILED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
         ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from ppo_jax.data.disk import read_bytes
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
 from ppo_jax.rewards.base import HostReward, Reward, SpecialTokens
@@ -133,7 +134,7 @@ def read_token(options: RewardOptions) -> str | None:
         return None
     path = options.token_file.expanduser()
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        token = read_bytes(path).decode().strip()
     except FileNotFoundError:
         raise FileNotFoundError(f"--scoring.token-file: {path} is not a file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -161,6 +162,7 @@ def _identity(source: str) -> str:
         return "a service" if kind == "url" else source
     where = _explained(source, lambda: find_reward(source))
     arrays = sorted(where.glob("*.safetensors")) or sorted(where.glob("*.bin"))
+    arrays = [path for path in arrays if path.is_file()]
     digest = hashlib.sha256()
     for path in arrays:
         with path.open("rb") as file:

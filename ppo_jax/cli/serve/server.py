@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ppo_jax.cli.serve.connections import BACKLOG, count_possible, limited_connection
 from ppo_jax.cli.serve.service import Service
 from ppo_jax.cli.serve.settings import ServeSettings
+from ppo_jax.data.disk import read_bytes
 from ppo_jax.rewards.loading import Scorer, load_scorer
 
 OPEN_PATHS = ("/health",)  # need no token
@@ -117,8 +118,8 @@ def read_token(settings: ServeSettings) -> str:
             raise ValueError(f"the environment variable {settings.token_env} (token_env) is not set")
     elif settings.token_file:
         try:
-            token = settings.token_file.expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            token = read_bytes(settings.token_file.expanduser()).decode().strip()
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the token in {settings.token_file}: {error}") from error
         if not token:
             raise ValueError(f"{settings.token_file} (token_file) is empty")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import replace_file, strict
+from ppo_jax.data.disk import read_bytes, replace_file, strict
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.parallel.launch import PRIVATE
@@ -129,7 +129,7 @@ def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
     """Read the record that `write_summary` wrote; {} when there is none."""
     file = Path(path) / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return json.loads(read_bytes(file)) if file.exists() else {}
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
