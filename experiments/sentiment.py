@@ -43,6 +43,7 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
 from ppo_jax.rewards.adapter import score_tokens, text_mask
+from ppo_jax.rewards.addresses import named_sources, saved_sources
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -252,7 +253,8 @@ def open_directory(settings: SentimentConfig) -> Path:
 
 def repeatable_yaml(settings: SentimentConfig) -> str:
     """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
-    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+    scorer = saved_sources(settings.scorer)
+    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False, scorer=scorer))
 
 
 def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
@@ -276,7 +278,7 @@ def summarise(
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
         "title": "PPO on film-review sentiment",
-        "task": f"{TASK} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else TASK,
+        "task": f"{TASK} Here the reward was {named_sources(settings.scorer)} instead." if settings.scorer else TASK,
         "before": result.before,
         "after": result.after,
         "prompts": prompts,

@@ -16,6 +16,7 @@ from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page as report
+from ppo_jax.rewards.addresses import named_sources
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -42,8 +43,8 @@ class PPOSettings(RunSettings):
     """This file holds prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a
     prompt per line."""
     reward: tuple[str, ...]
-    """The reward is a reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are
-    summed."""
+    """The reward is a reward model's directory, http://HOST:PORT/PATH (or env:NAME, file:PATH: the URL is there),
+    module:function or file.py:function; several are summed."""
     pretrain: Path | None = None
     """PPO-ptx mixes in the texts of this file, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
     run_dir: Path = Path("runs/ppo")
@@ -135,7 +136,7 @@ def _ppo(settings: PPOSettings) -> None:
         facts = environment()
         summary: report.Summary = {
             "title": f"PPO on {settings.prompts.name}",
-            "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
+            "task": f"Base and reference: {settings.model}. Reward: {named_sources(settings.reward)}.",
             "before": result.before,
             "after": result.after,
             "prompts": len(held_out.rows),

@@ -221,7 +221,7 @@ def test_one_source_with_a_weight():
 def test_names_of_parts_are_short_and_differ(folder: Path):
     (folder / "runs" / "a" / "export" / "reward").mkdir(parents=True)
     sources = ["scores.py:length", "runs/a/export/reward", "runs/a", "https://h:1/x", "http://h/y", "m:length", "b/a"]
-    assert part_names(sources) == ["length", "a", "a_2", "h", "h_2", "length_2", "a_3"]
+    assert part_names(sources) == ["length", "a", "a_2", "service", "service_2", "length_2", "a_3"]
     assert part_names(["m:f_2", "m:f", "m:f", "m:f_2"]) == ["f_2", "f", "f_3", "f_2_2"]
 
 

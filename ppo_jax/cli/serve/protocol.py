@@ -21,7 +21,7 @@ class Refused(Exception):
 async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dict[str, Any]:
     """Read the JSON object in a request's body of at most `limit` bytes, which arrives within `timeout` seconds.
 
-    `held` counts the bytes as they come; without room for them the rest is read and dropped.
+    `held` counts the bytes: all of them before the first is read where their number is known, else as they come.
 
     Refused: 400 the client left, 408 too slow, 413 too large, 422 no JSON object, 503 no room.
     """
@@ -29,8 +29,12 @@ async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dic
 
     too_large = Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > DRAINED * limit:
+    known = int(declared) if declared.isdigit() else 0
+    if known > DRAINED * limit:
         raise too_large
+    busy = Refused(503, "too many bytes are waiting already; come back later", AGAIN | {"Connection": "close"})
+    if known <= limit and not held.take(known):
+        raise busy  # nothing of it is read: to read it all and drop it would hold the others up
     body, size, refused = bytearray(), 0, None
     try:
         async with asyncio.timeout(timeout):
@@ -40,8 +44,8 @@ async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dic
                     raise too_large
                 if size > limit:
                     refused = too_large
-                elif refused is None and not held.take(len(chunk)):
-                    refused = Refused(503, "too many bytes are waiting already; come back later", AGAIN)
+                elif refused is None and not held.take(max(size - held.size, 0)):
+                    refused = busy
                 if refused is None:
                     body += chunk
                 else:

@@ -43,7 +43,7 @@ class ServeSettings:
     """The body of a request may have at most this many bytes."""
     max_waiting: int = 4096
     """At most this many rows wait; beyond that requests are told to come back (503)."""
-    max_waiting_bytes: int = 64 * 2**20
+    max_waiting_bytes: int = 32 * 2**20
     """Bodies of at most this many bytes wait; beyond half of what is left a request is told to come back (503)."""
     max_connections: int = 512
     """At most this many connections stand; the next one takes the place of one that waits for its client."""
