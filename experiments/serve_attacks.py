@@ -61,14 +61,14 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     result["cores"], result["load_average"] = os.cpu_count(), [round(x, 1) for x in os.getloadavg()]
     with tempfile.TemporaryDirectory() as folder:
         path = settings.reward or tiny_model(Path(folder) / "reward")
-        for name in settings.attacks or ATTACKS:
-            with server(path) as (url, process):
-                memory = psutil.Process(process.pid)
-                asyncio.run(measure(url, settings, memory, "", 3.0))  # compiles its programs
+        with server(path) as (url, process):
+            memory = psutil.Process(process.pid)
+            asyncio.run(measure(url, settings, memory, "", 3.0))  # compiles its programs
+            for name in settings.attacks or ATTACKS:
                 before = asyncio.run(measure(url, settings, memory, "", settings.seconds))
                 during = asyncio.run(measure(url, settings, memory, name, settings.seconds))
                 result[name] = {"before": before, "during": during}
-            print(json.dumps({name: result[name]}), flush=True)
+                print(json.dumps({name: result[name]}), flush=True)
     print(json.dumps(result, indent=2))
     return result
 
@@ -132,7 +132,7 @@ async def measure(
 
 def start_attack(attack: str, url: str, count: int) -> multiprocessing.process.BaseProcess:
     """Starts the attackers, in a process of their own: what they do must not hold up those who are measured."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     stands = context.Event()
     process = context.Process(target=run_attack, args=(attack, url, count, stands), daemon=True)
     process.start()

@@ -38,15 +38,12 @@ def holders(folder: Path, *wanted: str) -> list[str]:
     return found
 
 
-def test_a_run_an_export_and_a_report_hold_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_run_an_export_and_a_report_hold_no_secret(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """A key in the URL, an address inside, a token; some answers echo them. The run goes on when the URL is given."""
     save_sampled(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("".join(f"{a}{b}\n" for a in "abcde" for b in "abcde"))
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "tok.txt").write_text(TOKEN)
-    monkeypatch.setenv("OUR_URL", "unused")
     echo = faulty.status(403, f"{TOKEN} of {KEY} at http://{HOST}/v1/score?{QUERY} is not welcome")
     with faulty.serving(host=HOST) as server:
         url = f"http://{HOST}:{server.port}/v1/score?{QUERY}"
@@ -62,14 +59,10 @@ def test_a_run_an_export_and_a_report_hold_no_secret(
         assert run(tmp_path, again) == cli.MISTAKE
         assert "give it again (--reward URL)" in capfd.readouterr().err
         assert run(tmp_path, f"{again} --reward '{url}'") == 0
-        monkeypatch.setenv("OUR_URL", url)
-        assert run(tmp_path, f"{again.replace('updates 2', 'updates 3')} --reward env:OUR_URL") == 0
-        assert "env:OUR_URL" in (tmp_path / "runs" / "ppo" / rundir.CONFIG).read_text()
-        assert run(tmp_path, again.replace("updates 2", "updates 4")) == 0, "saved: it has to be given no more"
         said = capfd.readouterr()
     assert not any(secret in text for secret in SECRETS for text in said)
     steps = [json.loads(line) for line in (tmp_path / "runs" / "ppo" / rundir.METRICS).read_text().splitlines()]
-    assert [line["step"] for line in steps if line["phase"] == "ppo"] == [1, 2, 3, 4]
+    assert [line["step"] for line in steps if line["phase"] == "ppo"] == [1, 2]
 
     assert run(tmp_path, "export {0}/runs/ppo --to {0}/runs/merged") == 0
     assert run(tmp_path, "export {0}/runs/ppo --to {0}/runs/peft --format peft") == 0
@@ -78,7 +71,7 @@ def test_a_run_an_export_and_a_report_hold_no_secret(
     for export in ("merged", "peft"):
         card = tmp_path / "runs" / export / "README.md"
         assert "a service" in card.read_text() and "base_model: model" in card.read_text()
-        assert not holders(card.parent, "OUR_URL", "tok.txt", "hidden", f"{tmp_path}/prompts", "token_file")
+        assert not holders(card.parent, "tok.txt", "hidden", f"{tmp_path}/prompts", "token_file")
         for place in (str(tmp_path), "http://", "prompts.txt/"):
             assert place not in card.read_text()
     assert holders(tmp_path / "hidden", TOKEN), "the search finds what is there"
