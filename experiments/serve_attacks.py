@@ -3,7 +3,8 @@
     python -m experiments.serve_attacks                 # a tiny random model, 200 clients, every attack in turn
 
 Each well-behaved client sends a short request, waits for its scores, pauses, and sends the next one; it fails where it
-does not get them within a minute (a 503 is tried again after its Retry-After, as our own client does). For each attack
+does not get them within a minute. As our own client does, it tries up to five times more after a 503 (when its
+Retry-After is over) and after a connection that failed, which is counted. For each attack
 the same clients are measured before it and during it. The server is a process of its own, with its default limits.
 """
 
@@ -18,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -79,13 +81,12 @@ async def measure(
     """Runs the well-behaved clients for so long, beside an attack; their failures and latencies in seconds."""
     times: list[float] = []
     failures: list[str] = []
-    busy = 0
+    again: Counter[str] = Counter()
     attackers = start_attack(attack, url, settings.attackers) if attack else None
     megabytes = [server_process.memory_info().rss / 2**20]
     end = time.monotonic() + seconds
 
     async def client(number: int) -> None:
-        nonlocal busy
         rng = random.Random(number)
         await asyncio.sleep(rng.uniform(0, settings.pause))
         async with httpx.AsyncClient(base_url=url, timeout=60, verify=False, trust_env=False) as http:
@@ -94,11 +95,7 @@ async def measure(
                 began = time.monotonic()
                 try:
                     async with asyncio.timeout(60):
-                        while (
-                            answer := await http.post(PATH, json={"model": "m", "messages": [text]})
-                        ).status_code == 503:
-                            busy += 1
-                            await asyncio.sleep(float(answer.headers["Retry-After"]))
+                        answer = await ask(http, text, again)
                     if answer.status_code != 200 or not np.isfinite(answer.json()["scores"]).all():
                         failures.append(f"HTTP {answer.status_code}")
                 except (httpx.HTTPError, TimeoutError) as error:
@@ -122,12 +119,29 @@ async def measure(
         "requests": len(times),
         "failed": len(failures),
         "failures": sorted(set(failures)),
-        "told to come back": busy,
+        "tried again": dict(again),
         "p50": round(float(p50), 3),
         "p99": round(float(p99), 3),
         "worst": round(max(times), 3),
         "megabytes": [round(megabytes[0]), round(max(megabytes))],
     }
+
+
+async def ask(http: httpx.AsyncClient, text: str, again: Counter[str]) -> httpx.Response:
+    """Sends a request, five times more where the connection fails or the server says 503; `again` counts why."""
+    for tried in range(6):
+        try:
+            answer = await http.post(PATH, json={"model": "m", "messages": [text]})
+            if answer.status_code != 503 or tried == 5:
+                return answer
+            again["503"] += 1
+            await asyncio.sleep(float(answer.headers["Retry-After"]))
+        except httpx.TransportError as error:
+            if tried == 5:
+                raise
+            again[type(error).__name__] += 1
+            await asyncio.sleep(0.5)
+    raise AssertionError("unreachable")
 
 
 def start_attack(attack: str, url: str, count: int) -> multiprocessing.process.BaseProcess:

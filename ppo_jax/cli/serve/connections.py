@@ -14,7 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RESERVED = 192  # files that are no connections: of Python, JAX, the model, and as many as may be accepted at once
-BACKLOG = 128  # connections that the system holds until they are accepted
+BACKLOG = 64  # connections that the system holds until they are accepted
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,7 +23,9 @@ class Limits:
 
     connections: int
     head_timeout: float
-    waiting: "dict[Connection, None]" = dataclasses.field(default_factory=dict)  # for their clients, longest first
+    # Those that wait for their clients, longest first: with no request answered so far, and with one.
+    new: "dict[Connection, None]" = dataclasses.field(default_factory=dict)
+    known: "dict[Connection, None]" = dataclasses.field(default_factory=dict)
 
 
 def count_possible(wanted: int) -> int:
@@ -41,7 +43,8 @@ class Connection(H11Protocol):
     """A connection of HTTP/1.1.
 
     It waits for its client until a request has come whole, and again when it is answered. A connection too many takes
-    the place of the one that has waited longest, and is refused (503) only where all others are being answered.
+    the place of the one that has waited longest, rather of one that has never been answered; it is refused (503) only
+    where all others are being answered.
     """
 
     limits: ClassVar[Limits]
@@ -50,10 +53,11 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            if not self.limits.waiting:
+            oldest = next(iter(self.limits.new or self.limits.known), None)
+            if oldest is None:
                 self.refuse(503, "too many connections; come back later", retry=True)
                 return
-            next(iter(self.limits.waiting)).give_up()
+            oldest.give_up()
         self._look()
         self._await_head()
 
@@ -105,7 +109,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing() or (answering and not self.cycle.more_body):
             self._leave()
         else:
-            self.limits.waiting.setdefault(self)
+            (self.limits.new if self.cycle is None or answering else self.limits.known).setdefault(self)
             if answering and self.deadline is not None:  # the body has a deadline of its own (`read_json`)
                 self.deadline.cancel()
                 self.deadline = None
@@ -121,7 +125,8 @@ class Connection(H11Protocol):
             self.give_up()
 
     def _leave(self) -> None:
-        self.limits.waiting.pop(self, None)
+        self.limits.new.pop(self, None)
+        self.limits.known.pop(self, None)
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None

@@ -44,7 +44,7 @@ async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dic
                     raise too_large
                 if size > limit:
                     refused = too_large
-                elif refused is None and not held.take(max(size - held.size, 0)):
+                elif refused is None and size > held.size and not held.take(size - held.size):
                     refused = busy
                 if refused is None:
                     body += chunk
