@@ -42,13 +42,13 @@ def test_a_run_an_export_and_a_report_hold_no_secret(tmp_path: Path, capfd: pyte
     """A key in the URL, an address inside, a token; some answers echo them. The run goes on when the URL is given."""
     save_sampled(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("".join(f"{a}{b}\n" for a in "abcde" for b in "abcde"))
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "tok.txt").write_text(TOKEN)
+    (tmp_path / "vault").mkdir()
+    (tmp_path / "vault" / "tok.txt").write_text(TOKEN)
     echo = faulty.status(403, f"{TOKEN} of {KEY} at http://{HOST}/v1/score?{QUERY} is not welcome")
     with faulty.serving(host=HOST) as server:
         url = f"http://{HOST}:{server.port}/v1/score?{QUERY}"
         server.faults = [faulty.works, echo]
-        first = f"{PPO} --loop.updates 1 --scoring.token-file {{0}}/hidden/tok.txt"
+        first = f"{PPO} --loop.updates 1 --scoring.token-file {{0}}/vault/tok.txt"
         assert run(tmp_path, f"{first} --reward '{url}'") == 0
         assert server.requests and all(f"?{QUERY}" in path for path, *_ in server.requests)
         written = (tmp_path / "runs" / "ppo" / rundir.CONFIG).read_text()
@@ -71,10 +71,10 @@ def test_a_run_an_export_and_a_report_hold_no_secret(tmp_path: Path, capfd: pyte
     for export in ("merged", "peft"):
         card = tmp_path / "runs" / export / "README.md"
         assert "a service" in card.read_text() and "base_model: model" in card.read_text()
-        assert not holders(card.parent, "tok.txt", "hidden", f"{tmp_path}/prompts", "token_file")
+        assert not holders(card.parent, "tok.txt", "vault", f"{tmp_path}/prompts", "token_file")
         for place in (str(tmp_path), "http://", "prompts.txt/"):
             assert place not in card.read_text()
-    assert holders(tmp_path / "hidden", TOKEN), "the search finds what is there"
+    assert holders(tmp_path / "vault", TOKEN), "the search finds what is there"
 
 
 @pytest.mark.parametrize(

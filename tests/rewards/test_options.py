@@ -155,7 +155,7 @@ def test_a_sum_of_all_kinds_logs_each_part(reward_model: Path):
         found = add_scores(on_device(chosen), chosen.host(*TEXTS))
     service = np.array([score("abde"), score("cfgh")])
     np.testing.assert_array_equal(found.parts["rm"], model_scores)
-    np.testing.assert_allclose(found.parts["127.0.0.1"], service, rtol=1e-6)
+    np.testing.assert_allclose(found.parts["service"], service, rtol=1e-6)
     np.testing.assert_array_equal(found.parts["length"], [1, 1.5])
     expected = 0.5 * model_scores + service - 2 * np.array([1, 1.5])
     np.testing.assert_allclose(found.reward, expected, rtol=1e-5)
