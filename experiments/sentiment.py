@@ -201,8 +201,7 @@ def run(settings: SentimentConfig) -> Path:
     with progress("ppo_jax · sentiment") as screen:
         write = run_writer(directory, screen, settings.loop.updates)
         left_out = len(splits.prompts) - len(prompts.rows)
-        over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
-        screen.message(f"{len(prompts.rows)} prompts; {over}")
+        screen.message(f"{len(prompts.rows)} prompts; {left_out} are over {settings.max_prompt} tokens or empty")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
@@ -253,8 +252,8 @@ def open_directory(settings: SentimentConfig) -> Path:
 
 def repeatable_yaml(settings: SentimentConfig) -> str:
     """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
-    scorer = saved_sources(settings.scorer)
-    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False, scorer=scorer))
+    saved = dataclasses.replace(settings, resume="no", overwrite=False, scorer=saved_sources(settings.scorer))
+    return config.to_yaml(saved)
 
 
 def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:

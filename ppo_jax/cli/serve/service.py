@@ -126,8 +126,9 @@ class Service:
         self.count["ppo_jax_rows_total"] += len(texts)
         answer, scores = self._find_answer(texts, held)
         gone = asyncio.ensure_future(request.receive())  # the body was read: only the disconnect is left to come
+        either: set[asyncio.Future[Any]] = {scores, gone}
         try:
-            await asyncio.wait({scores, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
             self.batcher.leave(answer)
