@@ -200,8 +200,7 @@ def run(settings: SentimentConfig) -> Path:
 
     with progress("ppo_jax · sentiment") as screen:
         write = run_writer(directory, screen, settings.loop.updates)
-        left_out = len(splits.prompts) - len(prompts.rows)
-        screen.message(f"{len(prompts.rows)} prompts; {left_out} are over {settings.max_prompt} tokens or empty")
+        screen.message(f"{len(prompts.rows)} of {len(splits.prompts)} openings have 1 to {settings.max_prompt} tokens")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
