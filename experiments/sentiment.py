@@ -45,6 +45,7 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
+from ppo_jax.rewards.addresses import named_sources, saved_sources
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
@@ -207,9 +208,7 @@ def run(settings: SentimentConfig) -> Path:
 
     with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
-        left_out = len(splits.prompts) - len(prompts.rows)
-        over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
-        screen.message(f"{len(prompts.rows)} prompts; {over}")
+        screen.message(f"{len(prompts.rows)} of {len(splits.prompts)} openings have 1 to {settings.max_prompt} tokens")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
@@ -287,7 +286,8 @@ def open_directory(settings: SentimentConfig) -> Path:
 
 def repeatable_yaml(settings: SentimentConfig) -> str:
     """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
-    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+    saved = dataclasses.replace(settings, resume="no", overwrite=False, scorer=saved_sources(settings.scorer))
+    return config.to_yaml(saved)
 
 
 def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
@@ -310,7 +310,7 @@ def summarise(
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
         "title": "Smoke run of PPO on film-review sentiment" if toy else "PPO on film-review sentiment",
-        "task": f"{task} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else task,
+        "task": f"{task} Here the reward was {named_sources(settings.scorer)} instead." if settings.scorer else task,
         "prompts": prompts,
         "kl_budget": 15.0,
         "reward_accuracy": reward_accuracy,

@@ -21,6 +21,7 @@ from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page
+from ppo_jax.rewards.addresses import saved_sources
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
@@ -131,6 +132,8 @@ def repeatable_yaml(settings: Any) -> str:
     off: dict[str, Any] = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
     if hasattr(settings, "distributed"):  # where a process ran is not part of what it did
         off["distributed"] = launch.DistributedConfig()
+    if isinstance(sources := getattr(settings, "reward", None), tuple):  # no secrets, no internal addresses
+        off["reward"] = saved_sources(sources)
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 

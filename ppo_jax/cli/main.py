@@ -183,6 +183,9 @@ def _exit_code(prog: str, run: Callable[[], object], resumable: bool) -> int:
     except Interrupted as stopped:
         print_error(f"{prog}: {stopped}")
         return PREEMPTED
+    except MemoryError as error:
+        print_error(f"{prog}: out of memory{f': {error}' if str(error) else ''}")
+        return FAILED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and not resumable:  # the reader, such as `head`, has seen enough
             drop_stream(sys.stdout, error)

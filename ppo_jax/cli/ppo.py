@@ -27,6 +27,7 @@ from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page
+from ppo_jax.rewards.addresses import named_sources
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
@@ -55,8 +56,8 @@ class PPOSettings(RunSettings):
     """This file holds prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a
     prompt per line."""
     reward: tuple[str, ...]
-    """The reward is a reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are
-    summed."""
+    """The reward is a reward model's directory, http://HOST:PORT/PATH (or env:NAME, file:PATH: the URL is there),
+    module:function or file.py:function; several are summed."""
     pretrain: Path | None = None
     """PPO-ptx mixes in the texts of this file, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
     run_dir: Path = Path("runs/ppo")
@@ -161,7 +162,7 @@ def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Set
 
 def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
     """Gather what the report is told before there are results."""
-    task = f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}."
+    task = f"Base and reference: {settings.model}. Reward: {named_sources(settings.reward)}."
     more: dict[str, Any] = {"prompts": len(setup.held_out.rows), "measured_on": f"{setup.measured_on} prompts"}
     reward = setup.reward.metadata
     if "accuracy" in reward:

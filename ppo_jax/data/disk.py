@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,23 @@ def strict(value: Any) -> Any:
     if isinstance(number, float) and not math.isfinite(number):
         return None if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
     return number
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file. Raise ValueError for a FIFO, a device or a socket, which might be waited for without end."""
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ValueError(f"{path} is a FIFO, a device or a socket; give a regular file")
+    return path.read_bytes()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether it came from a lack of memory, also where a library has wrapped that: no file is to blame."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # -- files and directories that outlive a machine which goes down ----------------------------------------------------

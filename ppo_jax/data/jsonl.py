@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.disk import parse_json, replace_file, strict
+from ppo_jax.data.disk import parse_json, read_bytes, replace_file, strict
 
 
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
@@ -38,7 +38,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def repair_jsonl(path: str | os.PathLike) -> None:
     """Remove a torn last line in place, and end a whole one that lacks its newline."""
     path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if path.exists() else b""
     if data and not data.endswith(b"\n"):
         whole = _is_object(data[data.rfind(b"\n") + 1 :])
         replace_file(path, data + b"\n" if whole else data[: data.rfind(b"\n") + 1])
@@ -66,7 +66,7 @@ def truncate_jsonl(path: str | os.PathLike, step: int, phases: Collection[str] |
 
 def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Yield (line without newline, record) of each line that is not blank."""
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     parsed = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

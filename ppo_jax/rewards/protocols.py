@@ -41,8 +41,8 @@ def check_url(url: str) -> str:
         raise ValueError("the reward's URL must look like http://HOST:PORT/PATH or https://HOST/PATH")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            f"the reward's URL (host {parts.hostname}) holds a user or a password, which would be saved with the run: "
-            "name a bearer token's variable or file instead"
+            "the reward's URL holds a user or a password, which every program on the way may log: name a bearer "
+            "token's variable or file instead"
         )
     return url
 
@@ -54,20 +54,20 @@ def speaks_theirs(url: str, protocol: str) -> bool:
     return urlsplit(url).path.rstrip("/").endswith("/score/evaluation")
 
 
-def hide_token(text: str, token: str | None) -> str:
-    """`text` without the token, which a service may echo: as it is, or as JSON, HTML and URLs write it."""
-    if not token:
-        return text
-    quoted = json.dumps(token)[1:-1]
-    forms = {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
+def hide_secrets(text: str, secrets: Sequence[str]) -> str:
+    """`text` without the secrets, which a service may echo: as they are, or as JSON, HTML and URLs write them."""
+    forms: set[str] = set()
+    for token in filter(None, secrets):
+        quoted = json.dumps(token)[1:-1]
+        forms |= {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "[token]")
     return text
 
 
-def show_text(text: str, limit: int = 160, token: str | None = None) -> str:
-    """Foreign text for the log. The token goes first: of one that was cut off, most would be shown."""
-    return printable(hide_token(text, token), limit)
+def show_text(text: str, limit: int = 160, secrets: Sequence[str] = ()) -> str:
+    """Foreign text for the log. Secrets go first: of one that was cut off, most would be shown."""
+    return printable(hide_secrets(text, secrets), limit)
 
 
 def make_bodies(

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import RepeatedKey, parse_json, replaced_directory, sha256_of, strict
+from ppo_jax.data.disk import RepeatedKey, is_out_of_memory, parse_json, replaced_directory, sha256_of, strict
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -295,7 +295,9 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
     try:
         with safe_open(file, framework="numpy") as handle:
             return {name: _read_array(handle, name, mesh) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, MemoryError) as error:
+    except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"not a readable safetensors file ({error})") from error
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ppo_jax.data.disk import replaced_directory
+from ppo_jax.data.disk import is_out_of_memory, replaced_directory
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, foreign, hf, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
@@ -216,7 +216,9 @@ def _find_tensors(files: list[Path]) -> dict[str, Path]:
         try:
             with safe_open(file, framework="numpy") as handle:
                 files_by_name |= dict.fromkeys(handle.keys(), file)
-        except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}); copy or download it again"
             ) from error

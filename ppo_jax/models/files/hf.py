@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import keep_files, replaced_directory
+from ppo_jax.data.disk import is_out_of_memory, keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, foreign, gguf, tensor_file, weights
@@ -221,7 +221,9 @@ def weight_files(where: Path) -> list[Path]:
 def _open(file: Path) -> Iterator[Any]:
     try:
         handle = safe_open(file, framework="numpy")
-    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from error
     with handle:
         yield handle

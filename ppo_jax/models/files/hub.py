@@ -36,6 +36,8 @@ def resolve(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
+    except MemoryError:
+        raise
     except Exception as error:  # no network, no such name, no permission: the client has a class for each
         raise FileNotFoundError(
             f"{name} is not a local path, and could not be fetched from the Hugging Face hub "

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import make_directory, replace_file, strict
+from ppo_jax.data.disk import make_directory, read_bytes, replace_file, strict
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
@@ -220,7 +220,7 @@ def _write_json(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return json.loads(read_bytes(file)) if file.exists() else {}
 
 
 def write_readme(path: str | os.PathLike) -> None:
