@@ -2,18 +2,17 @@
 there, and changes nothing."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tests.running import LIMIT, Run, folder, last_good, programs, resume_to, running, updates
 
 from ppo_jax.cli.main import MISTAKE, PREEMPTED
 from ppo_jax.runs.output import rundir
+from tests.processes import forks
+from tests.processes.running import LIMIT, Run, folder, last_good, resume_to, running, updates
 
-__all__ = ["folder", "programs"]  # fixtures
+__all__ = ["folder"]  # a fixture
 
 ENDLESS = ("--loop.updates", "1000000")
 
@@ -48,12 +47,11 @@ def test_the_second_is_refused_and_the_first_goes_on(folder: Path) -> None:
 def test_two_exports_into_one_directory(folder: Path) -> None:
     with running(folder, "--loop.updates", "1") as run:
         assert run.ends() == 0, run.text
-    command = [str(Path(sys.executable).with_name("ppo-jax")), "export", "run", "--to", "out"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(command, cwd=folder, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    said = [process.communicate(timeout=LIMIT)[0] for process in both]
-    assert sorted(process.returncode for process in both) == [0, MISTAKE], said
-    (refusal,) = [text for text, process in zip(said, both, strict=True) if process.returncode]
+    words = ["export", "run", "--to", "out"]
+    with forks.ending([forks.start(forks.command, words, folder=folder) for _ in range(2)]) as both:
+        codes = [process.wait() for process in both]
+    assert sorted(codes) == [0, MISTAKE], forks.logs(both)
+    (refusal,) = [process.text for process, code in zip(both, codes, strict=True) if code]
     assert "out is in use by process" in refusal or "out already exists" in refusal
     assert (folder / "out" / "model.safetensors").is_file()
     assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set()
