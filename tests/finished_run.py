@@ -24,7 +24,7 @@ from tests.data.tokenizer import EOS, make_tokenizer
 from tests.models.tiny import random_params
 
 MODEL = ModelConfig(
-    vocab_size=40,
+    vocab_size=32,  # what the tokenizer has
     hidden_size=16,
     intermediate_size=32,
     num_layers=3,

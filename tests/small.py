@@ -15,7 +15,7 @@ from tests.data.tokenizer import EOS, make_tokenizer
 from tests.models.tiny import random_params
 
 SMALL = ModelConfig(
-    vocab_size=40,
+    vocab_size=32,  # what the tokenizer has
     hidden_size=16,
     intermediate_size=24,
     num_layers=2,

@@ -82,6 +82,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if (wrong := flush_streams()) and not leaving.code:
             raise SystemExit(report_output(wrong)) from None
         raise
+    except OSError as error:  # commands turn their own into messages: here it was the list of commands
+        wrong = flush_streams() or str(error)
+        return 0 if isinstance(error, BrokenPipeError) else report_output(wrong)
     wrong = flush_streams()
     return report_output(wrong) if wrong and not code else code
 
@@ -143,6 +146,9 @@ def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> 
     try:
         with end_when_asked() if resumable else contextlib.nullcontext():
             code = _exit_code(prog, run, resumable)
+    except SystemExit:  # the help was shown: that it cannot be written is a failure
+        resumable = False
+        raise
     except Exception:
         if launch.is_one_of_more():
             traceback.print_exc()

@@ -22,7 +22,7 @@ from tests.processes import forks
 from tests.processes.forks import LIMIT
 
 MODEL = ModelConfig(
-    vocab_size=40,
+    vocab_size=32,  # what the tokenizer has
     hidden_size=16,
     intermediate_size=16,
     num_layers=2,

@@ -75,7 +75,8 @@ def test_two_processes_leave_what_one_leaves(world: Path, name: str) -> None:
         {path.relative_to(world / folder / name) for path in (world / folder / name).rglob("*") if path.suffix}
         for folder in ("one", "two")
     )
-    assert {path for path in left ^ right if "events" not in path.name} == set()
+    # Each process writes the arrays that it holds: those files have other names.
+    assert {path for path in left ^ right if "events" not in path.name and "arrays" not in path.parts} == set()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sft", "policy"), ("dpo", "policy"), ("reward", "reward")])

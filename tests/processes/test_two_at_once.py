@@ -10,7 +10,8 @@ import pytest
 from ppo_jax.cli.main import MISTAKE, PREEMPTED
 from ppo_jax.runs.output import rundir
 from tests.processes import forks
-from tests.processes.running import LIMIT, Run, folder, last_good, resume_to, running, updates
+from tests.processes.forks import LIMIT
+from tests.processes.running import Run, folder, last_good, resume_to, running, updates
 
 __all__ = ["folder"]  # a fixture
 

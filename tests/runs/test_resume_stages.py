@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.compilation import compile_once
 
 from experiments.soak import timeless
 from ppo_jax.data import EncodedPairs, EncodedSFT
@@ -39,19 +38,12 @@ from tests.checkpoints import read_arrays
 from tests.data.tokenizer import EOS
 from tests.small import small_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 7
 LOOP = OfflineLoop(eval_every=3, checkpoint_every=2)
 
 
 class Killed(Exception):
     """The process ends here."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compile_once(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 def texts(count: int, seed: int) -> list[list[int]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.compilation import compile_once
 
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.files.artifacts import EXPORT
@@ -30,12 +29,6 @@ from tests.train.test_population import compilations
 
 TASK = make_task()
 UPDATES = Settings().loop.updates
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory):
-    with compile_once(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 def records(path: Path, phase: str = "ppo") -> list[dict]:
