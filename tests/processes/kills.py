@@ -42,11 +42,11 @@ from tests.small import SMALL, write_stage_files
 OFTEN = "--loop.checkpoint-every 1 --loop.eval-every 2 --resume auto"
 HEAD = "--reward.lora-layers 1 --reward.rank 2 --reward.batch-size 8 --reward.head-steps 10 --reward.epochs 2"
 STAGES = {
-    "sft": f"sft --model model --data sft.jsonl --adapter.kind full --sft.batch-size 8 --sft.steps 12 {OFTEN}",
-    "dpo": f"dpo --model model --pairs pairs.jsonl --adapter.rank 2 --dpo.batch-size 8 --dpo.steps 12 {OFTEN}",
+    "sft": f"sft --model model --data sft.jsonl --adapter.kind full --sft.batch-size 8 --sft.steps 8 {OFTEN}",
+    "dpo": f"dpo --model model --pairs pairs.jsonl --adapter.rank 2 --dpo.batch-size 8 --dpo.steps 8 {OFTEN}",
     "reward": f"reward --model model --pairs pairs.jsonl --held-out 7 {HEAD} {OFTEN}",
     "ppo": (
-        "ppo --model model --prompts prompts.jsonl --reward reward.py:length --held-out 4 --loop.updates 10 "
+        "ppo --model model --prompts prompts.jsonl --reward reward.py:length --held-out 4 --loop.updates 6 "
         "--loop.batch-size 8 --ppo.sampling.response-length 4 --ppo.epochs 2 --ppo.num-minibatches 2 "
         f"--policy.rank 2 {OFTEN}"
     ),
@@ -64,7 +64,7 @@ FUNCTIONS = {
     "rollout": ("ppo_jax/train/loop.py:train",),
 }
 LOOK = 0.0005  # seconds between two looks
-LIFE = 300.0  # seconds
+LIFE = 7200.0  # seconds: at the lowest priority of a busy machine a life takes long
 
 
 # -- a life: in a process of its own -----------------------------------------------------------------------------------

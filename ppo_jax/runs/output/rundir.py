@@ -22,7 +22,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import make_directory, replace_file, strict
+from ppo_jax.data.disk import make_directory, parse_json, replace_file, strict
+from ppo_jax.data.documents import StoredSummary, check_document
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
@@ -146,9 +147,15 @@ def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the record that `write_summary` wrote; {} when there is none."""
+    """Read the record that `write_summary` wrote; {} when there is none. Raise ValueError with file and field."""
     file = Path(path) / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        found = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    return check_document(StoredSummary, found, str(file))
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
