@@ -10,8 +10,6 @@ from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
-import jax
-
 from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.demo import command as demo
 from ppo_jax.cli.parse import Brief, parse
@@ -161,7 +159,7 @@ def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> 
         resumable = False
         raise
     except Exception:
-        if jax.distributed.is_initialized():
+        if launch.is_one_of_more():
             traceback.print_exc()
             launch.end_process(FAILED)
         raise
@@ -190,7 +188,17 @@ def _exit_code(prog: str, run: Callable[[], object], resumable: bool) -> int:
         if isinstance(error, BrokenPipeError) and not resumable:  # the reader, such as `head`, has seen enough
             drop_stream(sys.stdout, error)
             return 0
-        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+        if lost := launch.describe_lost_peer(error):
+            print_error(f"{prog}: {lost}")
+            return launch.LOST
+        below = launch.is_runtime_error(error)
+        if below and "RESOURCE_EXHAUSTED" in str(error) and not os.environ.get(TRACEBACK):
+            print_error(
+                f"{prog}: a device has no memory left ({str(error).splitlines()[0][:300]}): take less at once (the "
+                "batch, accumulate, logprob-chunk, compute.remat full), or more devices; ppo-jax plan says what fits"
+            )
+            return FAILED
+        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError) and not below
         ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
         if not ours or os.environ.get(TRACEBACK):
             raise

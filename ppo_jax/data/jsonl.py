@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.data.disk import parse_json, read_bytes, replace_file, strict
+from ppo_jax.data.documents import check_line
 
 
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
@@ -26,8 +27,8 @@ def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read the records of a JSON-lines file, in order; [] when the file is missing.
 
-    A torn last line (the process was killed while writing it) is left out. Any other line that is not a JSON
-    object raises ValueError with file and line number.
+    A torn last line (the process was killed while writing it) is left out. Any other line that is not a JSON object, or
+    not what files of this name hold (`documents.LINES`), raises ValueError with file, line number and field.
     """
     path = Path(path)
     if not path.exists():
@@ -72,7 +73,9 @@ def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if not line.strip():
             continue
         if _is_object(line):
-            parsed.append((line, parse_json(line)))
+            record = parse_json(line)
+            check_line(path, number, record)
+            parsed.append((line, record))
         elif number < len(lines):  # the last element is what follows the last newline: a torn line
             raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}; mend or delete the line")
     return parsed

@@ -289,6 +289,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (FloatingPointError("m"), 1),
         (store.CheckpointSaveError("m"), 1),
         (KeyboardInterrupt(), 130),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes."), 1),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory"), 1),  # of a program that is dispatched without Python
     ],
 )
 def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture) -> None:
@@ -297,7 +299,13 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert said.startswith("prog: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [TypeError("m"), RuntimeError("m"), AssertionError("m"), KeyError("m")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(TypeError("m"), RuntimeError("m"), AssertionError("m"), KeyError("m")),
+        ValueError("INTERNAL: a program has failed"),  # of a program, not of what was given
+    ],
+)
 def test_a_bug_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         cli.exit_code("prog", raising(error))

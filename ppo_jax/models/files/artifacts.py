@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.data.disk import RepeatedKey, is_out_of_memory, parse_json, replaced_directory, sha256_of, strict
+from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -287,6 +288,8 @@ def _read_description(file: Path) -> dict[str, Any]:
     for name, scale in raw["lora_scales"].items():
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e38:
             raise ValueError(f"lora_scales.{name} is {scale!r}, not a finite number")
+    if wrong := find_mistake(ArtifactMeta, raw["meta"]):
+        raise ValueError(f"meta.{wrong}")
     return raw
 
 

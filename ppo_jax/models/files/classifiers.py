@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ppo_jax.data.disk import is_out_of_memory, replaced_directory
+from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import families, foreign, hf, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
@@ -109,6 +110,8 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         "bias": jnp.asarray(bias, jnp.float32),
     }
     meta = raw.get(META)
+    if isinstance(meta, dict) and (wrong := find_mistake(ArtifactMeta, meta)):
+        raise ValueError(f"{where}: {META}.{wrong}")
     pad = raw.get("pad_token_id")
     pad_id = pad if isinstance(pad, int) else None
     return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {}, META in raw, pad_id)

@@ -25,7 +25,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import make_directory, read_bytes, replace_file, strict
+from ppo_jax.data.disk import make_directory, parse_json, read_bytes, replace_file, strict
+from ppo_jax.data.documents import StoredRun, StoredSummary, check_document
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
@@ -200,8 +201,9 @@ def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the record that `write_summary` wrote; {} when there is none."""
-    return _read_json(Path(path) / SUMMARY)
+    """Read the record that `write_summary` wrote; {} when there is none. Raise ValueError with file and field."""
+    file = Path(path) / SUMMARY
+    return check_document(StoredSummary, _read_json(file), str(file))
 
 
 def add_facts(path: str | os.PathLike, **facts: Any) -> None:
@@ -211,7 +213,8 @@ def add_facts(path: str | os.PathLike, **facts: Any) -> None:
 
 def read_facts(path: str | os.PathLike) -> dict[str, Any]:
     """Read what run.json says; {} when there is none."""
-    return _read_json(Path(path) / RUN)
+    file = Path(path) / RUN
+    return check_document(StoredRun, _read_json(file), str(file))
 
 
 def _write_json(file: Path, record: Mapping[str, Any]) -> None:
@@ -220,7 +223,15 @@ def _write_json(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(read_bytes(file)) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        found = parse_json(read_bytes(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must be a JSON object")
+    return found
 
 
 def write_readme(path: str | os.PathLike) -> None:
