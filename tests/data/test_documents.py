@@ -30,7 +30,15 @@ METRICS = {"phase": "eval", "step": 2, "time": 1.5, "reward": 0.5, "kl": None, "
 SAMPLE = {"step": 2, "index": 0, "prompt": "a", "response": "b", "scores": {"reward": 0.5}}
 EVALUATION = {"step": 2, "columns": {"reward": [0.5, None], "valid": [True, False]}}
 RUN = {
-    "sessions": [{"command": "c", "started": "2026-01-31T12:00:00+00:00", "commit": None, "versions": {"jax": "1"}, "machine": "m"}],
+    "sessions": [
+        {
+            "command": "c",
+            "started": "2026-01-31T12:00:00+00:00",
+            "commit": None,
+            "versions": {"jax": "1"},
+            "machine": "m",
+        }
+    ],
     "base": "b",
     "prompts": 4,
     "held_out": 2,
