@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ppo_jax.data.chat import turn_end
@@ -44,7 +45,7 @@ class Model(NamedTuple):
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
-    def decode(self, ids: np.ndarray, special: bool = False) -> str:
+    def decode(self, ids: np.ndarray | jax.Array, special: bool = False) -> str:
         """Token ids of a response -> its text, by default without special tokens, as it stands behind the prompt's.
 
         Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
@@ -52,7 +53,7 @@ class Model(NamedTuple):
         is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
         """
         read = partial(self.tokenizer.decode, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-        row = [int(token) for token in ids]
+        row = [int(token) for token in np.asarray(ids)]
         if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
             return str(read(row))
         guard = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
