@@ -54,8 +54,8 @@ def start_or_resume(stage: Stage, state: Any) -> Start:
     state, best, metric = found.state, dict(found.meta.get("best", {})), stage.loop.best_metric
     if best and best.get("metric") != metric:
         stage.screen.message(
-            f"the best checkpoint was chosen by {best.get('metric', 'something unknown')}, from here on by {metric or 'none'}; "
-            "earlier evaluations do not count"
+            f"the best checkpoint was chosen by {best.get('metric', 'something unknown')}, from here on by "
+            f"{metric or 'none'}; earlier evaluations do not count"
         )
         state, best = dataclasses.replace(state, best=jnp.full_like(state.best, -jnp.inf)), {}
     return Start(state, found.step, best)
