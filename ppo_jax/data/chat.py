@@ -64,8 +64,8 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
         rendered = tokenizer.apply_chat_template(
             text, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
         )
-    except MemoryError:
-        raise
+    except MemoryError as error:  # not to be taken for a mistake in the messages
+        raise MemoryError(f"{at}the tokenizer's chat template asks for more memory than there is") from error
     except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
         raise ValueError(f"{at}the tokenizer's chat template refuses these messages: {error}") from error
     return str(rendered)

@@ -104,7 +104,7 @@ def test_the_card_holds_the_facts_of_the_run(run: Path, tmp_path: Path) -> None:
     export(run, "--to", tmp_path / "m")
     card = (tmp_path / "m" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers" and front["base_model"] == str(run.parent / "model")
+    assert front["library_name"] == "transformers" and front["base_model"] == "model"
     model = run.parent / "model"
     for fact in (fingerprint_of(model), "| Seed | 7 |", "`rm`", "| reward | 0.375 |", "| kl | 1.25 |", "jax 0."):
         assert fact in card
