@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# A shell ignores Ctrl-C for what it starts in the background, nohup a lost terminal: so would all processes of the tests.
+# A shell ignores Ctrl-C for what it starts in the background, nohup a lost terminal: the tests' processes shall not.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
