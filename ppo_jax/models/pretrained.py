@@ -1,6 +1,7 @@
 """A model with its tokenizer, ready to use."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ class Model(NamedTuple):
     params: PyTree
     tokenizer: Any
     fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+    generation: Mapping[str, Any] = {}  # what generation_config.json says, for exports
 
     @property
     def base(self) -> Base:
@@ -75,4 +77,5 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files
     if end is not None and end not in config.eos_token_ids:
         config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
-    return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where))
+    generation = hf.read_generation(where) if where.is_dir() else {}
+    return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where), generation)
