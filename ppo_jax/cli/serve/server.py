@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ppo_jax.cli.serve.connections import BACKLOG, count_possible, limited_connection
+from ppo_jax.cli.serve.connections import ACCEPTED, BACKLOG, Server, count_possible, limited_connection
 from ppo_jax.cli.serve.service import Service
 from ppo_jax.cli.serve.settings import ServeSettings
 from ppo_jax.data.disk import read_bytes
@@ -76,11 +76,11 @@ def make_server(app: ASGIApp, settings: ServeSettings) -> uvicorn.Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=math.ceil(settings.grace),
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIApp:

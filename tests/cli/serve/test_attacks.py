@@ -283,6 +283,26 @@ def test_malformed_http_is_refused_in_json(plain: Scorer, said: bytes) -> None:
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: ", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n", 404),  # of the router, before any body
+        (head(2**40), 413),
+    ],
+)
+def test_who_goes_on_speaking_reads_the_answer_first(plain: Scorer, said: bytes, status: int) -> None:
+    """Not a reset connection, as TCP makes of one that is closed with bytes unread; endless talk ends it."""
+    with running(plain) as url, peer(url, said + b"x" * 300_000) as client:
+        client.settimeout(20)
+        answer = client.recv(20)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10_000):
+                client.sendall(b"x" * 100_000)
+            pytest.fail("a gigabyte was read")
+
+
 @pytest.mark.parametrize("path", [f"{OURS}/", f"{THEIRS}/", "/health/", "//health", "/"])
 def test_a_wrong_slash_is_a_404_that_leads_nowhere(plain: Scorer, path: str) -> None:
     with running(plain) as url:
