@@ -58,16 +58,18 @@ class Lingering:
     """A transport whose `close` lets the connection linger."""
 
     def __init__(self, transport: asyncio.Transport, connection: "Connection") -> None:
-        self._transport, self._connection = transport, connection
+        self._transport = transport
+        self.connection: Connection | None = connection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        return self._connection.discarded is not None or self._transport.is_closing()
+        return self.connection is None or self.connection.discarded is not None or self._transport.is_closing()
 
     def close(self) -> None:
-        self._connection.end(self._transport)
+        if self.connection is not None:
+            self.connection.end(self._transport)
 
 
 class Connection(H11Protocol):
@@ -112,6 +114,9 @@ class Connection(H11Protocol):
         self._leave()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        self.transport.connection = None  # type: ignore[attr-defined]
+        if self.cycle is not None:  # both refer to each other until the garbage is collected: hundreds of megabytes
+            self.cycle.body = bytearray()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, "this is not HTTP/1.1")
@@ -151,6 +156,8 @@ class Connection(H11Protocol):
                 next(iter(self.limits.ending)).give_up()
             self.deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
             self.transport.write_eof()
+            if self.cycle is not None:
+                self.cycle.body = bytearray()
             self.flow.resume_reading()
 
     def shutdown(self) -> None:

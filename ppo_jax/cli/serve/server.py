@@ -38,7 +38,9 @@ def serve(settings: ServeSettings) -> None:
     token = read_token(settings)
     listening = _listen(settings.host, settings.port)
     sizes = sorted({1, min(8, settings.batch_size), settings.batch_size})
-    scorer = load_scorer(settings.reward, settings.model, settings.max_length, sizes, settings.at)
+    scorer = load_scorer(
+        settings.reward, settings.model, settings.max_length, sizes, settings.at, settings.batch_tokens
+    )
     if scorer.reading.notice:
         print(scorer.reading.notice, flush=True)
     scorer.score(["a"], ["b"])  # loads the device; every other program is compiled when it is first needed

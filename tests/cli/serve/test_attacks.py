@@ -225,7 +225,7 @@ def test_clients_that_left_are_not_scored(plain: Scorer) -> None:
 def test_a_retry_of_the_same_rows_joins_the_first(plain: Scorer, moment: str) -> None:
     """It takes the first one's place, or its scores; they are computed once."""
     slow, rows = Slow(), body_of(*"abc")
-    with running(plain._replace(score_rows=slow), batch_size=1, max_rows=4) as url, ThreadPoolExecutor(2) as pool:
+    with running(plain._replace(score_rows=slow), batch_size=3, max_rows=4) as url, ThreadPoolExecutor(2) as pool:
         if moment == "waiting":
             pool.submit(httpx.post, f"{url}{THEIRS}", content=body_of("d"), timeout=60)
             wait_until(lambda: metrics_of(url).get("ppo_jax_rows_total") == 1)
