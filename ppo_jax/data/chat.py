@@ -158,12 +158,12 @@ def write_answer(
       end: `turn_end` of the tokenizer.
     """
     before, calls = render(messages, tokenizer, where), isinstance(answer, dict)
-    if end is None and isinstance(answer, str):
-        return before, answer
     turn: Message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
     whole = render([*messages, turn], tokenizer, where, add_generation_prompt=False)
     written = whole.removeprefix(before)
-    if end is not None:
+    if end is None:
+        written = written.removesuffix(turn_closing(tokenizer))
+    else:
         written, _, _ = written.rpartition(str(tokenizer.convert_ids_to_tokens(end)))
     if whole.startswith(before) and turn["content"].strip() in written and (written or not calls):
         return before, written

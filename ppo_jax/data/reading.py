@@ -136,18 +136,16 @@ def _read_rows(stage: Stage, path: str | Path, options: DatasetOptions, counts: 
     for where, row in _chosen_columns(open_table(path, options.split), path, options):
         try:
             form = forms.find_form(row, where, stage, options.form)
-            if form is None:
-                yield make(row, where)  # raises: a row of our own form would have been found
-                continue
-            own = form.convert(row, where)
-            counts.forms[forms.TITLES[form.name]] += 1
-            yield from (make(one, where) for one in own)
+            own = [row] if form is None else form.convert(row, where)
+            records = [make(one, where) for one in own]  # a row without a form is refused here
         except Skip as reason:
             counts.skipped[str(reason)] += 1
             counts.first.setdefault(str(reason), where.removeprefix(f"{path}").lstrip(":, "))
         except ValueError as error:
-            known = stage in MAKERS and any(form.fits(row) for form in forms.FORMS[stage])
-            raise ValueError(f"{error}{'' if known else _hint(row, stage, options)}") from error
+            raise ValueError(f"{error}{_hint(row, stage, options)}") from error
+        else:
+            counts.forms[forms.TITLES["ppo_jax" if form is None else form.name]] += 1
+            yield from records
 
 
 def _hint(row: Row, stage: Stage, options: DatasetOptions) -> str:
@@ -155,7 +153,8 @@ def _hint(row: Row, stage: Stage, options: DatasetOptions) -> str:
     if absent:
         wanted = ", ".join(f"{name}={column}" for name, column in options.renamed if name in absent)
         return f" (--dataset.columns {wanted}: this row has no such column)"
-    return forms.advise(row, stage)
+    known = any(form.fits(row) or not form.missing(row) for form in forms.FORMS[stage])
+    return "" if known or options.form != "auto" else forms.advise(row, stage)
 
 
 def _chosen_columns(table: Table, path: str | Path, options: DatasetOptions) -> Iterator[tuple[str, Row]]:

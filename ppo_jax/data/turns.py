@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.data.chat import TOOLS, render, split_tools, turn_end
+from ppo_jax.data.chat import TOOLS, render, split_tools, turn_closing, turn_end
 from ppo_jax.data.encode import TooLong, cut_row, encode_sft, limit_rows
 from ppo_jax.data.lines import Message
 from ppo_jax.data.records import SFTRecord
@@ -41,7 +41,8 @@ def encode_turns(
     for i in kept:
         row, mask = both[i]
         cut = cut_row(row, max_length, bos)
-        learnt = mask if len(cut) == len(row) else [False] * len(bos) + mask[len(row) - len(cut) + len(bos) :]
+        front = len(bos) if row[: len(bos)] == bos else 0
+        learnt = mask if len(cut) == len(row) else [False] * front + mask[len(row) - len(cut) + front :]
         if not any(learnt):
             raise ValueError(f"{records[i].where}: no answer is left within {max_length} tokens")
         rows.append(cut)
@@ -57,7 +58,7 @@ def _encode_one(record: SFTRecord, tokenizer: Any) -> tuple[list[int], list[bool
     else:
         turn = record.response
         answer: Message = turn if isinstance(turn, dict) else {"role": "assistant", "content": turn}
-        messages, whole = [*record.prompt, answer], ""
+        messages = [*record.prompt, answer]
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("the answers of a conversation are found by a fast tokenizer only; choose --turns all")
         whole = render(messages, tokenizer, record.where, add_generation_prompt=False)
@@ -96,7 +97,8 @@ def _between(messages: list[Message], whole: str, tokenizer: Any, where: str) ->
                 "({% generation %}), so they cannot be learnt in one row; choose --turns all"
             )
         found = after.rfind(closing, len(before)) if closing else -1
-        spans.append((len(before), found + len(closing or "") if found >= 0 else len(after)))
+        stop = found + len(closing or "") if found >= 0 else len(after.removesuffix(turn_closing(tokenizer)))
+        spans.append((len(before), stop))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     return list(encoded["input_ids"]), [any(a <= start < b for a, b in spans) for start, _ in offsets]
