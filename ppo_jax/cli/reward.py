@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import DatasetOptions, encode_pairs, read_sft
+from ppo_jax.data import DatasetOptions, EncodedPairs, encode_pairs, read_sft
 from ppo_jax.data.batches import Mixture
 from ppo_jax.data.disk import make_directory
 from ppo_jax.data.encode import encode_choices, encode_ratings
@@ -184,7 +184,8 @@ def _data(settings: RewardSettings, model: Model) -> _Data:
         encode(part, model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
-    mix = make_mixture(settings.dataset, split.training, training.kept) if settings.pairs is not None else None
+    kept = training.kept if isinstance(training, EncodedPairs) else ()
+    mix = make_mixture(settings.dataset, split.training, kept)
     return _Data(training, measured, split, path, mix)
 
 

@@ -161,8 +161,10 @@ def _answered(
     With `close` the end token follows: in a chat the template's own, else EOS.
     """
     bos, ends, turn, eos = leading_bos(tokenizer), end_ids(tokenizer), turn_end(tokenizer), tokenizer.eos_token_id
-    sides = [
-        write_answer(prompt, response, tokenizer, turn, where) if isinstance(prompt, list) else (prompt or "", response)
+    sides: list[tuple[str, str]] = [
+        write_answer(prompt, response, tokenizer, turn, where)
+        if isinstance(prompt, list)
+        else (prompt or "", str(response))  # a response is a message in chats only
         for prompt, response, where in texts
     ]
     rows = []

@@ -25,7 +25,7 @@ from ppo_jax.data.lines import (
 
 class RatingRecord(NamedTuple):
     prompt: Text | None
-    response: str
+    response: str | Message  # as of a demonstration
     rating: float  # higher is better; only the order counts
     where: str  # "file:line"
     member: int = 0  # which of several files it is of
