@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ppo_jax.data import assets
+from ppo_jax.models.pretrained import Model
+from ppo_jax.runs.prompts import PromptSet
 
 PROMPT_WORDS = (2, 3, 4, 5)
 
@@ -143,3 +145,13 @@ def openings(reviews: Sequence[Review], rng: np.random.Generator, lengths: Seque
         if fitting:
             texts.append(first_words(review.text, fitting[rng.integers(len(fitting))]))
     return texts
+
+
+def prompt_set(
+    model: Model, reviews: Sequence[Review], longest: int, rng: np.random.Generator, count: int | None = None
+) -> PromptSet:
+    """The first words of sentences, at most `longest` tokens; the first `count` of them."""
+    texts = openings(reviews, rng)
+    rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
+    return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])

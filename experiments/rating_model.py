@@ -1,5 +1,6 @@
 """A reward model from rated sentences: saved, and reused by the next run that asks for the same one."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,7 @@ import numpy as np
 
 from experiments import movie_reviews
 from experiments.movie_reviews import Review
+from ppo_jax.data.locks import wait_for_target
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts
@@ -45,10 +47,11 @@ class RatingModel(NamedTuple):
     path: Path  # the artifact
 
 
-def lora_reward(found: RatingModel, stop_ids: tuple[int, ...]) -> Reward:
+def lora_reward(found: RatingModel, stop_ids: tuple[int, ...], normalised: bool) -> Reward:
     """The trained reward model as PPO takes it: an adapter and a head on the policy's own base."""
     device = adapter_reward(found.trunk, stop_ids)
-    return Reward(device, params=found.role, layers=found.trunk.num_layers)
+    metadata = {"accuracy": found.accuracy, "reward": {"normalise": normalised}}
+    return Reward(device, params=found.role, layers=found.trunk.num_layers, metadata=metadata)
 
 
 class Wanted(NamedTuple):
@@ -77,21 +80,24 @@ def obtain(
         raise ValueError(f"cannot keep reward models in {cache}: {error.strerror}; set PPO_JAX_CACHE") from error
     facts = [_facts(one, model, test, seed) for one in wanted]
     paths = [cache / f"{one.name}-{_digest(fact)[:16]}" for one, fact in zip(wanted, facts, strict=True)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    roles = {i: fit(wanted[i], model, seed, screen, write) for i in missing}
-    accuracies = _held_out_accuracies([(roles[i], wanted[i].reward) for i in missing], model, test, screen)
-    for i, accuracy in zip(missing, accuracies, strict=True):
-        one, role = wanted[i], roles[i]
-        write(0, f"{one.name} test", {"heldout_accuracy": accuracy})
-        artifacts.save(
-            paths[i],
-            "reward",
-            role.adapter,
-            role.head,
-            model.base,
-            {"accuracy": accuracy, **facts[i]},
-            layers=one.reward.trunk(model.config).num_layers,
-        )
+    with contextlib.ExitStack() as held:
+        for path in sorted({path for path in paths if not path.exists()}):  # in one order, whoever asks
+            held.enter_context(wait_for_target(path, screen.message))  # another run makes it: it is there afterwards
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        roles = {i: fit(wanted[i], model, seed, screen, write) for i in missing}
+        accuracies = _held_out_accuracies([(roles[i], wanted[i].reward) for i in missing], model, test, screen)
+        for i, accuracy in zip(missing, accuracies, strict=True):
+            one, role = wanted[i], roles[i]
+            write(0, f"{one.name} test", {"heldout_accuracy": accuracy})
+            artifacts.save(
+                paths[i],
+                "reward",
+                role.adapter,
+                role.head,
+                model.base,
+                {"accuracy": accuracy, **facts[i]},
+                layers=one.reward.trunk(model.config).num_layers,
+            )
     return [
         _load(one, path, model, i not in missing, screen)
         for i, (one, path) in enumerate(zip(wanted, paths, strict=True))

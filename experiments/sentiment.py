@@ -14,6 +14,7 @@ What it stands on (docs/algorithm.md has every formula):
     what a failed score becomes  rewards/scores.py   to_scores
     the sampler                  ops/sampling.py     sample
     the KL penalty               ops/kl.py           kl_penalty
+    score and KL, token by token ops/rewards.py      shape_rewards
     GAE                          ops/advantages.py   gae
     the clipped policy loss      ops/losses.py       clipped_policy_loss
     one iteration of PPO         train/ppo.py        iterate
@@ -32,6 +33,7 @@ import numpy as np
 
 from experiments import movie_reviews, rating_model, smoke
 from experiments.judges import model_judge, vader_judge, vader_score
+from experiments.movie_reviews import prompt_set
 from experiments.rating_model import Wanted
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
@@ -43,23 +45,28 @@ from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
+from ppo_jax.rewards.addresses import named_sources, saved_sources
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
-from ppo_jax.runs.setup import Judge, Result, Setup
+from ppo_jax.runs.setup import Judge, Setup, with_stops
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import KLConfig, PPOConfig, check_hyper, check_micro_batches
 from ppo_jax.train.reward import RewardConfig
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
+TOY_TASK = (
+    "A smoke run: random sentences of a toy grammar stand for the ratings, and a random model of four layers for the "
+    "policy. It shows that everything runs, and nothing else."
+)
 TASK = (
     "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
@@ -108,8 +115,7 @@ class SentimentConfig:
     mesh: MeshConfig = MeshConfig()
     """These options say how many devices share the work; by default it is one."""
     ppo: PPOConfig = PPOConfig(sampling=Sampling(response_length=24), epochs=2, num_minibatches=4)
-    """These choices of the algorithm are compiled in. Empty sampling.stop_ids: special tokens and line breaks end a
-    response."""
+    """These choices of the algorithm are compiled in; without sampling.stop_ids, special tokens and line breaks end."""
     hyper: Hyper = Hyper(learning_rate=1.5e-3, kl_coef=0.02)
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig(
@@ -195,16 +201,14 @@ def run(settings: SentimentConfig) -> Path:
     clock = {"start": time.perf_counter()}
     model, splits = world(settings)
     prompts, held_out = prompt_sets(settings, model, splits)
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     directory = open_directory(settings)
     clock["load"] = time.perf_counter()
 
     with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
-        left_out = len(splits.prompts) - len(prompts.rows)
-        over = f"{left_out} openings are over {settings.max_prompt} tokens or empty"
-        screen.message(f"{len(prompts.rows)} prompts; {over}")
+        screen.message(f"{len(prompts.rows)} of {len(splits.prompts)} openings have 1 to {settings.max_prompt} tokens")
 
         # -- reward models ---------------------------------------------------------------------------------------
         test = splits.test[: settings.test_texts]
@@ -217,28 +221,34 @@ def run(settings: SentimentConfig) -> Path:
         clock["reward models"] = time.perf_counter()
 
         # -- PPO -------------------------------------------------------------------------------------------------
-        scored = chosen or rating_model.lora_reward(reward, stop_ids)
+        scored = chosen or rating_model.lora_reward(reward, stop_ids, settings.reward.normalise)
         judges = {"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)}
         setup = make_setup(settings, model, (prompts, held_out), scored, judges)
         for notice in setup.reward.notices:
             screen.message(notice)
+        summary = summarise(settings, len(held_out.rows), test, setup.reward.metadata.get("accuracy"), judge.accuracy)
+        rundir.write_summary(directory, summary)  # for a report in the middle of the run
         result = run_ppo(directory, setup, screen, settings.resume)
         clock["PPO"] = time.perf_counter()
 
         # -- report ----------------------------------------------------------------------------------------------
-        accuracy = reward.accuracy if chosen is None else chosen.metadata.get("accuracy")
-        summary = summarise(settings, result, len(held_out.rows), test, accuracy, judge.accuracy, clock)
+        summary |= {"before": result.before, "after": result.after, "seconds": durations(clock)}
         path = page.write(directory, summary)
         screen.message(f"report: {path}")
     return path
+
+
+def durations(clock: dict[str, float]) -> dict[str, float]:
+    """Seconds of each phase, from the time at the end of each."""
+    return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
 
 
 def make_setup(
     settings: SentimentConfig, model: Model, data: tuple[PromptSet, PromptSet], reward: Reward, judges: dict[str, Judge]
 ) -> Setup:
     """What PPO is about; `data` are the prompts of training and of evaluations."""
-    stop_ids = settings.ppo.sampling.stop_ids or sentence_ends(model)
-    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, pad_id=model.pad_id)
+    stop_ids = sentence_ends(model, settings.ppo.sampling)
+    sampling = dataclasses.replace(settings.ppo.sampling, stop_ids=stop_ids, model_stops=True, pad_id=model.pad_id)
     return Setup(
         model=model,
         adapter=init_adapter(key_stream(settings.seed, "adapter"), model.params, model.config, settings.policy),
@@ -270,12 +280,14 @@ def open_directory(settings: SentimentConfig) -> Path:
     directory = rundir.open_run(settings.run_dir, settings.resume, settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
         replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
 
 
 def repeatable_yaml(settings: SentimentConfig) -> str:
     """The settings as YAML. Passed back with --config it must neither delete nor continue anything by itself."""
-    return config.to_yaml(dataclasses.replace(settings, resume="no", overwrite=False))
+    saved = dataclasses.replace(settings, resume="no", overwrite=False, scorer=saved_sources(settings.scorer))
+    return config.to_yaml(saved)
 
 
 def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> list[Wanted]:
@@ -287,29 +299,26 @@ def wanted_models(settings: SentimentConfig, splits: movie_reviews.Splits) -> li
 
 def summarise(
     settings: SentimentConfig,
-    result: Result,
     prompts: int,
     test: list[movie_reviews.Review],
     reward_accuracy: float | None,
     judge_accuracy: float,
-    clock: dict[str, float],
 ) -> page.Summary:
-    """The numbers of the report; `clock` has the time at the end of each phase."""
-    times = list(clock.items())
+    """What the report is told before there are results. Nothing of SmolLM2 or of people where neither took part."""
+    toy = settings.smoke
+    task = TOY_TASK if toy else TASK
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
-        "title": "PPO on film-review sentiment",
-        "task": f"{TASK} Here the reward was {', '.join(settings.scorer)} instead." if settings.scorer else TASK,
-        "before": result.before,
-        "after": result.after,
+        "title": "Smoke run of PPO on film-review sentiment" if toy else "PPO on film-review sentiment",
+        "task": f"{task} Here the reward was {named_sources(settings.scorer)} instead." if settings.scorer else task,
         "prompts": prompts,
         "kl_budget": 15.0,
         "reward_accuracy": reward_accuracy,
         "judge_accuracy": judge_accuracy,
         "judges": LABELS,
-        "reference_accuracies": {**REFERENCES, "VADER": vader},
+        "reference_accuracies": {"VADER": vader} if toy else {**REFERENCES, "VADER": vader},
+        "raters": "the toy ratings say" if toy else "people did",
         "reward_accuracy_note": f"all pairs of {len(test)} held-out sentences whose mean ratings differ",
-        "seconds": {name: at - times[i][1] for i, (name, at) in enumerate(times[1:])},
         "seed": settings.seed,
         "date": date.today().isoformat(),
         **environment(),
@@ -330,20 +339,11 @@ def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     )
 
 
-def prompt_set(
-    model: Model, reviews: list[movie_reviews.Review], longest: int, rng: np.random.Generator, count: int | None = None
-) -> PromptSet:
-    """The first words of sentences, at most `longest` tokens; the first `count` of them."""
-    texts = movie_reviews.openings(reviews, rng)
-    rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    fitting = [i for i, row in enumerate(rows) if 1 <= len(row) <= longest][:count]
-    return PromptSet([rows[i] for i in fitting], [texts[i] for i in fitting], [{} for _ in fitting])
-
-
-def sentence_ends(model: Model) -> tuple[int, ...]:
-    """Token ids that end a response: the special ones, and every token with a line break (a review is one line)."""
+def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:
+    """Token ids that end a response: those given, with the model's; else special ones and all with a line break."""
     line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
-    return tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    ends = tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
+    return with_stops(sampling, model).stop_ids if sampling and sampling.stop_ids else ends
 
 
 if __name__ == "__main__":

@@ -79,11 +79,12 @@ def sentiment_task() -> Task:
     def finish(directory: Path, settings: SentimentConfig, setup: Setup, result: Result) -> None:
         summary = {
             "title": "PPO on film-review sentiment",
-            "task": f"{sentiment.TASK} One run of a sweep.",
+            "task": f"{sentiment.TOY_TASK if settings.smoke else sentiment.TASK} One run of a sweep.",
             "before": result.before,
             "after": result.after,
             "prompts": len(setup.held_out.rows),
             "judges": LABELS,
+            "raters": "the toy ratings say" if settings.smoke else "people did",
             "seed": settings.seed,
             "date": date.today().isoformat(),
             **environment(),
@@ -100,7 +101,7 @@ def make_shared(settings: SentimentConfig) -> Shared:
     began = time.perf_counter()
     model, splits = sentiment.world(settings)
     data = sentiment.prompt_sets(settings, model, splits)
-    stop_ids = settings.ppo.sampling.stop_ids or sentiment.sentence_ends(model)
+    stop_ids = sentiment.sentence_ends(model, settings.ppo.sampling)
     chosen = choose_reward(settings.scorer, settings.scoring, model, stop_ids) if settings.scorer else None
     wanted = sentiment.wanted_models(settings, splits)[0 if chosen is None else 1 :]
     print("reward models: trained, or taken from the cache ...", flush=True)
@@ -110,7 +111,7 @@ def make_shared(settings: SentimentConfig) -> Shared:
     print(f"reward models: {time.perf_counter() - began:.0f} s", flush=True)
     judge = models[-1]
     judges = {"vader": vader_judge(), "judge": model_judge(model, judge, stop_ids)}
-    reward = chosen or rating_model.lora_reward(models[0], stop_ids)
+    reward = chosen or rating_model.lora_reward(models[0], stop_ids, settings.reward.normalise)
     return Shared(model, data, reward, judges, (None if chosen else models[0].accuracy, judge.accuracy))
 
 

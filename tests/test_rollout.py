@@ -110,7 +110,7 @@ def rollout() -> Rollout:
 def test_defect_5_log_probs_and_values_are_those_of_a_teacher_forced_pass(rollout: Rollout) -> None:
     mask, forced = rollout.response_mask, teacher_forced(rollout, POLICY, TEMPERATURE)
     np.testing.assert_allclose(rollout.logprobs[mask], forced.logprobs[mask], atol=1e-4)
-    np.testing.assert_allclose(rollout.values[mask], forced.values[mask], atol=1e-4)
+    np.testing.assert_allclose(rollout.values[mask], forced.values[mask], atol=2e-4)
     np.testing.assert_array_equal(rollout.logprobs, rollout.policy_logprobs)  # nothing is filtered
     # The comparison can fail: another temperature, another role, a shift by one.
     assert np.abs(rollout.logprobs - teacher_forced(rollout, POLICY, 1.0).logprobs)[mask].max() > 0.1
@@ -328,8 +328,8 @@ def test_the_cache_has_exactly_prompt_plus_response_slots() -> None:
     program = jax.make_jaxpr(lambda key: generate(BASE, POLICY, CONFIG, PROMPTS, key, SAMPLING))(jax.random.key(0))
     (loop,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "while")
     carried = [variable.aval.shape for variable in loop.outvars]
-    assert carried.count((3, B, P + T, 2, 8)) == 2 and carried.count((B, P + T)) == 1
-    assert not [shape for shape in carried if len(shape) == 5 and shape != (3, B, P + T, 2, 8)]
+    assert carried.count((B, 2, P + T, 8)) == 2 * 3 and carried.count((B, P + T)) == 1
+    assert not [shape for shape in carried if len(shape) > 3 and shape != (B, 2, P + T, 8)]
 
 
 def test_the_cache_is_updated_in_place() -> None:
@@ -338,6 +338,18 @@ def test_the_cache_is_updated_in_place() -> None:
     size = 4 * 2 * 3 * B * (P + 1000) * 2 * 8
     memory = run.lower(BASE, POLICY, PROMPTS, 0, sampling=sampling).compile().memory_analysis()
     assert size < memory.temp_size_in_bytes < 2 * size
+
+
+def test_a_loop_over_the_stack_of_layers_draws_the_same_tokens(rollout: Rollout) -> None:
+    """As on accelerators and meshes: a mesh of one device asks for it."""
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        program = jax.make_jaxpr(lambda key: generate(BASE, POLICY, CONFIG, PROMPTS, key, SAMPLING))(jax.random.key(0))
+        found = jax.device_get(run(BASE, POLICY, PROMPTS, 0))
+    (loop,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "while")
+    assert [variable.aval.shape for variable in loop.outvars].count((3, B, 2, P + T, 8)) == 2
+    np.testing.assert_array_equal(found.tokens, rollout.tokens)
+    np.testing.assert_array_equal(found.response_mask, rollout.response_mask)
+    np.testing.assert_allclose(found.logprobs, rollout.logprobs, atol=2e-4)
 
 
 def test_one_program_for_all_prompts_keys_and_temperatures(rollout: Rollout) -> None:

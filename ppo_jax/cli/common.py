@@ -6,25 +6,30 @@ Everything that a user may have got wrong is looked at before the run directory 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ppo_jax.data import DatasetOptions, TooLong
+from ppo_jax.data.chat import use_date
 from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.parallel import launch
+from ppo_jax.parallel.agreement import of_first
 from ppo_jax.parallel.launch import DistributedConfig
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, use_mesh
+from ppo_jax.parallel.processes import is_first
 from ppo_jax.report import page
-from ppo_jax.runs.facts import environment
+from ppo_jax.rewards.addresses import saved_sources
+from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.prompts import Split
 from ppo_jax.train.offline import OfflineConfig
 
 SHOWN = ("columns", "max_samples", "more", "weights")  # of the options of data, in --help
+S = TypeVar("S", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,8 @@ class RunSettings:
     """These options say how many devices share the work; by default it is one."""
     distributed: DistributedConfig = DistributedConfig()
     """These options say how this process finds the others, where there are several."""
+    date: str = ""
+    """This day, as 2026-11-28, is the date that chat templates write; by default it is the day when the run began."""
     overwrite: bool = False
     """Delete the run that is in run_dir and start anew."""
 
@@ -68,6 +75,26 @@ def use_run_mesh(settings: RunSettings, rows: int, what: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def use_run_date(settings: S) -> Iterator[S]:
+    """Give the settings with the day of the run, which chat templates write inside the block. Collective.
+
+    It is the one given, else that of the run which goes on, else today's: a run that was stopped before midnight has
+    the same prompts after it.
+    """
+    goes_on = getattr(settings, "resume", "no") != "no" and not settings.overwrite
+    earlier = read_date(settings.run_dir.expanduser() / rundir.CONFIG) if goes_on else ""
+    day = of_first(settings.date or earlier or date.today().isoformat())
+    with use_date(day):
+        yield dataclasses.replace(settings, date=day)
+
+
+def read_date(file: Path) -> str:
+    """Read the day in the settings of an earlier run; "" where they have none."""
+    found = config.read_mapping(file.read_text(encoding="utf-8"), str(file)).get("date") if file.is_file() else None
+    return str(found or "")
+
+
 def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
     """Describe the micro-batch of a configuration under `--option`, as `use_run_mesh` takes it."""
     what = f"a micro-batch (--{option}.batch-size {config.batch_size} / --{option}.accumulate {config.accumulate})"
@@ -75,29 +102,35 @@ def describe_micro_batch(option: str, config: OfflineConfig) -> tuple[int, str]:
 
 
 def open_directory(settings: Any) -> Path:
-    """Open the run directory, and write the settings that repeat the run into it."""
+    """Open the run directory, and write into it the settings that repeat the run, and who started it when."""
     directory = rundir.open_run(settings.run_dir, getattr(settings, "resume", "no"), settings.overwrite)
     if not (directory / rundir.CONFIG).exists():  # a resumed run's is replaced when its checkpoint has been read
         replace_file(directory / rundir.CONFIG, repeatable_yaml(settings).encode())
+    record_start(directory)
     return directory
 
 
-def write_report(
-    directory: Path, settings: Any, title: str, task: str, before: Mapping[str, float], after: Mapping[str, float]
-) -> Path:
-    """Write the report of a stage that trains on fixed data; return its path."""
-    facts = environment()
-    summary: page.Summary = {
-        "title": title,
-        "task": task,
-        "before": before,
-        "after": after,
-        "seed": settings.seed,
-        "date": date.today().isoformat(),
-        "versions": facts["versions"],
-        "machine": facts["machine"],
-    }
-    return page.write(directory, summary)
+def describe_run(settings: Any, title: str, task: str, **more: Any) -> page.Summary:
+    """Gather what the report of a run is told before there are results.
+
+    Args:
+      more: further fields of `report.page.Summary`.
+    """
+    about = {"title": title, "task": task, "seed": settings.seed, "date": date.today().isoformat()}
+    return cast(page.Summary, about | environment() | more)
+
+
+def begin_report(directory: Path, summary: page.Summary) -> None:
+    """Leave in the run directory what its report is to say, so that one can be drawn on the way."""
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        rundir.write_summary(directory, summary)
+
+
+def write_report(directory: Path, summary: page.Summary, **results: Any) -> Path:
+    """Write the report with these results as well; return its path. Only the first process has something to draw."""
+    if is_first():
+        page.write(directory, cast(page.Summary, {**summary, **results}))
+    return directory / rundir.REPORT
 
 
 def repeatable_yaml(settings: Any) -> str:
@@ -105,6 +138,8 @@ def repeatable_yaml(settings: Any) -> str:
     off: dict[str, Any] = {"overwrite": False} | ({"resume": "no"} if hasattr(settings, "resume") else {})
     if hasattr(settings, "distributed"):  # where a process ran is not part of what it did
         off["distributed"] = launch.DistributedConfig()
+    if isinstance(sources := getattr(settings, "reward", None), tuple):  # no secrets, no internal addresses
+        off["reward"] = saved_sources(sources)
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 

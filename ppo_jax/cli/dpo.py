@@ -68,8 +68,9 @@ BRIEF = Brief(
 
 def dpo(settings: DPOSettings) -> None:
     """Run `ppo-jax dpo`."""
-    with common.use_run_mesh(settings, *common.describe_micro_batch("dpo", settings.dpo)):
-        _dpo(settings)
+    rows, what = common.describe_micro_batch("dpo", settings.dpo)
+    with common.use_run_mesh(settings, rows, what), common.use_run_date(settings) as dated:
+        _dpo(dated)
 
 
 def _dpo(settings: DPOSettings) -> None:
@@ -88,16 +89,17 @@ def _dpo(settings: DPOSettings) -> None:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
+        task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
+        title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
+        summary = common.describe_run(settings, title, task, measured_on=measured_on)
+        common.begin_report(directory, summary)
         config = common.repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config,
             mix=make_mixture(settings.dataset, split.training, train.encoded.kept),
         )  # fmt: skip
         result = run_dpo(directory, setup, screen, settings.resume)
-        task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
-        page = common.write_report(
-            directory, settings, "Direct preference optimisation", task, result.before, result.after
-        )
+        page = common.write_report(directory, summary, before=result.before, after=result.after)
         screen.message(
             f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
             f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}; report: {page}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import tyro
 
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import PromptRecord, TooLong, left_pad, read_prompts
+from ppo_jax.data.chat import use_date
 from ppo_jax.data.disk import publish
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.heads import ValueHead
@@ -24,7 +26,7 @@ from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs import trained
 from ppo_jax.runs.prompts import PromptSet, check_room, encode_prompt_set
-from ppo_jax.runs.setup import decode_responses, with_stops
+from ppo_jax.runs.setup import decode_responses, missing_stop, with_stops
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Policy, Prompts
 
@@ -52,12 +54,14 @@ class GenerateSettings:
     output: Path | None = None
     """Write JSON lines {"prompt", "response", "finished"} to this new file, instead of text to the terminal. Until all
     are there, the file has `.partial` after its name."""
+    date: str = ""
+    """This day, as 2026-11-28, is the date that chat templates write; by default it is today."""
     seed: int = 0
     """This number seeds the sampling of responses."""
     temperature: float = 0.7
     """Sampling divides the logits by this temperature; 0 takes the most probable token."""
     sampling: Sampling = Sampling(response_length=64)
-    """These options say how tokens are chosen. Empty stop_ids mean the model's and tokenizer's; pad_id is always
+    """These options say how tokens are chosen. stop_ids add to those of model and tokenizer; pad_id is always
     theirs."""
     batch_size: int = 16
     """This many prompts are answered at once."""
@@ -107,13 +111,15 @@ def generate_responses(settings: GenerateSettings) -> None:
         )
     if settings.output:
         check_output(settings.output)
-    with use_mesh(settings.mesh):
+    with use_mesh(settings.mesh), use_date(settings.date):
         _generate(settings)
 
 
 def _generate(settings: GenerateSettings) -> None:
     model, policy = _policy(settings)
     sampling = with_stops(settings.sampling, model)
+    if notice := missing_stop(sampling, model):
+        warnings.warn(notice, stacklevel=2)
     texts = [[{"role": "user", "content": text}] if settings.chat else text for text in settings.prompt]
     records = [PromptRecord(text, {}, f"--prompt {number}") for number, text in enumerate(texts, start=1)]
     records += read_prompts(settings.prompts) if settings.prompts else []

@@ -10,9 +10,8 @@ from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
-import jax
-
-from ppo_jax.cli import dpo, export, generate, ppo, reward, sft, sweep
+from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
+from ppo_jax.cli.demo import command as demo
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -34,7 +33,7 @@ TRACEBACK = "PPO_JAX_TRACEBACK"  # set it to see where an error came from
 
 class Command(NamedTuple):
     settings: type
-    run: Callable[[Any], None]
+    run: Callable[[Any], object]
     brief: Brief
 
 
@@ -46,10 +45,12 @@ def _sweep(name: str, stage: Any, settings: type, *examples: str) -> Command:
 
 
 COMMANDS = {
+    "demo": Command(demo.DemoSettings, demo.demo, demo.BRIEF),
     "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
     "reward": Command(reward.RewardSettings, reward.reward, reward.BRIEF),
     "ppo": Command(ppo.PPOSettings, ppo.ppo, ppo.BRIEF),
     "generate": Command(generate.GenerateSettings, generate.generate_responses, generate.BRIEF),
+    "report": Command(report.ReportSettings, report.report, report.BRIEF),
     "export": Command(export.ExportSettings, export.export, export.BRIEF),
     "dpo": Command(dpo.DPOSettings, dpo.dpo, dpo.BRIEF),
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
@@ -158,7 +159,7 @@ def exit_code(prog: str, run: Callable[[], object], resumable: bool = False) -> 
         resumable = False
         raise
     except Exception:
-        if jax.distributed.is_initialized():
+        if launch.is_one_of_more():
             traceback.print_exc()
             launch.end_process(FAILED)
         raise
@@ -180,11 +181,24 @@ def _exit_code(prog: str, run: Callable[[], object], resumable: bool) -> int:
     except Interrupted as stopped:
         print_error(f"{prog}: {stopped}")
         return PREEMPTED
+    except MemoryError as error:
+        print_error(f"{prog}: out of memory{f': {error}' if str(error) else ''}")
+        return FAILED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and not resumable:  # the reader, such as `head`, has seen enough
             drop_stream(sys.stdout, error)
             return 0
-        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+        if lost := launch.describe_lost_peer(error):
+            print_error(f"{prog}: {lost}")
+            return launch.LOST
+        below = launch.is_runtime_error(error)
+        if below and "RESOURCE_EXHAUSTED" in str(error) and not os.environ.get(TRACEBACK):
+            print_error(
+                f"{prog}: a device has no memory left ({str(error).splitlines()[0][:300]}): take less at once (the "
+                "batch, accumulate, logprob-chunk, compute.remat full), or more devices; ppo-jax plan says what fits"
+            )
+            return FAILED
+        known = isinstance(error, ValueError | FileNotFoundError | FileExistsError) and not below
         ours = known or isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("ppo_jax")
         if not ours or os.environ.get(TRACEBACK):
             raise

@@ -2,11 +2,22 @@
 
 import dataclasses
 import functools
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.cli.common import SHOWN, RunSettings, open_directory, repeatable_yaml, report_long_texts, tell, tell_found
+from ppo_jax.cli.common import (
+    SHOWN,
+    RunSettings,
+    begin_report,
+    describe_run,
+    open_directory,
+    repeatable_yaml,
+    report_long_texts,
+    tell,
+    tell_found,
+    use_run_date,
+    write_report,
+)
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import DatasetOptions, encode_sft, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
@@ -17,13 +28,13 @@ from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
-from ppo_jax.report import page as report
+from ppo_jax.report import page
+from ppo_jax.rewards.addresses import named_sources
 from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
-from ppo_jax.runs.facts import environment
 from ppo_jax.runs.output.config import from_yaml, to_yaml
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
@@ -47,8 +58,8 @@ class PPOSettings(RunSettings):
     """This file holds prompts: objects {"prompt"} or {"messages"}, optionally "metadata", or others' forms; .txt: a
     prompt per line."""
     reward: tuple[str, ...]
-    """The reward is a reward model's directory, http://HOST:PORT/PATH, module:function or file.py:function; several are
-    summed."""
+    """The reward is a reward model's directory, http://HOST:PORT/PATH (or env:NAME, file:PATH: the URL is there),
+    module:function or file.py:function; several are summed."""
     pretrain: Path | None = None
     """PPO-ptx mixes in the texts of this file, weighed by hyper.ptx_coef: {"text"} per line, or .txt."""
     run_dir: Path = Path("runs/ppo")
@@ -62,7 +73,7 @@ class PPOSettings(RunSettings):
     policy: AdapterConfig = AdapterConfig()
     """These options say what of the policy is trained."""
     ppo: PPOConfig = PPOConfig()
-    """These choices of the algorithm are compiled in. Empty sampling.stop_ids mean those of model and tokenizer."""
+    """These choices of the algorithm are compiled in. sampling.stop_ids add to those of model and tokenizer."""
     hyper: Hyper = Hyper()
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig()
@@ -98,8 +109,8 @@ def ppo(settings: PPOSettings) -> None:
     launch.start(settings.distributed)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
-    with use_mesh(settings.mesh):
-        _ppo(settings)
+    with use_mesh(settings.mesh), use_run_date(settings) as dated:
+        _ppo(dated)
 
 
 def _ppo(settings: PPOSettings) -> None:
@@ -113,11 +124,13 @@ def _ppo(settings: PPOSettings) -> None:
         tell_found(screen, split)
         for line in chosen.notices:
             tell(screen, line)
+        summary = summarise(settings, setup)
+        begin_report(directory, summary)
         result = run_ppo(directory, setup, screen, settings.resume)
         exported = directory / EXPORT / MODEL
         write_model(exported, model, result.policy.adapter)
-        page = report.write(directory, summarise(settings, setup, result))
-        screen.message(f"the model is at {exported}; report: {page}")
+        path = write_report(directory, summary, before=result.before, after=result.after)
+        screen.message(f"the model is at {exported}; report: {path}")
 
 
 def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, Split, int]:
@@ -152,25 +165,15 @@ def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Set
     return setup, split, long + long_too
 
 
-def summarise(settings: PPOSettings, setup: Setup, result: Result) -> report.Summary:
-    """Gather the numbers of the report."""
-    facts = environment()
-    summary: report.Summary = {
-        "title": f"PPO on {settings.prompts.name}",
-        "task": f"Base and reference: {settings.model}. Reward: {', '.join(settings.reward)}.",
-        "before": result.before,
-        "after": result.after,
-        "prompts": len(setup.held_out.rows),
-        "measured_on": f"{setup.measured_on} prompts",
-        "seed": settings.seed,
-        "date": date.today().isoformat(),
-        "versions": facts["versions"],
-        "machine": facts["machine"],
-    }
-    if "accuracy" in setup.reward.metadata:
-        note = f"{setup.reward.metadata.get('measured_on', 'held-out')} pairs"
-        summary |= {"reward_accuracy": setup.reward.metadata["accuracy"], "reward_accuracy_note": note}
-    return summary
+def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
+    """Gather what the report is told before there are results."""
+    task = f"Base and reference: {settings.model}. Reward: {named_sources(settings.reward)}."
+    more: dict[str, Any] = {"prompts": len(setup.held_out.rows), "measured_on": f"{setup.measured_on} prompts"}
+    reward = setup.reward.metadata
+    if "accuracy" in reward:
+        more["reward_accuracy"] = reward["accuracy"]
+        more["reward_accuracy_note"] = f"{reward.get('measured_on', 'held-out')} pairs"
+    return describe_run(settings, f"PPO on {settings.prompts.name}", task, **more)
 
 
 def check_settings(settings: PPOSettings) -> None:
@@ -200,7 +203,7 @@ def sweep_task() -> Task:
         return make_setup(settings, model, chosen)[0]
 
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
-        report.write(directory, summarise(settings, setup, result))
+        write_report(directory, summarise(settings, setup), before=result.before, after=result.after)
 
     return Task("ppo-jax ppo", PPOSettings, lambda settings: settings.loop.updates, check_settings, setup, finish)
 

@@ -112,8 +112,9 @@ def reward(settings: RewardSettings) -> None:
     if sum(path is not None for path in given.values()) != 1:
         raise ValueError("give exactly one of --pairs, --ratings and --choices")
     size = settings.reward.batch_size
-    with common.use_run_mesh(settings, size, f"a batch (--reward.batch-size {size})"):
-        _reward(settings)
+    what = f"a batch (--reward.batch-size {size})"
+    with common.use_run_mesh(settings, size, what), common.use_run_date(settings) as dated:
+        _reward(dated)
 
 
 def _reward(settings: RewardSettings) -> None:
@@ -131,13 +132,16 @@ def _reward(settings: RewardSettings) -> None:
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
+        task = f"Base: {settings.model}. Preferences: {where.name}."
+        summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
+        common.begin_report(directory, summary)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
             config=common.repeatable_yaml(settings), mix=mix,
         )  # fmt: skip
         result = run_reward(directory, setup, screen, settings.resume)
-        task = f"Base: {settings.model}. Preferences: {where.name}."
-        page = common.write_report(directory, settings, "Reward model", task, {}, result.heldout)
+        table = [bucket._asdict() for bucket in result.calibration]
+        page = common.write_report(directory, summary, after=result.heldout, calibration=table)
         report_result(screen, result, page, split.kind)
 
 

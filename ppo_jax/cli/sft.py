@@ -8,11 +8,14 @@ from typing import Any, Literal
 from ppo_jax.cli.common import (
     SHOWN,
     RunSettings,
+    begin_report,
     describe_micro_batch,
+    describe_run,
     open_directory,
     repeatable_yaml,
     report_long_texts,
     tell_found,
+    use_run_date,
     use_run_mesh,
     write_report,
 )
@@ -83,8 +86,8 @@ BRIEF = Brief(
 
 def sft(settings: SFTSettings) -> None:
     """Run `ppo-jax sft`."""
-    with use_run_mesh(settings, *describe_micro_batch("sft", settings.sft)):
-        _sft(settings)
+    with use_run_mesh(settings, *describe_micro_batch("sft", settings.sft)), use_run_date(settings) as dated:
+        _sft(dated)
 
 
 def split_demonstrations(settings: SFTSettings) -> Split:
@@ -116,14 +119,17 @@ def _sft(settings: SFTSettings) -> None:
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         tell_found(screen, split)
+        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
+        measured_on = f"{split.kind} demonstrations"
+        summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)
+        begin_report(directory, summary)
         config = repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config,
             mix=make_mixture(settings.dataset, split.training, train.kept),
         )  # fmt: skip
         result = run_sft(directory, setup, screen, settings.resume)
-        task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
-        page = write_report(directory, settings, "Supervised fine-tuning", task, result.before, result.after)
+        page = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}; report: {page}"

@@ -3,19 +3,22 @@
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from ppo_jax.cli.common import read_date
 from ppo_jax.cli.parse import Brief
+from ppo_jax.data.chat import use_date
 from ppo_jax.data.extras import install_line
 from ppo_jax.parallel import launch
-from ppo_jax.parallel.agreement import agree
+from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output import config
-from ppo_jax.runs.sweep.command import delete_sweep, plan_sweep, run_sweep, show_plan
+from ppo_jax.runs.sweep.command import SETTINGS, delete_sweep, plan_sweep, run_sweep, show_plan
 from ppo_jax.runs.sweep.plan import SweepConfig
 from ppo_jax.runs.sweep.task import Task
 
@@ -65,10 +68,22 @@ def sweep(settings: Any, make_task: Callable[[], Task]) -> None:
     if settings.overwrite:
         agree(lambda: _overwrite(settings), ValueError, ConnectionError)
     resume = "yes" if getattr(settings, "resume", "no") == "yes" and not settings.overwrite else "auto"
-    with use_mesh(settings.mesh):
+    settings, base = (fix_date(one) for one in (settings, base))
+    with use_mesh(settings.mesh), use_date(getattr(settings, "date", "")):
         run_sweep(settings.run_dir, base, plan, task, _repeatable(settings), resume)  # type: ignore[arg-type]
     if is_first():
         report_sweep(SweepReportSettings(settings.run_dir, settings.sweep.storage))
+
+
+def fix_date(settings: Any) -> Any:
+    """Give the settings with the sweep's day, which prompts may tell, whatever the day on which a slice begins.
+
+    It is the one given, else that of the sweep in run_dir, else today's. Collective.
+    """
+    if not hasattr(settings, "date"):
+        return settings
+    earlier = read_date(settings.run_dir.expanduser() / SETTINGS)
+    return dataclasses.replace(settings, date=of_first(settings.date or earlier or date.today().isoformat()))
 
 
 def _repeatable(settings: Any) -> str:

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ import jinja2
 from ppo_jax.data.lines import Message, Text
 
 TOOLS = "tools"  # the role of the first entry of a conversation that has tools, {"role", "tools"}; never a message
+_moments: list[datetime] = []  # what templates take for now, innermost last; none: the clock. Threads see it too.
+# transformers hands nothing but data to a template, so a function of its own says the moment in place of the clock's.
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(is=format) -%}{%- for sign, value in moment.items() -%}"
+    "{%- set text.is = text.is.replace(sign, value) -%}{%- endfor -%}{{ text.is }}{%- endmacro +%}"
+)
+_SIGNS = [f"%{way}{sign}" for way in ("", "-") for sign in "aAbBcdDeFHIjklmMpPrRsSTuUVwWxXyYzZ"]
 _PROBE = "answer"  # what a probe of a template says
 
 
@@ -23,6 +31,31 @@ def split_tools(messages: list[Message]) -> tuple[list[dict[str, Any]], list[Mes
     """Split a conversation into (its tools, its messages)."""
     known = bool(messages) and messages[0]["role"] == TOOLS
     return (messages[0]["tools"], messages[1:]) if known else ([], messages)
+
+
+@contextlib.contextmanager
+def use_date(day: str) -> Iterator[None]:
+    """Inside the block, templates that ask for date or time (`strftime_now`) get those of `day`; "": the clock's.
+
+    A run's prompts are so the same on every day that it goes on.
+
+    Args:
+      day: as ISO 8601 writes it, 2026-11-28, with a time behind it or without (midnight).
+
+    Raises ValueError where it is none.
+    """
+    try:
+        moment = datetime.fromisoformat(day) if day else None
+    except ValueError as error:
+        raise ValueError(f"date={day!r} must be a day, as 2026-11-28 ({error})") from None
+    if moment is None:
+        yield
+        return
+    _moments.append(moment)
+    try:
+        yield
+    finally:
+        _moments.pop()
 
 
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
@@ -42,7 +75,7 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
             "--chat-template FILE"
         )
     tools, messages = split_tools(text)
-    more = {"tools": tools} if tools else {}
+    more = template_options(tokenizer, tools)
 
     def write(said: list[Message]) -> str:
         return str(
@@ -51,12 +84,23 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
 
     try:
         rendered = write(messages)
+    except MemoryError:
+        raise
     except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
         what = _find_refused(messages, write)
         raise ValueError(f"{at}the tokenizer's chat template refuses {what}: {error}") from error
     if left := _find_left_out(tools, messages, rendered):
         raise ValueError(f"{at}the tokenizer's chat template leaves {left} out; {_ANOTHER}")
     return rendered
+
+
+def template_options(tokenizer: Any, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """List what a template is given besides the messages: the tools, and the moment of `use_date`."""
+    more: dict[str, Any] = {"tools": tools} if tools else {}
+    if _moments and "strftime_now" in (template := tokenizer.get_chat_template()):
+        moment = {sign: _moments[-1].strftime(sign) for sign in _SIGNS}
+        more |= {"chat_template": _CLOCK + template, "moment": moment}
+    return more
 
 
 _SYSTEM = ("system", "developer")

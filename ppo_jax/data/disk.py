@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,23 @@ def strict(value: Any) -> Any:
     if isinstance(number, float) and not math.isfinite(number):
         return None if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
     return number
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file. Raise ValueError for a FIFO, a device or a socket, which might be waited for without end."""
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ValueError(f"{path} is a FIFO, a device or a socket; give a regular file")
+    return path.read_bytes()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether it came from a lack of memory, also where a library has wrapped that: no file is to blame."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # -- files and directories that outlive a machine which goes down ----------------------------------------------------
@@ -203,12 +221,43 @@ def _lives(process: str) -> bool:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
-    """Parse a JSON text (bytes: UTF-8, or as `json` detects). Raise ValueError where it is none, or nested deeper."""
+class RepeatedKey(ValueError):
+    """A JSON object has a key more than once: which value counts is anybody's guess."""
+
+
+def parse_json(data: str | bytes, depth: int = DEPTH, *, finite: bool = True) -> Any:
+    """Parse a JSON text (bytes: UTF-8, or as `json` detects). Raise ValueError where it is none, or nested deeper.
+
+    Args:
+      finite: refuse the numbers that JSON has not, though Python writes and reads them: NaN, Infinity, and those that
+        would become infinite, as 1e999.
+
+    Raises:
+      RepeatedKey: the same key stands twice in an object.
+    """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
     level = 0
     for found in _TOKEN.finditer(text):
         level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         if level > depth:
             raise ValueError(f"nested more than {depth} deep")
-    return json.loads(text.removeprefix("\ufeff"))
+    hooks: dict[str, Any] = {"parse_constant": _refuse_number, "parse_float": _finite_number} if finite else {}
+    return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique_keys, **hooks)
+
+
+def _refuse_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON; write null, or leave the field out")
+
+
+def _finite_number(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else _refuse_number(text)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(
+            f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} stands twice in one object"
+        )
+    return found

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.disk import parse_json, replace_file, strict
+from ppo_jax.data.disk import parse_json, read_bytes, replace_file, strict
+from ppo_jax.data.documents import check_line
 
 
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
@@ -26,8 +27,8 @@ def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read the records of a JSON-lines file, in order; [] when the file is missing.
 
-    A torn last line (the process was killed while writing it) is left out. Any other line that is not a JSON
-    object raises ValueError with file and line number.
+    A torn last line (the process was killed while writing it) is left out. Any other line that is not a JSON object, or
+    not what files of this name hold (`documents.LINES`), raises ValueError with file, line number and field.
     """
     path = Path(path)
     if not path.exists():
@@ -38,7 +39,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def repair_jsonl(path: str | os.PathLike) -> None:
     """Remove a torn last line in place, and end a whole one that lacks its newline."""
     path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if path.exists() else b""
     if data and not data.endswith(b"\n"):
         whole = _is_object(data[data.rfind(b"\n") + 1 :])
         replace_file(path, data + b"\n" if whole else data[: data.rfind(b"\n") + 1])
@@ -66,13 +67,15 @@ def truncate_jsonl(path: str | os.PathLike, step: int, phases: Collection[str] |
 
 def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Yield (line without newline, record) of each line that is not blank."""
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     parsed = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if _is_object(line):
-            parsed.append((line, json.loads(line)))
+            record = parse_json(line)
+            check_line(path, number, record)
+            parsed.append((line, record))
         elif number < len(lines):  # the last element is what follows the last newline: a torn line
             raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}; mend or delete the line")
     return parsed

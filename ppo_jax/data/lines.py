@@ -2,16 +2,27 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.data.disk import parse_json
+from ppo_jax.data.disk import RepeatedKey, parse_json
 
 Message = dict[str, Any]  # role and content; an assistant's may have tool_calls, a tool's the name it answers for
 Text = str | list[Message]  # plain text, or chat messages
 LONGEST_LINE = 1 << 24  # bytes of one record
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# First bytes of files that are no text, and what makes lines of them.
+_BINARY = {
+    b"ARROW1": ("an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    b"\x1f\x8b": ("compressed by gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd"),
+    b"\xfd7zXZ\x00": ("compressed by xz", "unxz"),
+    b"BZh": ("compressed by bzip2", "bunzip2"),
+    b"PK\x03\x04": ("a ZIP archive (or a spreadsheet)", "unzip"),
+    b"SQLite format 3": ("an SQLite database", "sqlite3 with .mode json"),
+}
 _MESSAGES = '[{"role": ..., "content": ...}, ...]'
 
 
@@ -35,16 +46,39 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
             blank.clear()
             line = line.removesuffix(b"\n").removesuffix(b"\r")
             if number == 1:
+                _check_text_file(path, line)
                 line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 yield where, line.decode()
             except UnicodeDecodeError as error:
+                wide = "-f UTF-16 " if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
                 raise ValueError(
                     f"{where}: not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}; "
-                    "convert the file, for example with `iconv -t UTF-8`"
+                    f"convert the file, for example with `iconv {wide}-t UTF-8`"
                 ) from error
     if number == len(blank):
         raise ValueError(f"{path}: the file is empty")
+
+
+def _check_text_file(path: Path, first: bytes) -> None:
+    """Raise ValueError where a file's first line is that of a file that holds no lines of text."""
+    if first.startswith(b"PAR1"):
+        raise ValueError(f"{path}: this is no text but a Parquet file; name it FILE.parquet")
+    found = next((what for magic, what in _BINARY.items() if first.startswith(magic)), None)
+    if found:
+        raise ValueError(f"{path}: this is no text but {found[0]}; convert it, for example with {found[1]}")
+
+
+def _guess(where: str, line: str) -> str:
+    """Say what a file is whose first line is no JSON object, where that can be told."""
+    path, _, number = where.rpartition(":")
+    if number != "1":
+        return ""
+    if re.fullmatch(r'"?\w+"?([,;\t]"?\w+"?)+', line):
+        return ". It looks like a table (CSV): name it FILE.csv"
+    if line.startswith("["):
+        return ". It looks like one JSON array: name it FILE.json, or put each of its objects on a line"
+    return ""
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,12 +86,17 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in read_lines(path):
         try:
             value = parse_json(line)
+        except RepeatedKey as error:
+            raise ValueError(f"{where}: {error}; each key may stand there once: {show_value(line)}") from error
         except ValueError as error:  # also an integer of thousands of digits
             raise ValueError(
                 f"{where}: not JSON ({error}); each line must be one JSON object: {show_value(line)}"
+                + _guess(where, line)
             ) from error
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: each line must be one JSON object, got {show_value(value)}")
+            raise ValueError(
+                f"{where}: each line must be one JSON object, got {show_value(value)}" + _guess(where, line)
+            )
         yield where, value
 
 

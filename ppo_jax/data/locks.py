@@ -35,8 +35,10 @@ class _Hold(NamedTuple):
 _held: dict[Path, _Hold] = {}
 
 
-def hold_directory(directory: Path) -> None:
+def hold_directory(directory: Path) -> bool:
     """Take a directory for this process, until it ends or `release_directory`; again is the same as once.
+
+    Returns whether it was not this process's before.
 
     Raises:
       Held: another process has it.
@@ -46,10 +48,11 @@ def hold_directory(directory: Path) -> None:
     mine = _held.get(directory)
     if mine is not None and mine.process == os.getpid():
         if _inode(directory / LOCK) == mine.inode:
-            return
+            return False
         _held.pop(directory).lock.release(force=True)  # the directory was removed, and with it the lock's name
     lock = _take(directory / LOCK, directory / HOLDER, str(directory))
     _held[directory] = _Hold(lock, os.getpid(), _inode(directory / LOCK))
+    return True
 
 
 def release_directory(directory: Path) -> None:

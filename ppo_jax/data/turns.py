@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.data.chat import TOOLS, render, split_tools, turn_closing, turn_end
+from ppo_jax.data.chat import TOOLS, render, split_tools, template_options, turn_closing, turn_end
 from ppo_jax.data.encode import TooLong, cut_row, encode_sft, limit_rows
 from ppo_jax.data.lines import Message
 from ppo_jax.data.records import SFTRecord
@@ -75,8 +75,9 @@ def _encode_one(record: SFTRecord, tokenizer: Any) -> tuple[list[int], list[bool
 
 def _marked(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
     tools, said = split_tools(messages)
+    more = template_options(tokenizer, tools)
     found = tokenizer.apply_chat_template(
-        said, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        said, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **more
     )
     return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 

@@ -46,6 +46,7 @@ class AdapterConfig:
             raise ValueError(f"adapter kind={self.kind!r}; allowed: lora, top_k, full")
         if self.kind == "full" and self.layers:
             raise ValueError(f"adapter kind=full trains every layer; layers={self.layers} needs kind=top_k")
+        check_targets(self.targets)
 
 
 @flax.struct.dataclass
@@ -81,9 +82,7 @@ def init_lora(
 
     a ~ U(-1/sqrt(in), 1/sqrt(in)) and b = 0, in float32. `key` is consumed.
     """
-    unknown = sorted(set(targets) - set(LINEARS))
-    if unknown or not targets:
-        raise ValueError(f"LoRA targets {unknown or 'are empty'}; allowed: {', '.join(LINEARS)}")
+    check_targets(targets)
     if rank < 1:
         raise ValueError(f"LoRA rank={rank} must be at least 1")
     if not 0 <= first_layer < config.num_layers:
@@ -97,6 +96,17 @@ def init_lora(
         a = jax.random.uniform(subkey, (count, inputs, rank), jnp.float32, -bound, bound)
         lora[name] = Lora(a=a, b=jnp.zeros((count, rank, outputs), jnp.float32), scale=alpha / rank)
     return {"lora": lora}
+
+
+def check_targets(targets: tuple[str, ...]) -> None:
+    """Raise ValueError for a linear map that no layer has; what other programs call it is known."""
+    unknown = sorted(set(targets) - set(LINEARS))
+    if not unknown and targets:
+        return
+    ours = {name: name.removesuffix("_proj") for name in unknown}
+    ours = {name: short for name, short in ours.items() if short in LINEARS}
+    hint = "".join(f"; {name} is {short} here" for name, short in ours.items())
+    raise ValueError(f"LoRA targets {unknown or 'are empty'}; allowed: {', '.join(LINEARS)}{hint}")
 
 
 def init_top_k(params: PyTree, config: ModelConfig, k: int) -> PyTree:

@@ -82,7 +82,25 @@ def attend(
         return splash(q, k, v, q_positions)
     if chosen == "cudnn":
         return flash(q, k, v, q_positions)
-    return _attend_xla(q, k, v, q_positions, k_positions)
+    return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), q_positions, k_positions)
+
+
+def attend_cached(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B K C H"],
+    v: Float[Array, "B K C H"],
+    q_positions: Int[Array, "B S"],
+    k_positions: Int[Array, "B C"],
+) -> Float[Array, "B S N H"]:
+    """`attend` by XLA over keys and values as the cache holds them: read where they lie, heads of a group together."""
+    batch, queries, heads, width = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("bskgh,bkch->bkgsc", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+    visible = (k_positions[:, None, :] >= 0) & (k_positions[:, None, :] <= q_positions[:, :, None])
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgsc,bkch->bskgh", weights, v).reshape(batch, queries, heads, width)
 
 
 def implementation_for(
@@ -95,17 +113,6 @@ def implementation_for(
     if problem and wanted != "auto":
         raise ValueError(f"attention={wanted!r} cannot be used: {problem}; choose 'auto' or 'xla'")
     return "xla" if problem else chosen  # type: ignore[return-value]
-
-
-def _attend_xla(q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array) -> Float[Array, "B S N H"]:
-    batch, queries, heads, width = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
-    visible = (k_positions[:, None, :] >= 0) & (k_positions[:, None, :] <= q_positions[:, :, None])
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgsc,bckh->bskgh", weights, v).reshape(batch, queries, heads, width)
 
 
 def flash(

@@ -15,7 +15,7 @@ class ModelOptions:
     dtype: Dtype = "float32"
     """The base's parameters and activations have this type. What is trained is always float32, and cast where used."""
     remat: Remat = "none"
-    """The backward pass computes again nothing, all of a layer but matrix products (dots), or whole layers (full)."""
+    """The backward pass computes again what costs little (none), attention too (dots), or whole layers (full)."""
     attention: Attention = "auto"
     """Attention runs in this implementation; auto is splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
 

@@ -1,7 +1,8 @@
 """The Llama-family trunk as one pure function: tokens in, hidden states out.
 
 Layers are stacked and scanned. The base's layers are read by index (never sliced or copied); the adapter's
-are the scanned inputs, so gradients reach the adapter alone.
+are the scanned inputs, so gradients reach the adapter alone. A loop of many small passes may have them unstacked
+(`unstack`): then they run one after the other, and nothing is sliced in the loop.
 """
 
 from collections.abc import Callable
@@ -12,21 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.adapters import first_layer, unembedding
-from ppo_jax.models.attention import attend, rotary, rotate
+from ppo_jax.models.attention import attend, attend_cached, rotary, rotate
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.logprobs import LOWEST, unembed
 from ppo_jax.parallel.sharding import constrain, constrain_rows
 from ppo_jax.types import PyTree
 
-# A scan body over layers: (residual stream, stored keys and values), (layer number, adapter's arrays) -> carry, nothing
-Step = Callable[[tuple, tuple], tuple[tuple, None]]
+# One layer: residual stream, weights, LoRA updates, its keys and values (all layers', with its number) -> stream, those
+Block = Callable[[Array, PyTree, PyTree, Any, Array | None], tuple[Array, Any]]
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer for C slots, of which the first `length` are written."""
+    """Keys and values of every layer for C slots, of which the first `length` are written.
 
-    keys: Float[Array, "L B C K H"]
-    values: Float[Array, "L B C K H"]
+    For unstacked layers they are tuples of L arrays [B, K, C, H].
+    """
+
+    keys: Float[Array, "L B K C H"]
+    values: Float[Array, "L B K C H"]
     positions: Int[Array, "B C"]  # -1: padding or not written yet, never attended to
     length: Int[Array, ""]
 
@@ -88,16 +92,10 @@ def apply(
         slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
         cache = cache._replace(positions=slots)
 
-    stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
-    first = first_layer(stacked, config)
-    split = min(max(first, start), stop)
-    trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
-    step = _layer_step(params["layers"], config, positions, cos_sin, cache, fresh)
-    step = jax.checkpoint(step, policy=SAVED[config.remat], prevent_cse=False)  # in a scan nothing is shared anyway
+    block = _layer_block(config, positions, cos_sin, cache, fresh)
     stored = None if cache is None else (cache.keys, cache.values)
-    for low, high, scanned in ((start, split, {}), (split, stop, trained)):
-        if low < high:
-            (x, stored), _ = jax.lax.scan(step, (x, stored), (jnp.arange(low, high), scanned))
+    run = _run_one_by_one if isinstance(params["layers"], tuple) else _scan
+    x, stored = run(block, params["layers"], adapter, config, x, stored, (start, stop))
     last = stop == config.num_layers
     if last:
         x = rms_norm(x, adapter.get("final_norm", params["final_norm"]), config.norm_eps)
@@ -145,69 +143,148 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _not_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep everything for the backward pass but a layer's weights as read from the stack.
+# Steps that cost no more to do again than to read back: elementwise ones, shapes, and a layer read from the stack.
+_CHEAP = {
+    "add", "add_any", "and", "broadcast_in_dim", "concatenate", "convert_element_type", "div", "dynamic_slice",
+    "exp", "ge", "integer_pow", "iota", "le", "logistic", "lt", "max", "mul", "neg", "or", "reduce_max",
+    "reduce_sum", "reshape", "rsqrt", "select_n", "sharding_constraint", "slice", "split", "square", "squeeze",
+    "stop_gradient", "sub", "transpose",
+}  # fmt: skip
 
-    Kept, they would be a second copy of the whole frozen base; read again, they cost nothing.
+
+def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep for the backward pass what products and attention kernels gave; it does the rest again.
+
+    Writing and reading the rest takes longer than computing it (measured on CPUs). A layer's weights as read from the
+    stack, kept, would be a second copy of the whole frozen base.
     """
-    return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
+    return primitive.name not in _CHEAP
 
 
 # ModelConfig.remat -> what of a layer is saved for the backward pass.
 SAVED = {
-    "none": _not_slices,
+    "none": _costly,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def _layer_step(
-    base: PyTree, config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None, fresh: bool
-) -> Step:
-    """The scan body over layers: carry (residual stream, stored keys and values)."""
+def _scan(
+    block: Block, base: PyTree, adapter: PyTree, config: ModelConfig, x: Array, stored: Any, layers: tuple[int, int]
+) -> tuple[Array, Any]:
+    """Layers [start, stop): those that the adapter leaves alone, then the others."""
+    start, stop = layers
+    stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
+    first = first_layer(stacked, config)
+    split = min(max(first, start), stop)
+    trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        x, stored = carry
         index, trained = inputs
         layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base)
         layer |= trained.get("layers", {})
-        linear = _linear(layer, trained.get("lora", {}))
+        x, stored = carry
+        return block(x, layer, trained.get("lora", {}), stored, index), None
+
+    step = jax.checkpoint(step, policy=SAVED[config.remat], prevent_cse=False)  # in a scan nothing is shared anyway
+    for low, high, scanned in ((start, split, {}), (split, stop, trained)):
+        if low < high:
+            (x, stored), _ = jax.lax.scan(step, (x, stored), (jnp.arange(low, high), scanned))
+    return x, stored
+
+
+def _run_one_by_one(
+    block: Block, base: PyTree, adapter: PyTree, config: ModelConfig, x: Array, stored: Any, layers: tuple[int, int]
+) -> tuple[Array, Any]:
+    """Layers [start, stop) of a model that `unstack` has taken apart."""
+    keys, values = map(list, stored)
+    for i in range(*layers):
+        x, (keys[i], values[i]) = block(x, base[i], adapter["lora"][i], (keys[i], values[i]), None)
+    return x, (tuple(keys), tuple(values))
+
+
+def unstack(params: PyTree, adapter: PyTree, config: ModelConfig) -> tuple[PyTree, PyTree]:
+    """(params, adapter) of the same role with every layer's arrays apart, for `apply` with a cache that is `unstacked`.
+
+    It copies every layer, matrices in the activations' dtype.
+    """
+
+    def take(stack: PyTree, i: int) -> PyTree:
+        """What the arrays of the topmost layers say of layer i."""
+        skipped = config.num_layers - max((leaf.shape[0] for leaf in jax.tree.leaves(stack)), default=0)
+        return {} if i < skipped else jax.tree.map(lambda leaf: leaf[i - skipped], stack)
+
+    def cast(array: Array) -> Array:
+        return array.astype(config.dtype) if array.ndim > 1 else array
+
+    layers, lora = [], []
+    for i in range(config.num_layers):
+        layers.append(jax.tree.map(cast, take(params["layers"], i) | take(adapter.get("layers", {}), i)))
+        lora.append(take(adapter.get("lora", {}), i))
+    rest = {name: array for name, array in adapter.items() if name != "layers"}
+    return params | {"layers": tuple(layers)}, rest | {"lora": tuple(lora)}
+
+
+def unstacked(cache: Cache, slots: int) -> Cache:
+    """The same cache for unstacked layers, with room for `slots` tokens."""
+    more = slots - cache.positions.shape[1]
+
+    def apart(stack: Array) -> Any:
+        return tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, more), (0, 0))) for layer in stack)
+
+    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1)
+    return Cache(apart(cache.keys), apart(cache.values), positions, cache.length)
+
+
+def _layer_block(
+    config: ModelConfig, positions: Array, cos_sin: tuple[Array, Array], cache: Cache | None, fresh: bool
+) -> Block:
+    """What a layer does, whether its arrays are on their own or in stacks."""
+
+    def block(x: Array, layer: PyTree, lora: PyTree, stored: Any, index: Array | None) -> tuple[Array, Any]:
+        linear = _linear(layer, lora)
         h = rms_norm(x, layer["attention_norm"], config.norm_eps)
         q, k, v = (linear(name, h).reshape(*h.shape[:2], -1, config.head_dim) for name in ("q", "k", "v"))
         q, k, v = constrain(q, "heads"), constrain(k, "kv_heads"), constrain(v, "kv_heads")
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        k_positions = positions
         if cache is not None:
-            at = (index, 0, cache.length, 0, 0)
-            keys, values = stored
-            stored = (
-                jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at),
-                jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at),
-            )
-            if not fresh:
-                k, v = (jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
-                k_positions = cache.positions
-        attended = attend(q, k, v, positions, k_positions, config.attention, aligned=cache is None or fresh)
+            stored, kept = _store(stored, (k, v), cache.length, index)
+        if cache is None or fresh:
+            attended = attend(q, k, v, positions, positions, config.attention, aligned=True)
+        else:
+            keys, values = kept
+            attended = attend_cached(q, keys, values, positions, cache.positions)
         x = constrain(x + linear("o", constrain(attended, "heads").reshape(*h.shape[:2], -1)), "residual")
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
         h = constrain(jax.nn.silu(linear("gate", h)) * linear("up", h), "mlp")
-        x = constrain(x + linear("down", h), "residual")
-        return (x, stored), None
+        return constrain(x + linear("down", h), "residual"), stored
 
-    return step
+    return block
+
+
+def _store(stored: Any, pair: tuple[Array, Array], length: Array, index: Array | None) -> tuple[Any, Any]:
+    """Keys and values written at slots [length, ...): (what is stored, this layer's part of it)."""
+    new = [x.swapaxes(1, 2).astype(s.dtype) for x, s in zip(pair, stored, strict=True)]
+    if index is None:
+        stored = tuple(jax.lax.dynamic_update_slice(s, x, (0, 0, length, 0)) for s, x in zip(stored, new, strict=True))
+        return stored, stored
+    at = (index, 0, 0, length, 0)
+    stored = tuple(jax.lax.dynamic_update_slice(s, x[None], at) for s, x in zip(stored, new, strict=True))
+    return stored, tuple(jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
 
 
 def _linear(layer: PyTree, lora: PyTree) -> Callable[[str, Array], Array]:
     """name, x -> x W (+ scale x a b) (+ bias), in the dtype of x."""
 
     def linear(name: str, x: Array) -> Array:
-        y = x @ layer[name].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # one contracted dimension in the weight's gradient: no transposed copies
+        y = rows @ layer[name].astype(x.dtype)
         if name in lora:
             update = lora[name]
-            y += ((x @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
+            y += ((rows @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
         if f"{name}_bias" in layer:
             y += layer[f"{name}_bias"].astype(x.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], -1)
 
     return linear
 
@@ -217,7 +294,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 
     Under `jax.set_mesh` it is born sharded: rows over ("data", "fsdp"), key/value heads over "tensor".
     """
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(
         keys=constrain(jnp.zeros(shape, config.dtype), "cache"),
         values=constrain(jnp.zeros(shape, config.dtype), "cache"),

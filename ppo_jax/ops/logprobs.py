@@ -50,8 +50,8 @@ def token_logprobs(
 def entropy(logits: Float[Array, "*B V"], temperature: Temperature = 1.0) -> Float[Array, "*B"]:
     """-sum_v p_v log p_v with p = softmax(logits / temperature), in nats. A logit of -inf contributes 0."""
     shifted, normaliser = _shifted(jnp.maximum(tempered(logits, temperature), LOWEST))
-    logprobs = shifted - normaliser
-    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    mean = jnp.sum(jnp.exp(shifted - normaliser) * shifted, axis=-1)
+    return normaliser[..., 0] - mean
 
 
 def hidden_logprobs(
@@ -67,7 +67,7 @@ def hidden_logprobs(
 
     Positions are flattened and visited in equal pieces of at most `chunk`, each rematerialised in the backward pass,
     so neither direction holds more than `chunk * V` logits. With `chunk` None or 0, or with no more than `chunk`
-    positions, everything is one piece, without scan or rematerialisation.
+    positions, everything is one piece, whose logits are kept for the backward pass.
 
     Args:
       hidden: final hidden states (after the last norm), any float dtype. Matrix products accumulate in float32.
@@ -147,7 +147,8 @@ def in_pieces(piece: Callable[..., Any], arrays: tuple[Array, Array], chunk: int
     shape = arrays[0].shape[:-1]
     positions = arrays[0].size // arrays[0].shape[-1]
     if not chunk or positions <= chunk:
-        return piece(*arrays)
+        # Of all that has the logits' size only they are kept for the backward pass.
+        return jax.checkpoint(piece, policy=jax.checkpoint_policies.dots_saveable)(*arrays)
 
     # Equal pieces waste less padding than full ones and a rest: 300 positions at chunk 256 are 2 * 150.
     pieces = -(-positions // chunk)

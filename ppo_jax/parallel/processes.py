@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ppo_jax.parallel.launch import is_runtime_error
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.parallel.sharding import row_shardings
 
@@ -127,10 +128,10 @@ def first_writes(
     if is_first():
         try:
             said = write(rest)
-        except jax.errors.JaxRuntimeError:  # of a program that all run: they fail too, or end since this one does
-            raise
-        except Exception as error:  # whatever it is, the others have to hear of it
-            failure = error
+        except Exception as error:
+            if is_runtime_error(error):  # of a program that all run: they fail too, or end since this one does
+                raise
+            failure = error  # whatever it is, the others have to hear of it
     for _ in rest:
         pass
     words = np.zeros(_WORDS, np.uint8)

@@ -18,7 +18,7 @@ def keep_programs(cache: Path) -> Path | None:
     is for one version of jaxlib and one kind of processor: a program for another one may use instructions that this
     one has not, and homes are shared between machines.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None
     folder = cache / "programs" / f"jaxlib-{metadata.version('jaxlib')}-{processor_sum():08x}"
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -46,7 +46,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("batch", "slots", "mlp"),  # [B, S, F]
     "logits": ("batch", "vocab"),  # [B, V]
     "table": ("vocab", "width"),  # [V, D], where tokens are looked up or scored
-    "cache": ("layers", "batch", "slots", "kv_heads", "width"),  # [L, B, C, K, H]
+    "cache": ("layers", "batch", "kv_heads", "slots", "width"),  # [L, B, K, C, H]
 }
 
 

@@ -9,12 +9,14 @@ import yaml
 
 from ppo_jax.models.files import gguf_container
 from ppo_jax.report.templates import render
+from ppo_jax.rewards.addresses import named_sources
 from ppo_jax.runs.facts import environment
 from ppo_jax.runs.trained import Trained
 
 # Of config.yaml: what says where files and machines were and which way the command was told to go, not what was
 # trained.
-_LEFT_OUT = ("run_dir", "resume", "overwrite", "model", "seed", "distributed")
+_LEFT_OUT = ("run_dir", "date", "resume", "overwrite", "model", "seed", "distributed")
+_SECRET = ("token_env", "token_file")
 _MOST = 100_000  # characters of a base's own card that are looked at
 
 
@@ -23,13 +25,14 @@ class Facts(NamedTuple):
 
     title: str
     format: Literal["merged", "peft"]
-    base: str  # as the user gave it
+    base: str  # as the user gave it; of a path the card names the last part alone
     licence: str | None  # of the base; None: it does not say
     date: str
 
 
 def text(found: Trained, facts: Facts) -> str:
     """The card (card.md), Markdown with the hub's front matter."""
+    facts = facts._replace(base=_published_name(facts.base))
     front: dict[str, Any] = {"library_name": "peft" if facts.format == "peft" else "transformers"}
     front |= {"pipeline_tag": "text-generation", "base_model": facts.base, "tags": ["ppo_jax", "rlhf"]}
     if facts.licence:
@@ -45,7 +48,7 @@ def text(found: Trained, facts: Facts) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
     }
     numbers = {name: value for name, value in (found.evaluation or {}).items() if isinstance(value, int | float)}
-    settings = {name: value for name, value in found.settings.items() if name not in _LEFT_OUT}
+    settings = {name: _published(value) for name, value in found.settings.items() if name not in _LEFT_OUT}
     return render(
         "card.md",
         front=yaml.safe_dump(front, sort_keys=False),
@@ -82,9 +85,25 @@ def _what(found: Trained, facts: Facts) -> str:
     )
 
 
+def _published_name(base: str) -> str:
+    """A name on the hub as it is; of a path the last part."""
+    name = Path(base)
+    is_path = name.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1 or name.exists()
+    return name.name if is_path else base
+
+
+def _published(value: Any) -> Any:
+    """A setting without addresses, the places of files, and the names under which secrets are kept."""
+    if isinstance(value, Mapping):
+        return {name: _published(item) for name, item in value.items() if name not in _SECRET}
+    if isinstance(value, list):
+        return [_published(item) for item in value]
+    return named_sources([value]) if isinstance(value, str) and value else value
+
+
 def _reward(settings: Mapping[str, Any]) -> str:
     given = settings.get("reward")
     names = given if isinstance(given, list) else [given]
     if names and all(isinstance(name, str) for name in names):
-        return ", ".join(f"`{name}`" for name in names)
+        return ", ".join(f"`{_published(name)}`" for name in names)
     return "see the settings below" if given is not None else "not recorded"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ppo_jax.data.disk import replace_file
 from ppo_jax.report import sweep_plots
 from ppo_jax.report.drawing import STYLE, make_panels, number_steps
-from ppo_jax.report.series import series
 from ppo_jax.report.sweep import samples_side_by_side, save_figures
 from ppo_jax.report.sweep_plots import Run
 from ppo_jax.report.templates import render
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.config import read_mapping
+from ppo_jax.runs.output.series import series
 from ppo_jax.runs.sweep.values import read_records
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ OWN = ("run_dir", "resume", "overwrite")  # settings in which any two runs diffe
 
 
 def write(directory: Path, paths: Sequence[Path]) -> Path:
-    """Writes plots/*.png and report.html about the runs at `paths` into `directory`; returns the report's path.
+    """Writes plots/*.svg and report.html about the runs at `paths` into `directory`; returns the report's path.
 
     Raises FileNotFoundError for a path that holds no run, ValueError for fewer than two.
     """
@@ -120,9 +120,9 @@ def draw(directory: Path, runs: Sequence[Run]) -> list[dict[str, Any]] | None:
             for phase in phases(runs, name):
                 figure, (axes,) = make_panels(1, height=3.1)
                 if sweep_plots.overlay(axes, runs, phase, name):
-                    axes.set(title=title, xlabel="update", ylabel=unit)
+                    axes.set(title=title, ylabel=unit)
                     axes.legend(loc="best", fontsize=7)
-                    number_steps(axes)
+                    number_steps(axes, "update")
                     key = name if phase != "eval" else f"{name}_eval"
                     figures[key] = figure
                     captions[key] = "Held-out prompts." if phase == "eval" else "Training batches, smoothed."

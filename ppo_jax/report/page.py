@@ -1,11 +1,11 @@
-"""One self-contained report.html for a run: verdict, numbers, curves, samples, configuration.
+"""One self-contained report.html for a run: verdict, health, settings, numbers, curves, samples.
 
     page.write(run_dir, {"title": "...", "before": {...}, "after": {...}, "seed": 0})
 
-The page (page.html, page.css) loads nothing, runs no script and escapes every text. Here its numbers are gathered.
+The page (page.html, page.css) loads nothing, runs no script and escapes every text. Here its numbers are gathered, from
+what the run directory holds by now: a run that goes on, or was stopped, has a report too.
 """
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any, TypedDict
 
 from ppo_jax.data.disk import replace_file
 from ppo_jax.data.jsonl import read_jsonl
-from ppo_jax.report import plots, verdict
-from ppo_jax.report.series import EVALUATED, Labels, Records, judge_names, series
-from ppo_jax.report.templates import real_minus, render
+from ppo_jax.report import glance, numbers, stages, training, verdict
+from ppo_jax.report.evidence import Evidence, read_columns, scores_before_after
+from ppo_jax.report.plots import Drawn, Picture, draw, evaluation_pictures
+from ppo_jax.report.samples import sample_cards
+from ppo_jax.report.templates import render
+from ppo_jax.runs.health import examine, known_from
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.screen import clock_time
-
-SAMPLE_PROMPTS, SAMPLE_STEPS = 6, 4  # shown at most
+from ppo_jax.runs.output.series import EVALUATED, Records
 
 
 class Summary(TypedDict, total=False):
@@ -30,14 +31,17 @@ class Summary(TypedDict, total=False):
     before: Mapping[str, float]  # scores of the initial policy on the held-out prompts; names as in phase "eval":
     after: Mapping[str, float]  # ... of the final one: reward and judges (each with _std), kl, kl_per_token,
     #   response_length, eos_rate. Without them: first and last "eval" line, else ends of the "ppo" curve
-    prompts: int  # number of held-out prompts behind `before` and `after`
-    measured_on: str  # "training prompts" where there were too few to hold any out; by default "held-out prompts"
+    prompts: int  # number of prompts behind `before` and `after`
+    measured_on: str  # "training prompts" (demonstrations, pairs) where there were too few to hold any out; by default
+    #   "held-out prompts"
     kl_budget: float  # nats per response that were allowed
     reward_accuracy: float  # held-out pairwise accuracy of the reward model that was optimised
+    raters: str  # who put those pairs in order, as in "orders 77 % of them as people did"
     judges: Mapping[str, str]  # name of a judge -> what readers are shown
     judge_accuracy: float  # ... of the second one, the judge
     reference_accuracies: Mapping[str, float]  # floors and ceilings on the same pairs: label -> accuracy
     reward_accuracy_note: str  # which pairs
+    calibration: Sequence[Mapping[str, float]]  # of a reward model: `train.calibration.Bucket` as a mapping
     seconds: Mapping[str, float]  # wall time of each phase
     versions: Mapping[str, str]
     machine: str
@@ -46,19 +50,8 @@ class Summary(TypedDict, total=False):
     notes: Sequence[str]
 
 
-# name: label, unit, format, factor. The spread <name>_std is shown with its score.
-MEASURES = {
-    "reward": ("Reward", "reward-model score", "{:.2f}", 1),
-    "kl": ("KL from the reference", "nats per response", "{:.2f}", 1),
-    "kl_per_token": ("KL from the reference", "nats per token", "{:.3f}", 1),
-    "entropy": ("Entropy", "nats per token", "{:.2f}", 1),
-    "response_length": ("Response length", "tokens", "{:.1f}", 1),
-    "eos_rate": ("Responses that end by themselves", "% with EOS", "{:.1f}", 100),
-}
-
-
 def write(run_dir: str | os.PathLike, summary: Summary | None = None) -> Path:
-    """Writes summary.json, plots/*.png and report.html into the run directory; returns the path of the report.
+    """Writes summary.json, plots/*.svg and report.html into the run directory; returns the path of the report.
 
     Without `summary` the stored summary.json is used, so that a report can be made again. Whatever the run lacks
     is left out; without matplotlib the curves are, and the page says so. Raises FileNotFoundError when there is no
@@ -79,136 +72,114 @@ def write(run_dir: str | os.PathLike, summary: Summary | None = None) -> Path:
 
 def gather(run_dir: Path, summary: Summary) -> dict[str, Any]:
     """What the page shows, by its name in page.html."""
-    records = read_jsonl(run_dir / rundir.METRICS)
-    before, after, source = scores_before_after(summary, records)
-    count = summary.get("prompts") if source in (None, HELD_OUT) else None
-    labels = summary.get("judges", {})
-    accuracy, what = summary.get("reward_accuracy"), summary.get("measured_on", EVALUATED)
+    records, facts = read_jsonl(run_dir / rundir.METRICS), rundir.read_facts(run_dir)
+    config, settings = glance.read_settings(run_dir)
+    phase = stages.phase_of(records)
     samples = read_jsonl(run_dir / rundir.SAMPLES)
-    config = run_dir / rundir.CONFIG
+    evidence = evidence_of(run_dir, summary, facts, settings, records)
+    kind = evidence.measured_on.split()[0]  # "held-out", or "training"
+    told = facts | {name: value for name, value in summary.items() if value is not None}
+    about = {"held_out": evidence.prompts, "measured_on": evidence.measured_on}
+    ppo = _ppo_parts(run_dir, evidence) if phase == "ppo" else _stage_parts(run_dir, summary, records, phase, kind)
+    cards = sample_cards(samples, evidence.labels)
     return {
         "title": summary.get("title") or f"Run {run_dir.resolve().name}",
         "task": summary.get("task"),
-        "verdict": verdict.judge(before, after, records, count, summary.get("kl_budget"), accuracy, labels, what),
-        "source": source,
-        "rows": number_rows(before, after, count, labels),
-        "prompts": f"{count} {what}" if count else "",
-        "accuracies": accuracy_bars(summary),
-        "pairs": summary.get("reward_accuracy_note", "held-out pairs"),
-        "plots": curve_pictures(run_dir, labels, what),
-        "samples": sample_cards(samples),
+        "status": _status(records, settings) if phase == "ppo" else "",
+        "findings": examine(records, known_from(told | about)),
+        "checked": bool(records),
+        "settings": glance.key_settings(settings, facts | about, records, phase),
+        "provenance": glance.provenance(facts, summary, records),
+        "links": glance.links(run_dir),
+        "accuracies": numbers.accuracy_bars(summary),
+        "pairs": summary.get("reward_accuracy_note", "held-out pairs" if phase == "ppo" else f"{kind} pairs"),
+        "raters": evidence.raters,
+        "samples": cards,
         "all_samples": len({sample["index"] for sample in samples}),
-        "facts": environment_facts(summary, records),
+        "kl_of_a_sample": any("kl" in sample.get("scores", {}) for sample in samples),
+        "environment": glance.environment_rows(facts, summary, records),
         "notes": summary.get("notes", ()),
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.exists() else None,
+        "config": config,
+        **ppo,
     }
 
 
-HELD_OUT = "the first and the last evaluation"
+def evidence_of(
+    run_dir: Path, summary: Summary, facts: Mapping[str, Any], settings: Mapping[str, Any], records: Records
+) -> Evidence:
+    """What the numbers, curves and verdict are made from."""
+    before, after, source = scores_before_after(summary, records)
+    columns = read_columns(run_dir)
+    counts = {len(column) for scores in columns.values() for column in scores.values()}
+    known = summary.get("prompts") or facts.get("held_out") or (counts.pop() if len(counts) == 1 else None)
+    accuracy = summary.get("reward_accuracy")
+    return Evidence(
+        records=records,
+        before=before,
+        after=after,
+        source=source,
+        prompts=known,
+        columns=columns,
+        measured_on=summary.get("measured_on") or facts.get("measured_on") or EVALUATED,
+        labels=summary.get("judges") or facts.get("judges") or {},
+        best_metric=glance.at(settings, "loop", "best_metric") or "reward",
+        kl_budget=summary.get("kl_budget"),
+        reward_accuracy=facts.get("reward_accuracy") if accuracy is None else accuracy,
+        raters=summary.get("raters", Evidence().raters),
+        pairs="training pairs" if summary.get("reward_accuracy_note") == "training pairs" else Evidence().pairs,
+    )
 
 
-def scores_before_after(summary: Summary, records: Records) -> tuple[Mapping[str, Any], Mapping[str, Any], str | None]:
-    """Scores of the initial and of the final policy, and where they come from (None: the summary).
-
-    In this order: the summary; the first and last record of phase "eval"; the mean of the first and of the last
-    tenth of phase "ppo".
-    """
-    if summary.get("before") and summary.get("after"):
-        return summary["before"], summary["after"], None
-    evaluations = [r for r in records if r.get("phase") == "eval"]
-    if len(evaluations) > 1:
-        return evaluations[0], evaluations[-1], HELD_OUT
-    updates = [r for r in records if r.get("phase") == "ppo"]
-    if len(updates) < 2:
-        return {}, {}, None
-    tenth = max(1, len(updates) // 10)
-    first, last = updates[:tenth], updates[-tenth:]
-    names = [name for name in MEASURES if all(verdict.number(r, name) is not None for r in first + last)]
-    before, after = ({name: sum(r[name] for r in part) / tenth for name in names} for part in (first, last))
-    if (spread := verdict.number(updates[0], "reward_std")) is not None:
-        before["reward_std"] = spread
-    updates_text = "update" if tenth == 1 else f"{tenth} updates"
-    return before, after, f"the training batches of the first and last {updates_text}; no held-out evaluation"
+def _status(records: Records, settings: Mapping[str, Any]) -> str:
+    """Says of a run that has not reached its end how far it is."""
+    planned = glance.planned_updates(settings)
+    done = max((r["step"] for r in records if r.get("phase") == "ppo"), default=0)
+    if planned is None or done >= planned:
+        return ""
+    return (
+        f"This run is at update {done} of {planned}: it goes on, or was stopped. What follows is what there is so far."
+    )
 
 
-def number_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any], count: int | None, labels: Labels
-) -> list[dict[str, Any]]:
-    """The scores before and after, with units; only rewards and judges are measured in their own spread."""
-    judges = {name: (labels.get(name, name), "score", "{:.3f}", 1) for name in judge_names({*before, *after}, labels)}
-    measures = {"reward": MEASURES["reward"], **judges, **MEASURES}
-    rows = []
-    for name, (label, unit, form, factor) in measures.items():
-        found = verdict.gain(before, after, name, count)
-        if found is None:
-            continue
-        spreads = [verdict.number(values, f"{name}_std") for values in (before, after)]
-        first, last = (
-            {
-                "mean": real_minus(form.format(mean * factor)),
-                "spread": None if spread is None else form.format(spread * factor),
-            }
-            for mean, spread in zip((found.before, found.after), spreads, strict=True)
-        )
-        scored = found.in_std is not None and name in ("reward", *judges)
-        change = real_minus(form.replace("{:", "{:+").format(found.change * factor))
-        in_std = real_minus(f"{found.in_std:+.2f}") if scored else ""
-        rows.append({"label": label, "unit": unit, "before": first, "after": last, "change": change, "in_std": in_std})
-    return rows
+def _ppo_parts(run_dir: Path, evidence: Evidence) -> dict[str, Any]:
+    main, small = evaluation_pictures(evidence), training.training_pictures(evidence)
+    # Where the reward model was trained in the same run directory, its curves come last.
+    small += training.offline_pictures(evidence.records, "reward", "Reward model")
+    columns = numbers.score_columns(evidence)
+    return {
+        "verdict": verdict.judge(evidence),
+        "nothing": "Too few numbers for a verdict: no reward before and after.",
+        "source": evidence.source,
+        "rows": numbers.score_rows(evidence),
+        "headings": [heading for heading, _ in columns],
+        "prompts": f"{evidence.prompts} {evidence.measured_on}" if evidence.prompts and evidence.held_out else "",
+        "paired": numbers.is_paired(evidence),
+        "calibration": [],
+        "constants": training.constants(evidence.records),
+        **_draw(run_dir, main, small),
+    }
 
 
-def accuracy_bars(summary: Summary) -> list[tuple[str, float, bool]]:
-    """(label, accuracy, whether it is the model that was optimised): it beside floors and ceilings, best first."""
-    rows = [(label, value, False) for label, value in summary.get("reference_accuracies", {}).items()]
-    if summary.get("reward_accuracy") is not None:
-        rows.append(("this reward model", summary["reward_accuracy"], True))
-    if summary.get("judge_accuracy") is not None:
-        rows.append(("the second reward model (judge)", summary["judge_accuracy"], False))
-    return sorted(rows, key=lambda row: -row[1])
+def _stage_parts(run_dir: Path, summary: Summary, records: Records, phase: str, kind: str) -> dict[str, Any]:
+    return {
+        "verdict": stages.judge_stage(records, phase, kind),
+        "nothing": "Too few numbers for a verdict: there is no evaluation.",
+        "source": None,
+        "rows": numbers.held_out_rows(records, phase),
+        "headings": ["before", "after"],
+        "prompts": "",
+        "paired": False,
+        "calibration": stages.calibration_rows(run_dir, summary) if phase == "reward" else [],
+        "constants": training.constants(records, phase),
+        **_draw(run_dir, [], training.offline_pictures(records, phase, kind=kind)),
+    }
 
 
-def curve_pictures(run_dir: Path, labels: Labels, what: str) -> list[dict[str, Any]] | None:
-    """The curves as bytes in base64; None without matplotlib."""
+def _draw(run_dir: Path, main: Sequence[Picture], small: Sequence[Picture]) -> dict[str, list[Drawn] | None]:
+    """The drawn pictures; None without matplotlib."""
     try:
-        drawn = plots.draw(run_dir, labels, what)
+        drawn = draw(run_dir, [*main, *small])
     except ImportError:
-        return None
-    return [
-        {
-            "title": plot.title,
-            "caption": plot.caption,
-            "wide": plot.path.stem == "diagnostics",
-            "data": base64.b64encode(plot.path.read_bytes()).decode(),
-        }
-        for plot in drawn
-    ]
-
-
-def sample_cards(samples: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The same prompts at several points of training, a list of samples for each of the first prompts."""
-    steps = spread(sorted({sample["step"] for sample in samples}), SAMPLE_STEPS)
-    by_index: dict[int, dict[int, Mapping[str, Any]]] = {}
-    for sample in samples:
-        by_index.setdefault(sample["index"], {})[sample["step"]] = sample
-    shown = sorted(by_index)[:SAMPLE_PROMPTS]
-    return [[by_index[index][step] for step in steps if step in by_index[index]] for index in shown]
-
-
-def environment_facts(summary: Summary, records: Records) -> dict[str, str]:
-    """Where, when and how fast it ran."""
-    facts: dict[str, str] = {key: str(summary[key]) for key in ("date", "machine", "seed") if key in summary}
-    facts.update({f"{name} version": version for name, version in summary.get("versions", {}).items()})
-    seconds = summary.get("seconds", {})
-    times = {**seconds, "in all": sum(seconds.values())} if len(seconds) > 1 else seconds
-    facts.update({f"wall time, {phase}": f"{clock_time(value)} (m:ss)" for phase, value in times.items()})
-    _, rates = series(records, "ppo", "tokens_per_second")
-    if rates:
-        facts["PPO throughput, median"] = f"{sorted(rates)[len(rates) // 2]:,.0f} tokens/s"
-    return facts
-
-
-def spread(items: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the items, the first and the last among them, evenly apart."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+        return {"pictures": None, "panels": None}
+    names = {picture.name for picture in main}
+    return {"pictures": [p for p in drawn if p.name in names], "panels": [p for p in drawn if p.name not in names]}

@@ -3,7 +3,6 @@
 The page (sweep.html, page.css) loads nothing, runs no script and escapes every text. Here its numbers are gathered.
 """
 
-import base64
 import itertools
 import math
 import shlex
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_jax.data.disk import replace_file
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.report import sweep_plots
-from ppo_jax.report.drawing import DPI, STYLE
+from ppo_jax.report.drawing import STYLE, save_svg
 from ppo_jax.report.sweep_plots import Run
 from ppo_jax.report.templates import render
 from ppo_jax.runs.output import rundir
@@ -32,7 +31,7 @@ BEST, PROMPTS = 5, 4  # settings and prompts that are shown side by side
 
 
 def write(directory: Path, results: "Results") -> Path:
-    """Writes plots/*.png and report.html into the sweep's directory; returns the path of the report."""
+    """Writes plots/*.svg and report.html into the sweep's directory; returns the path of the report."""
     path = directory / rundir.REPORT
     replace_file(path, render("sweep.html", **gather(directory, results)).encode("utf-8", "replace"))
     return path
@@ -126,7 +125,7 @@ def _line(row: "Row", results: "Results", best: bool) -> dict[str, Any]:
 def draw(
     directory: Path, runs: Sequence[Run], best: Sequence[str], results: "Results", score: str
 ) -> list[dict[str, Any]] | None:
-    """The pictures, also as plots/*.png; None without matplotlib."""
+    """The pictures, also as plots/*.svg; None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -154,14 +153,10 @@ CAPTIONS = {
 
 def save_figures(directory: Path, figures: Mapping[str, "Figure"], captions: Mapping[str, str]) -> list[dict[str, Any]]:
     """Writes the figures into plots/ and returns them as the template takes them."""
-    folder = directory / rundir.PLOTS
-    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
-        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        wide = figure.get_figwidth() > 1.3 * sweep_plots.WIDTH
-        found.append({"title": name, "caption": captions[name], "data": data, "wide": wide})
+        svg, wide = save_svg(figure, name, directory / rundir.PLOTS), figure.get_figwidth() > 1.3 * sweep_plots.WIDTH
+        found.append({"title": name, "caption": captions[name], "svg": svg, "wide": wide})
     return found
 
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ppo_jax.report.drawing import BLUE, COLORS, GREY, INK, RED, WIDTH, make_panels, number_steps
-from ppo_jax.report.series import Records, moving_average, series
+from ppo_jax.report.drawing import BLUE, COLORS, GREY, INK, RED, WIDTH, make_panels, moving_average, number_steps
+from ppo_jax.runs.output.series import Records, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def curves_over_updates(runs: Sequence[Run], best: Sequence[str], metric: str, l
             axes.plot(steps, values, style, color=FAINT, lw=0.9)
         if run.state in ("pruned", "stopped"):
             axes.plot(steps[-1:], values[-1:], "x", color=colours.get(run.name, GREY), ms=4, zorder=4)
-    axes.set(title=label, xlabel="PPO update", ylabel=metric)
+    axes.set(title=label, ylabel=metric)
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # below: so many lines leave no room among them
         figure.legend(handles[::-1], labels[::-1], loc="outside lower left", fontsize=6.8, ncols=1)

@@ -8,8 +8,7 @@ import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-from ppo_jax.runs.output.screen import clock_time
+from markupsafe import Markup, escape
 
 
 def render(name: str, **values: Any) -> str:
@@ -19,7 +18,7 @@ def render(name: str, **values: Any) -> str:
 
 def real_minus(text: str) -> str:
     """The text with a real minus before numbers, and none before a zero."""
-    return re.sub(r"-(?=\d)", "−", re.sub(r"-(?=0(\.0*)?%?$)", "", text))
+    return re.sub(r"-(?=\d)", "−", re.sub(r"-(?=0(?:\.0+)?(?!\.?\d))", "", text))
 
 
 def signed(value: float | None) -> str:
@@ -27,6 +26,11 @@ def signed(value: float | None) -> str:
     if value is None or not math.isfinite(float(value)):
         return "–"
     return real_minus(f"{float(value):+.2f}")
+
+
+def mark_options(text: str) -> Markup:
+    """The text as HTML, in which options of the command line stand out and are not broken over two lines."""
+    return Markup(re.sub(r"--[a-z][\w.-]*\w", r"<code>\g<0></code>", str(escape(text))))
 
 
 def table_cell(value: Any) -> str:
@@ -42,4 +46,10 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters |= {"minus": real_minus, "signed": signed, "clock": clock_time, "cell": table_cell, "quoted": repr}
+TEMPLATES.filters |= {
+    "minus": real_minus,
+    "cell": table_cell,
+    "options": mark_options,
+    "quoted": repr,
+    "signed": signed,
+}

@@ -6,90 +6,84 @@ Only judges that the training never saw can tell the two apart.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ppo_jax.report.series import EVALUATED, NO_LABELS, Labels, Records, judge_names, series
+from ppo_jax.report.evidence import Evidence, Gain, Values, best_evaluation, gain
+from ppo_jax.report.measures import measure_of
+from ppo_jax.runs.output.series import finite, judge_names, series
 
-
-class Gain(NamedTuple):
-    """The change of one score between the initial and the final policy, over the same held-out prompts."""
-
-    before: float
-    after: float
-    in_std: float | None  # (after - before) / standard deviation of the initial policy's scores
-    error: float | None  # standard error of after - before, for independent samples: sqrt((s_0^2 + s_1^2) / n)
-
-    @property
-    def change(self) -> float:
-        return self.after - self.before
-
-    @property
-    def direction(self) -> int:
-        """1 rose, -1 fell, 0 within two standard errors (without an error: the sign of the change)."""
-        if self.error is not None and abs(self.change) <= 2 * self.error:
-            return 0
-        return (self.change > 0) - (self.change < 0)
+STILL = 0.1  # nats per response below which a policy counts as the reference
 
 
 class Verdict(NamedTuple):
-    """A headline of a few words, and one paragraph."""
+    """A headline of a few words, one paragraph, and what to do next where something failed."""
 
     headline: str
     text: str
+    advice: tuple[str, ...] = ()
 
 
-def gain(before: Mapping[str, Any], after: Mapping[str, Any], name: str, count: int | None) -> Gain | None:
-    """Change of `name`; its spread is `<name>_std`, over `count` prompts. None where a number is missing."""
-    first, last = number(before, name), number(after, name)
-    if first is None or last is None:
-        return None
-    spread, final_spread = number(before, f"{name}_std"), number(after, f"{name}_std")
-    in_std = (last - first) / spread if spread else None
-    if spread is None or not count:
-        return Gain(first, last, in_std, None)
-    final_spread = spread if final_spread is None else final_spread
-    return Gain(first, last, in_std, math.sqrt((spread**2 + final_spread**2) / count))
+class Movement(NamedTuple):
+    """What says that the policy moved, whatever the held-out reward shows."""
+
+    kl: float | None  # nats per response of the final policy
+    training: tuple[float, float] | None  # mean reward of the first and of the last training batches
+
+    @property
+    def rose(self) -> bool:
+        return self.training is not None and self.training[1] > self.training[0]
+
+    @property
+    def happened(self) -> bool:
+        return self.rose or (self.kl is not None and self.kl > STILL)
 
 
-def judge(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    records: Records = (),
-    count: int | None = None,
-    kl_budget: float | None = None,
-    reward_accuracy: float | None = None,
-    labels: Labels = NO_LABELS,
-    what: str = EVALUATED,
-) -> Verdict | None:
-    """The verdict on a run from its scores `before` and `after` (keys as in phase "eval" of metrics.jsonl).
-
-    records: metrics.jsonl, to find a judge that has fallen from its peak. count: prompts, and `what` they are. labels:
-    of judges. None when there is no reward before and after.
-    """
-    reward = gain(before, after, "reward", count)
+def judge(evidence: Evidence) -> Verdict | None:
+    """The verdict on a run. None when there is no reward before and after."""
+    reward = gain(evidence, "reward")
     if reward is None:
         return None
-    gains = {name: gain(before, after, name, count) for name in judge_names({*before, *after}, labels)}
+    names = judge_names({*evidence.before, *evidence.after}, evidence.labels)
+    gains = {name: gain(evidence, name) for name in names}
     judges = {name: found for name, found in gains.items() if found is not None}
-    known = {labels.get(name, name): found for name, found in judges.items()}
-    sentences = [_reward_sentence(reward, count, what)]
+    known = {evidence.labels.get(name, name): found for name, found in judges.items()}
+    moved = movement(evidence)
+    sentences = _reward_sentences(evidence, reward, moved)
     sentences += _judge_sentences(reward, known)
-    sentences += _peak_sentences(records, judges, labels)
-    sentences += _distance_sentences(before, after, kl_budget)
-    if reward_accuracy is not None:
-        sentences.append(f"The reward model orders {reward_accuracy:.1%} of held-out pairs as people did.")
-    return Verdict(_headline(reward, known), " ".join(sentences))
+    sentences += _best_sentences(evidence, [*judges])
+    sentences += _peak_sentences(evidence, judges)
+    sentences += _distance_sentences(evidence)
+    if evidence.reward_accuracy is not None:
+        accuracy = f"The reward model orders {evidence.reward_accuracy:.1%} of {evidence.pairs} as {evidence.raters}."
+        sentences.append(accuracy)
+    advice = _advice(evidence, reward, [*judges.values()], moved)
+    return Verdict(_headline(reward, known, moved, evidence.measured_on), " ".join(sentences), advice)
 
 
-def number(values: Mapping[str, Any], name: str) -> float | None:
-    """The finite number of that name, or None."""
-    value = values.get(name)
-    return float(value) if value is not None and math.isfinite(float(value)) else None
+def movement(evidence: Evidence) -> Movement:
+    """How far the policy went, and the reward of training batches where it clearly changed.
+
+    Clearly: by more than a quarter of the spread of a batch, from the mean of the first tenth of the updates to that of
+    the last one.
+    """
+    values, spreads = (series(evidence.records, "ppo", name)[1] for name in ("reward", "reward_std"))
+    training = None
+    if len(values) > 1 and spreads:
+        tenth = max(1, len(values) // 10)
+        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+        training = (first, last) if abs(last - first) > 0.25 * spreads[0] else None
+    return Movement(finite(evidence.after, "kl"), training)
 
 
-def _headline(reward: Gain, judges: Mapping[str, Gain]) -> str:
-    if reward.direction <= 0:
-        return "The reward did not rise" if reward.direction == 0 else "The reward fell"
+def _headline(reward: Gain, judges: Mapping[str, Gain], moved: Movement, measured_on: str) -> str:
+    if reward.direction < 0:
+        return "The reward fell"
+    if reward.direction == 0:
+        if moved.rose:
+            return f"The reward rose in training, but not clearly on the {measured_on}"
+        return (
+            "The policy moved, but the reward did not clearly change" if moved.happened else "The reward did not rise"
+        )
     size = "The reward rose" if reward.in_std is None else f"Reward up {reward.in_std:.1f} standard deviations"
     directions = [found.direction for found in judges.values()]
     if not directions:
@@ -99,23 +93,43 @@ def _headline(reward: Gain, judges: Mapping[str, Gain]) -> str:
     if max(directions) == 0:
         return f"{size}, but no independent judge saw it"
     if min(directions) == 0:
-        return f"{size}, and part of the judges agree"
+        return f"{size}, and {sum(d > 0 for d in directions)} of {len(directions)} independent judges agree"
     return (
         f"{size}, and independent judges agree" if len(directions) > 1 else f"{size}, and an independent judge agrees"
     )
 
 
-def _reward_sentence(reward: Gain, count: int | None, what: str) -> str:
-    of = f"of {count} {what} " if count else ""
+def _reward_sentences(evidence: Evidence, reward: Gain, moved: Movement) -> list[str]:
+    of = f"of {evidence.prompts} {evidence.measured_on} " if evidence.prompts else ""
     text = f"The mean reward {of}went from {reward.before:.2f} to {reward.after:.2f}"
+    error = f" ± {reward.error:.2g}" if reward.error is not None else ""
     if reward.direction == 0:
-        return f"{text}, a change within two standard errors: the training did not move it."
+        within = f"{text}, a change of {reward.change:+.2g}{error}, within two standard errors"
+        within = within if reward.change else f"{text}, which is no change at all"
+        if not moved.happened:
+            return [f"{within}{': the training did not move it' if moved.kl is not None else ''}."]
+        sentences = [f"{within}: these prompts cannot tell it from none."]
+        if moved.training is not None:
+            sentences.append("On the training prompts it went from {:.2f} to {:.2f}.".format(*moved.training))
+        if (needed := _prompts_needed(evidence, reward)) is not None:
+            sentences.append(f"About {needed} {evidence.measured_on} would show a change of this size.")
+        return sentences
     if reward.in_std is None:
-        return f"{text}."
+        return [f"{text}."]
     text += f", {reward.in_std:+.2f} standard deviations of the initial policy's scores"
+    paired = ", the standard error of the differences prompt by prompt" if reward.paired else ", two independent means"
+    sized = [f"The change is {reward.change:+.2f}{error}{paired}."] if error else []
     if reward.in_std < 0:
-        return f"{text}: the training went the wrong way."
-    return f"{text}: {'at least' if reward.in_std >= 1 else 'less than'} one standard deviation."
+        return [f"{text}: the training went the wrong way.", *sized]
+    return [f"{text}: {'at least' if reward.in_std >= 1 else 'less than'} one standard deviation.", *sized]
+
+
+def _prompts_needed(evidence: Evidence, reward: Gain) -> int | None:
+    """Prompts whose two standard errors are the change that was seen; None where that is no use."""
+    if not evidence.prompts or not reward.error or reward.change <= 0:
+        return None
+    needed = math.ceil(evidence.prompts * (2 * reward.error / reward.change) ** 2)
+    return needed if needed <= 50 * evidence.prompts else None
 
 
 def _judge_sentences(reward: Gain, judges: Mapping[str, Gain]) -> list[str]:
@@ -157,12 +171,34 @@ def _judge_sentences(reward: Gain, judges: Mapping[str, Gain]) -> list[str]:
     return sentences
 
 
-def _peak_sentences(records: Records, judges: Mapping[str, Gain], labels: Labels) -> list[str]:
+def _best_sentences(evidence: Evidence, judges: Sequence[str]) -> list[str]:
+    """The best evaluation beside the last one, with all that both measured."""
+    best, last = best_evaluation(evidence), evidence.after
+    if best is None or last.get("step") in (None, 0, best["step"]):
+        return []
+    name = evidence.best_metric.removeprefix("-")
+    found = gain(evidence, name, best, last)
+    told = [_told(evidence, best, other) for other in dict.fromkeys((name, "reward", *judges, "kl"))]
+    text = f"The best evaluation is that of update {best['step']} ({', '.join(item for item in told if item)})"
+    if found is None:
+        return [f"{text}."]
+    error = f" ± {found.error:.2g}" if found.error is not None else ""
+    clear = "a clear difference" if found.direction else "no clear difference: the best of several is partly luck"
+    return [f"{text}; the last one, of update {last['step']}, lies {found.change:+.2g}{error} from it, {clear}."]
+
+
+def _told(evidence: Evidence, values: Values, name: str) -> str:
+    value, measure = finite(values, name), measure_of(name, evidence.labels)
+    label = {"reward": "reward", "kl": "KL"}.get(name, evidence.labels.get(name, name))
+    return "" if value is None else f"{label} {measure.form.format(value * measure.factor)}"
+
+
+def _peak_sentences(evidence: Evidence, judges: Mapping[str, Gain]) -> list[str]:
     """Judges that have clearly fallen from their best evaluation: the sign of over-optimisation."""
     sentences = []
     for name, found in judges.items():
-        steps, values = series(records, "eval", name)
-        label, error = labels.get(name, name), found.error
+        steps, values = series(evidence.records, "eval", name)
+        label, error = evidence.labels.get(name, name), found.error
         if not values or error is None:
             continue
         best = max(range(len(values)), key=values.__getitem__)
@@ -174,18 +210,17 @@ def _peak_sentences(records: Records, judges: Mapping[str, Gain], labels: Labels
     return sentences
 
 
-def _distance_sentences(before: Mapping[str, Any], after: Mapping[str, Any], kl_budget: float | None) -> list[str]:
+def _distance_sentences(evidence: Evidence) -> list[str]:
     """How far the policy went (KL), and whether it changed how long it writes."""
-    sentences = []
-    kl, per_token = number(after, "kl"), number(after, "kl_per_token")
+    sentences, after, budget = [], evidence.after, evidence.kl_budget
+    kl, per_token = finite(after, "kl"), finite(after, "kl_per_token")
     if kl is not None:
         text = f"The final policy is {kl:.1f} nats per response from the reference"
         text += f" ({per_token:.2f} per token)" if per_token is not None else ""
-        if kl_budget is not None:
-            text += f", {'within' if kl <= kl_budget else 'beyond'} the budget of {kl_budget:g}"
+        if budget is not None:
+            text += f", {'within' if kl <= budget else 'beyond'} the budget of {budget:g}"
         sentences.append(text + ".")
-    length = gain(before, after, "response_length", None)
-    stops = gain(before, after, "eos_rate", None)
+    length, stops = gain(evidence, "response_length"), gain(evidence, "eos_rate")
     if length:
         text = f"Responses are {length.after:.1f} tokens long (before: {length.before:.1f})"
         text += f", and {stops.after:.0%} end by themselves (before: {stops.before:.0%})" if stops else ""
@@ -193,6 +228,27 @@ def _distance_sentences(before: Mapping[str, Any], after: Mapping[str, Any], kl_
         text += ". Such a change of length may itself be what earns the reward." if far else "."
         sentences.append(text)
     return sentences
+
+
+def _advice(evidence: Evidence, reward: Gain, judges: Sequence[Gain], moved: Movement) -> tuple[str, ...]:
+    """What to do next; nothing where the reward rose and no judge fell."""
+    if reward.direction < 0:
+        return (
+            "Lower --hyper.learning-rate, or give the critic time (--hyper.critic-warmup), and see what Health says.",
+            "Look at the samples whose reward fell most: a reward that is wrong there cannot be learned.",
+        )
+    if reward.direction == 0 and not moved.happened:
+        return ("Raise --hyper.learning-rate, or lower --hyper.kl-coef, until the KL leaves zero; then look again.",)
+    if reward.direction == 0:
+        many = f" (--held-out; {evidence.prompts} now)" if evidence.prompts else " (--held-out)"
+        return (f"Train longer (--loop.updates), and evaluate on more prompts{many}.",)
+    if any(found.direction < 0 for found in judges):
+        return (
+            "Raise --hyper.kl-coef or stop earlier: --loop.best-metric with a judge's name keeps the update that this "
+            "judge likes best.",
+            "Read the most changed samples below, and train the reward model on what it is fooled by.",
+        )
+    return ()
 
 
 def _size(found: Gain) -> str:

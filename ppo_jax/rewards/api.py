@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import httpx
 
+from ppo_jax.rewards.addresses import LOOPBACK, secrets_of
 from ppo_jax.rewards.base import HostReward
 from ppo_jax.rewards.failures import Report
 from ppo_jax.rewards.protocols import (
@@ -27,7 +28,7 @@ from ppo_jax.rewards.protocols import (
     Row,
     Show,
     check_url,
-    hide_token,
+    hide_secrets,
     make_bodies,
     read_answer,
     read_ours,
@@ -40,7 +41,6 @@ from ppo_jax.types import Scores
 
 RETRIED = (429, *range(500, 600))
 BYTES, BYTES_PER_ROW = 65536, 4096  # largest answer that is read: a constant and so much per row
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,8 @@ def api_reward(url: str, config: APIConfig, report: Report, token: str | None = 
     """
     url, theirs = check_url(url), speaks_theirs(url, config.protocol)
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"} | _authorization(token)
-    show = partial(show_text, token=token)
+    secrets = (*secrets_of(url), token or "")
+    show = partial(show_text, secrets=secrets)
     service: list[_Service] = []  # made at the first batch, so that a reward that is never called starts nothing
 
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
@@ -104,7 +105,7 @@ def api_reward(url: str, config: APIConfig, report: Report, token: str | None = 
                 count, detail = failed.get(row[0], (0, row[1]))
                 failed[row[0]] = (count + 1, detail)
         for cause, (count, detail) in failed.items():
-            report(hide_token(cause, token), count, hide_token(detail, token))
+            report(hide_secrets(cause, secrets), count, hide_secrets(detail, secrets))
         return to_scores([math.nan if isinstance(row, tuple) else row for row in rows])
 
     return reward

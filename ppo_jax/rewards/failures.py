@@ -53,6 +53,15 @@ def too_many(step: int, streak: int, failed: float, ceiling: float, causes: str)
     )
 
 
+def none_scored(causes: str) -> str:
+    """Why a run is stopped before its first update, where the first evaluation has no score, and how it goes on."""
+    why = f" Causes: {causes}." if causes else ""
+    return (
+        f"not one response of the first evaluation could be scored.{why} Nothing was trained. Mend the reward, and go "
+        "on with --resume (--loop.max-failed 1 trains all the same)"
+    )
+
+
 def printable(text: str, limit: int = 160) -> str:
     """Foreign text for a log: one line, no control characters, at most `limit` characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())

@@ -15,16 +15,18 @@ import jax
 import numpy as np
 
 from ppo_jax.data.chat import end_ids
-from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
+from ppo_jax.data.tokens import leading_bos, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, classifiers
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
+from ppo_jax.models.files.foreign import describe_directory
 from ppo_jax.models.files.hub import resolve
 from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.mesh import current_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.base import Reward
+from ppo_jax.rewards.endings import MARGIN, Side, cut_sides, end_rows, longest_token
 from ppo_jax.rewards.model import FullReward, ScoreRows, model_reward, row_scorer, same_tokens, text_reward
 from ppo_jax.rewards.reading import At, Reading, choose_reading
 
@@ -99,30 +101,44 @@ class Scorer(NamedTuple):
     meta: dict[str, Any]
     ends: tuple[int, ...] = ()  # end tokens, of which none is read at the end of a text, as in training
     reading: Reading = Reading()  # what is put behind a text
+    longest: int = 128  # characters of the tokenizer's longest token
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token rows of prompt + response, as in training (`data.tokens`); [] for a text without tokens."""
-        sides = list(zip(prompts, responses, strict=True))
-        return [self._row(row) for row, _ in token_rows(sides, self.tokenizer)]
+        return self.encode_sides(list(zip(prompts, responses, strict=True)))
 
     def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token rows of whole texts; of those longer than `max_length` BOS and the last tokens."""
-        return [self._row(row, max_length) for row in tokenise(texts, self.tokenizer)]
+        return self.encode_sides([("", text) for text in texts], [max_length] * len(texts))
+
+    def encode_sides(self, sides: Sequence[Side], lengths: Sequence[int | None] = ()) -> list[list[int]]:
+        """Token rows of (prompt, response); each is cut to its length (None: `max_length`). Long ends alone are read.
+
+        Far beyond that length only the end of a text is tokenised (`rewards.endings`).
+        """
+        fixed = len(self.bos) + len(self.reading.closing)
+        rooms = [
+            max(min(most or self.max_length, self.max_length) - fixed, 1) for most in lengths or [None] * len(sides)
+        ]
+        rows = end_rows(sides, self.tokenizer, rooms, self.longest, self._text)
+        closing = list(self.reading.closing)
+        return [self.bos + row[-room:] + closing if row else [] for row, room in zip(rows, rooms, strict=True)]
+
+    def cut(self, side: Side) -> Side:
+        """Cut off the beginning of a long text, which no row of `encode_sides` depends on."""
+        return cut_sides(side, self.longest * (self.max_length + MARGIN))
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """The score of each response; NaN for a text without tokens."""
         return self.score_rows(self.encode(prompts, responses))
 
-    def _row(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
-        bos, closing, written = self.bos, list(self.reading.closing), list(self.reading.written)
+    def _text(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that are the text's own: without BOS, the closing of its turn, and end tokens."""
+        bos, written = self.bos, list(self.reading.written)
         row = with_bos(ids, bos)
         if written and row[-len(written) :] == written:
             row = row[: -len(written)]
-        text = without_ends(row, self.ends, len(bos))[len(bos) :]
-        if not text:
-            return []
-        room = min(max_length or self.max_length, self.max_length) - len(bos) - len(closing)
-        return bos + text[-max(room, 1) :] + closing
+        return without_ends(row, self.ends, len(bos))[len(bos) :]
 
 
 def load_scorer(
@@ -194,6 +210,8 @@ def find_reward(path: str | Path) -> Path:
             return where
     if not given.exists():
         return resolve(path)  # a hub name, or its error
+    if what := describe_directory(given):
+        raise FileNotFoundError(what)
     raise FileNotFoundError(
         f"{given} holds no reward model: neither {artifacts.DESCRIPTION} (of `ppo-jax reward`) nor config.json (of a "
         "Hugging Face sequence classifier) is in it, nor in its export/reward"
@@ -216,4 +234,5 @@ def _scorer(
     name: str, tokenizer: Any, max_length: int, score_rows: ScoreRows, meta: dict[str, Any], reading: Reading
 ) -> Scorer:
     """With what its tokenizer says of the beginnings and ends of texts."""
-    return Scorer(name, tokenizer, leading_bos(tokenizer), max_length, score_rows, meta, end_ids(tokenizer), reading)
+    bos, ends, longest = leading_bos(tokenizer), end_ids(tokenizer), longest_token(tokenizer)
+    return Scorer(name, tokenizer, bos, max_length, score_rows, meta, ends, reading, longest)

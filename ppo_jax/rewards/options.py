@@ -1,7 +1,7 @@
 """Where PPO's reward comes from, as a user says it: `--reward SOURCE [SOURCE ...]`.
 
     runs/reward                        a reward model: a LoRA adapter on the policy's base, or a model of its own
-    http://127.0.0.1:8000/v1/score     a service (docs/rewards.md)
+    http://127.0.0.1:8000/v1/score     a service (docs/rewards.md); env:NAME, file:PATH: its URL is there
     package.module:function            any Python function (prompts, responses, metadata) -> numbers
     rewards.py:function                the same, in a file
 
@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from ppo_jax.data.disk import read_bytes
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.api import LOOPBACK, APIConfig, api_reward
+from ppo_jax.rewards.addresses import LOOPBACK, is_url, read_source
+from ppo_jax.rewards.api import APIConfig, api_reward
 from ppo_jax.rewards.base import HostReward, Reward, SpecialTokens
 from ppo_jax.rewards.combine import scaled, sum_rewards
 from ppo_jax.rewards.failures import FailureLog, Report
@@ -33,7 +34,10 @@ from ppo_jax.rewards.protocols import check_url
 from ppo_jax.rewards.reading import At
 from ppo_jax.types import Scores
 
-FORMS = "a reward model's directory, http://HOST:PORT/PATH, package.module:function or file.py:function"
+FORMS = (
+    "a reward model's directory, http://HOST:PORT/PATH (env:NAME or file:PATH where the URL is there), "
+    "package.module:function or file.py:function"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, 
         fit; the message says which and what to do.
     """
     weights = _weights(sources, options.weights)
+    sources = [read_source(source) for source in sources]
     identities = [_identity(source) for source in sources]
     failures, token = FailureLog(), read_token(options)
     urls = [source for source in sources if kind_of(source) == "url"]
@@ -96,7 +101,7 @@ def choose_reward(sources: Sequence[str], options: RewardOptions, model: Model, 
 
 def kind_of(source: str) -> Literal["url", "function", "directory"]:
     """Which of the forms a source has."""
-    if re.match(r"https?:", source, re.IGNORECASE):
+    if is_url(source):
         return "url"
     if ":" in source and not Path(source).expanduser().exists():
         return "function"
@@ -104,12 +109,12 @@ def kind_of(source: str) -> Literal["url", "function", "directory"]:
 
 
 def part_names(sources: Sequence[str]) -> list[str]:
-    """A short name for each source, all different: folder, host or function."""
+    """A short name for each source, all different: folder, function, or "service"."""
     names: list[str] = []
     for source in sources:
         kind = kind_of(source)
         if kind == "url":
-            name = urlsplit(source).hostname or "service"
+            name = "service"  # its host is in no file of the run
         elif kind == "function":
             name = source.rpartition(":")[2]
         else:
@@ -133,7 +138,7 @@ def read_token(options: RewardOptions) -> str | None:
         return None
     path = options.token_file.expanduser()
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        token = read_bytes(path).decode().strip()
     except FileNotFoundError:
         raise FileNotFoundError(f"--scoring.token-file: {path} is not a file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -161,6 +166,7 @@ def _identity(source: str) -> str:
         return "a service" if kind == "url" else source
     where = _explained(source, lambda: find_reward(source))
     arrays = sorted(where.glob("*.safetensors")) or sorted(where.glob("*.bin"))
+    arrays = [path for path in arrays if path.is_file()]
     digest = hashlib.sha256()
     for path in arrays:
         with path.open("rb") as file:
@@ -180,7 +186,7 @@ def _check_token(urls: Sequence[str], token: str | None) -> tuple[str, ...]:
     ((scheme, _),) = hosts
     host = urlsplit(urls[0]).hostname or ""
     if scheme == "http" and host not in (*LOOPBACK, "::1"):
-        return (f"the bearer token goes to {host} unencrypted, since the URL begins with http://",)
+        return ("the bearer token goes to the service unencrypted, since the URL begins with http://",)
     return ()
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from ppo_jax.data.disk import parse_json
+from ppo_jax.data.disk import RepeatedKey, parse_json
 from ppo_jax.rewards.failures import printable
 from ppo_jax.rewards.scores import number
 
@@ -41,8 +41,8 @@ def check_url(url: str) -> str:
         raise ValueError("the reward's URL must look like http://HOST:PORT/PATH or https://HOST/PATH")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            f"the reward's URL (host {parts.hostname}) holds a user or a password, which would be saved with the run: "
-            "name a bearer token's variable or file instead"
+            "the reward's URL holds a user or a password, which every program on the way may log: name a bearer "
+            "token's variable or file instead"
         )
     return url
 
@@ -54,20 +54,20 @@ def speaks_theirs(url: str, protocol: str) -> bool:
     return urlsplit(url).path.rstrip("/").endswith("/score/evaluation")
 
 
-def hide_token(text: str, token: str | None) -> str:
-    """`text` without the token, which a service may echo: as it is, or as JSON, HTML and URLs write it."""
-    if not token:
-        return text
-    quoted = json.dumps(token)[1:-1]
-    forms = {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
+def hide_secrets(text: str, secrets: Sequence[str]) -> str:
+    """`text` without the secrets, which a service may echo: as they are, or as JSON, HTML and URLs write them."""
+    forms: set[str] = set()
+    for token in filter(None, secrets):
+        quoted = json.dumps(token)[1:-1]
+        forms |= {token, quoted, quoted.replace("/", "\\/"), html.escape(token), quote(token), quote(token, safe="")}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "[token]")
     return text
 
 
-def show_text(text: str, limit: int = 160, token: str | None = None) -> str:
-    """Foreign text for the log. The token goes first: of one that was cut off, most would be shown."""
-    return printable(hide_token(text, token), limit)
+def show_text(text: str, limit: int = 160, secrets: Sequence[str] = ()) -> str:
+    """Foreign text for the log. Secrets go first: of one that was cut off, most would be shown."""
+    return printable(hide_secrets(text, secrets), limit)
 
 
 def make_bodies(
@@ -101,7 +101,9 @@ def read_answer(answer: tuple[bytes, str], show: Show) -> Any:
     """The JSON in (body, content type); `Failed` where it is none."""
     body, kind = answer
     try:
-        return parse_json(body)
+        return parse_json(body, finite=False)  # a score that is NaN fails its row, not the others
+    except RepeatedKey as error:
+        raise Failed("the answer has a key twice", str(error)) from None
     except ValueError:  # not UTF-8, not JSON, nested a thousand deep
         named = show(kind, 40) or "no content type"
         detail = show(body.decode("utf-8", "replace"), 80)

@@ -23,7 +23,7 @@ from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.state import RunState, key_stream
 from ppo_jax.types import Frozen, Prompts
 
-SAMPLES = 16  # held-out prompts whose responses are kept in samples.jsonl
+SAMPLES = 64  # held-out prompts whose responses are kept in samples.jsonl
 SHOWN = 4  # of them in the table on screen
 
 NOT_SCORES = ("valid", "tokens", "ended")
@@ -36,7 +36,7 @@ def make_evaluator(
     setup: Setup,
     frozen: Frozen,
     write: writers.Writer,
-    put_samples: Callable[..., object],
+    put_evaluation: Callable[..., object],
     screen: Screen,
     evaluations: dict[int, dict[str, float]],
     stopping: Callable[[], bool] = lambda: False,
@@ -45,7 +45,7 @@ def make_evaluator(
 
     The prompts go through the device in pieces of `loop.batch_size` rows; piece i samples with fold_in(key, i), the
     same at every step, so policies are compared on equal random numbers. Between two pieces `stopping` is asked: True
-    ends the evaluation, with None and nothing written. `write` and `put_samples` (`rundir.write_samples`) let no
+    ends the evaluation, with None and nothing written. `write` and `put_evaluation` (`rundir.write_evaluation`) let no
     failure of the disk through.
     """
     ppo = setup.ppo
@@ -74,10 +74,13 @@ def make_evaluator(
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         values = summarise(columns)
+        if (same := count_unchanged(directory, step, responses[:SAMPLES])) is not None:
+            values["unchanged"] = same
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
-        scores = {name: columns[name][:SAMPLES].tolist() for name in columns if name not in NOT_SCORES}
-        put_samples(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], scores)
+        scores = [name for name in columns if name not in NOT_SCORES]
+        listed = {name: column.tolist() for name, column in columns.items()}
+        put_evaluation(directory, step, held_out.texts[:SAMPLES], responses[:SAMPLES], listed, scores)
         write(step, "eval", values)
         if step == setup.loop.updates:
             _show(directory, step, screen)
@@ -100,6 +103,22 @@ def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") 
         if record["phase"] == phase and names:
             found.setdefault(record["step"], {}).update({name.removeprefix(prefix): record[name] for name in names})
     return found
+
+
+def count_unchanged(directory: Path, step: int, responses: Sequence[str]) -> float | None:
+    """Compute the fraction of the sampled responses that are, letter by letter, those of the evaluation before.
+
+    Evaluations draw with the same random numbers, so 1 tells of a policy that updates do not move. None: there is no
+    earlier evaluation. It is read from samples.jsonl, where a run that goes on finds the same.
+    """
+    try:
+        found = [(s["step"], s["index"], s["response"]) for s in read_jsonl(directory / rundir.SAMPLES)]
+    except (OSError, ValueError, KeyError):
+        return None  # the failure to write them has been reported
+    last = max((at for at, _, _ in found if at < step), default=None)
+    before = {index: response for at, index, response in found if at == last}
+    same = [before[index] == response for index, response in enumerate(responses) if index in before]
+    return float(np.mean(same)) if same else None
 
 
 def collect_columns(setup: Setup, result: Evaluation, rows: np.ndarray, responses: Sequence[str]) -> Columns:

@@ -1,11 +1,18 @@
 """The facts of a run, in JSON values: for its checkpoints, its report, and the card of its export."""
 
+import contextlib
 import dataclasses
 import json
 import platform
+import re
+import shlex
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from importlib import metadata as packages
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +21,9 @@ import numpy as np
 from ppo_jax.data.disk import strict
 from ppo_jax.models.adapters import Lora
 from ppo_jax.models.pretrained import Model
+from ppo_jax.rewards.addresses import saved_sources
 from ppo_jax.runs.checkpoints.checksums import array_sum
+from ppo_jax.runs.output import rundir
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import OfflineSetup, Setup
 from ppo_jax.types import Policy, PyTree
@@ -30,6 +39,61 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {name: packages.version(name) for name in names},
         "machine": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}",
+    }
+
+
+def record_start(directory: Path) -> None:
+    """Adds this process to `sessions` of run.json (command, commit, time, machine), and leaves a README.txt.
+
+    A disk that takes neither is no reason to end the run: what matters is tried again later, and says so.
+    """
+    session: dict[str, Any] = {
+        "command": command_line(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    session |= {"commit": commit_of_code()} | environment()
+    with contextlib.suppress(OSError):
+        rundir.add_facts(directory, sessions=[*rundir.read_facts(directory).get("sessions", []), session])
+        rundir.write_readme(directory)
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell takes it, without the URLs of rewards that may hold a key."""
+    words = sys.orig_argv
+    script = Path(sys.argv[0]).name
+    if script == "ppo-jax":  # the console command is a file that Python was given
+        words = [script, *sys.argv[1:]]
+    words = [re.sub(r"https?:\S*", lambda found: saved_sources([found[0]])[0], word, flags=re.I) for word in words]
+    return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
+
+
+def commit_of_code() -> str | None:
+    """The commit of the clone that ppo_jax is imported from, with "+ changes" where files differ; None without one."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # or it lies in a clone of something else
+        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, timeout=10, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+        return head.stdout.strip() + (" + changes" if changed else "")
+    return None
+
+
+def reported_facts(setup: Setup) -> dict[str, Any]:
+    """What the report is told of a PPO run beside its configuration; in run.json from its start."""
+    reward, training = setup.reward.metadata, setup.reward.metadata.get("reward", {})
+    held_out = reward.get("heldout", {})
+    normalised = bool(training.get("normalise"))
+    return {
+        "base": setup.model.name,
+        "prompts": len(setup.prompts.rows),
+        "held_out": len(setup.held_out.rows),
+        "measured_on": f"{setup.measured_on} prompts",
+        "judges": {name: setup.labels.get(name, name) for name in setup.judges},
+        "reward_accuracy": reward.get("accuracy"),
+        "reward_mean": held_out.get("score_mean", 0.0 if normalised else None),
+        "reward_std": held_out.get("score_std", 1.0 if normalised else None),
     }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ppo_jax.data.disk import replace_file, sync
@@ -11,7 +12,7 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.writers import combine, resilient, run_files
+from ppo_jax.runs.output.writers import Writer, combine, resilient, run_files
 from ppo_jax.runs.signals import Requests, stop_requests
 from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
@@ -49,6 +50,7 @@ class Hooks:
 
     measure: (step, state) -> what the state is worth, recorded; None: given up, because the run is to stop.
     dump, causes: as in `train.loop.Hooks`.
+    watch: (step, phase, values) of every record, to say what is wrong.
     evaluations: step -> values, of this process and of those before it.
     """
 
@@ -57,16 +59,20 @@ class Hooks:
         directory, screen = stage.directory, stage.screen
         self.evaluations = earlier_evaluations(directory, *stage.evaluations)
         self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
+        self.put_scores = resilient(rundir.write_scores, screen.message, rundir.EVALUATIONS)
+        self.put_evaluation = partial(rundir.write_evaluation, put_samples=self.put_samples, put_scores=self.put_scores)
         self.files = run_files(directory, screen, stage.loop.wandb, stage.config, stage.phases)
         self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""
         self.causes: Callable[[], str] = lambda: ""
+        self.watch: Writer = lambda step, phase, values: None
 
     def record(self, step: int, phase: str, values: Values) -> None:
         """Put a line of values into the files of the run, and shows it."""
         combine(self.files)(step, phase, values)
         self.stage.screen.update(phase=phase, step=step, total=self.stage.loop.updates, values=values)
+        self.watch(step, phase, values)
 
     def write(self, done: int, values: Values) -> None:
         self.asked.unsaved = True
@@ -110,7 +116,7 @@ class Hooks:
         if directory.is_dir() and not (directory / rundir.CONFIG).exists():
             with contextlib.suppress(OSError):
                 write_config(self.stage)
-        return sum(again() for again in (self.put_samples, *self.files))
+        return sum(again() for again in (self.put_samples, self.put_scores, *self.files))
 
     def hold_again(self) -> None:
         """Takes the directory again, where it was removed meanwhile. Raises `TakenOver` where another run is in it."""
@@ -125,7 +131,7 @@ class Hooks:
 
     def sync_records(self) -> None:
         """Has the records so far outlive a power cut."""
-        for name in (rundir.METRICS, rundir.SAMPLES):
+        for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVALUATIONS):
             try:
                 sync(self.stage.directory / name)
             except FileNotFoundError:

@@ -18,6 +18,7 @@ from ppo_jax.rewards.failures import GivenUp
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import read_best, save_role, write_model
 from ppo_jax.runs.facts import offline_facts
+from ppo_jax.runs.health import watch_run
 from ppo_jax.runs.hooks import open_hooks
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import OfflineSetup
@@ -93,7 +94,7 @@ def train_offline(
                 hooks.evaluations.setdefault(done, {}).update(new)
                 hooks.record(done, work.phase, {f"{HELD_OUT}{name}": value for name, value in new.items()})
 
-        hooks.measure = measure
+        hooks.measure, hooks.watch = measure, watch_run(directory, {"base": setup.model.name}, screen)
         if work.steps:
             # -- evaluate what was left --------------------------------------------------------------------------------
             state = hooks.evaluate_left(state)

@@ -15,10 +15,11 @@ from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dump import dumper
 from ppo_jax.runs.evaluation import make_evaluator
 from ppo_jax.runs.exports import export_policies
-from ppo_jax.runs.facts import run_facts
+from ppo_jax.runs.facts import reported_facts, run_facts
+from ppo_jax.runs.health import watch_run
 from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Result, Setup
+from ppo_jax.runs.setup import Result, Setup, missing_stop
 from ppo_jax.runs.stage import Stage, start_or_resume
 from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
 from ppo_jax.train.host import host_iteration
@@ -46,7 +47,8 @@ def run_ppo(
     `iteration` stands in for the compiled one where the run is a member of a population (`runs.sweep.crowd`).
 
     Writes config.yaml (once the checkpoint has been read), metrics.jsonl, TensorBoard events, samples.jsonl,
-    checkpoints/, export/policy and, where another update than the last evaluated best, export/best.
+    evaluations.jsonl, run.json, checkpoints/, export/policy and, where another update than the last evaluated best,
+    export/best.
 
     Raises:
       Interrupted, Stopped, Exploded: as `train.loop.train`; the message says which update is saved. An Interrupted run
@@ -71,10 +73,11 @@ def run_ppo(
         dump = dumper(directory, setup, frozen, prompts)
         iterate = iteration or choose_iteration(setup, optimizer, hooks)
         hooks.measure = make_evaluator(
-            directory, setup, frozen, hooks.record, hooks.put_samples, screen, hooks.evaluations, hooks.stopping
+            directory, setup, frozen, hooks.record, hooks.put_evaluation, screen, hooks.evaluations, hooks.stopping
         )
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
+        hooks.watch = watch_run(directory, reported_facts(setup), screen)
 
         def step(state: Any, number: int) -> tuple[Any, Metrics]:
             return iterate(state, frozen, prompts(number), hyper(number))
@@ -113,6 +116,8 @@ def introduce_run(setup: Setup, screen: Screen) -> FailureLog:
             f"{rows} of the {setup.model.config.vocab_size} rows of the vocabulary have no token: their probability is "
             "0, for the sampler as in every log-prob, entropy and KL"
         )
+    if notice := missing_stop(setup.ppo.sampling, setup.model):
+        screen.message(notice)
     if setup.ppo.sampling.filtered:
         screen.message(
             "A filter or a repetition penalty is on: tokens are drawn from another distribution than the policy's. The "

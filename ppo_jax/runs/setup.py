@@ -77,9 +77,28 @@ def host_responses(setup: Setup, rollout: Rollout) -> list[str]:
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
-    """Add the model's stop tokens, unless some are named, and its pad id; raise ValueError where another is named."""
+    """Add the model's stop tokens, unless `model_stops` is off, and its pad id; ValueError where another is named.
+
+    Of two choices with the same stop tokens the same comes out.
+    """
     if sampling.pad_id not in (Sampling.pad_id, model.pad_id):
         raise ValueError(
             f"sampling.pad_id={sampling.pad_id} has no effect: {model.name} pads with {model.pad_id}; leave it out"
         )
-    return dataclasses.replace(sampling, stop_ids=sampling.stop_ids or model.stop_ids, pad_id=model.pad_id)
+    stops = sampling.stop_ids
+    if sampling.model_stops:
+        stops = tuple(sorted({*stops, *model.stop_ids}))
+    return dataclasses.replace(sampling, stop_ids=stops, model_stops=True, pad_id=model.pad_id)
+
+
+def missing_stop(sampling: Sampling, model: Model) -> str:
+    """Say that no token ends a response, or which of those named cannot; "" where all do."""
+    tokenless = model.config.tokenless
+    never = [i for i in sampling.stop_ids if any(start <= i < stop for start, stop in tokenless)]
+    if len(never) < len(sampling.stop_ids):
+        return f"stop_ids {never} are no tokens of {model.name} and are never drawn" if never else ""
+    return (
+        f"no token ends a response: {model.name} and its tokenizer name no EOS, and sampling.stop_ids none that is a "
+        f"token. Every response has all {sampling.response_length} tokens, and stopping is not learnt. Name one with "
+        "sampling.stop-ids"
+    )

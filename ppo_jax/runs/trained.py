@@ -200,9 +200,13 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
             scales = config.from_plain(AdapterConfig, known[place.options])
         except config.FieldError as error:
             raise ValueError(f"{where / rundir.CONFIG}: {place.options}.{error}") from error
-    if problems := artifacts.problems("policy", _tree(shapes, scales.alpha), {}, base.config, base.config.num_layers):
+    try:
+        tree = build_adapter(shapes, scales.alpha)
+    except CheckpointError as error:
+        raise CheckpointError(f"{at}: {error}") from error
+    if problems := artifacts.problems("policy", tree, {}, base.config, base.config.num_layers):
         raise CheckpointError(f"{at} does not fit its base {name}: {'; '.join(problems)}")
-    adapter = _restored(folder, place.prefix, _tree(shapes, scales.alpha), step)
+    adapter = _restored(folder, place.prefix, tree, step)
     return Trained(
         base,
         adapter,
@@ -227,7 +231,7 @@ def _restored(folder: Path, prefix: str, shapes: PyTree, step: int) -> PyTree:
     return functools.reduce(lambda tree, name: tree[name], names, found)
 
 
-def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
+def build_adapter(leaves: Mapping[str, Any], alpha: float) -> PyTree:
     """Build the adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -235,11 +239,20 @@ def _tree(leaves: Mapping[str, Any], alpha: float) -> PyTree:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{path} of the adapter lies below another array")
+        if name in node:
+            raise CheckpointError(f"{path} of the adapter is both an array and a group of arrays")
         node[name] = leaf
-    for name, pair in tree.get("lora", {}).items():
+    pairs = tree.get("lora", {})
+    if not isinstance(pairs, dict):
+        raise CheckpointError("lora of the adapter is an array, not a group of pairs")
+    for name, pair in pairs.items():
+        if not isinstance(pair, dict) or pair.keys() != {"a", "b"} or isinstance(pair["a"], dict):
+            raise CheckpointError(f"lora.{name} of the adapter is not a pair of arrays a and b")
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
             raise CheckpointError(f"lora.{name}.a of the adapter has shape {rank}, not that of a stack of matrices")
-        tree["lora"][name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
+        pairs[name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
     return tree
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from ppo_jax.ops.means import means
-from ppo_jax.rewards.failures import GivenUp, next_streak, too_many
+from ppo_jax.rewards.failures import GivenUp, next_streak, none_scored, too_many
 from ppo_jax.types import FloatOrOff, Hyper, Metrics, Off
 
 State = TypeVar("State", bound=Any)
@@ -165,7 +165,8 @@ def train(state: State, step: Step[State], loop: LoopConfig, hooks: Hooks) -> St
     Raises:
       Interrupted: `hooks.stop` gave a reason.
       Exploded: the KL passed `loop.max_kl`.
-      Stopped: too many steps in a row were not finite, or too many rewards failed.
+      Stopped: too many steps in a row were not finite, or too many rewards failed: several batches in a row, or all of
+        the first evaluation.
     """
     start = int(state.step)
     if start == 0:
@@ -173,6 +174,9 @@ def train(state: State, step: Step[State], loop: LoopConfig, hooks: Hooks) -> St
         if measured is None:  # it is due again where the run goes on from update 0
             hooks.save(0, state, True)
             raise Interrupted(f"stopped by {hooks.stop(0)} in the first evaluation")
+        if measured.get("invalid_scores") == 1 and loop.max_failed < 1:
+            hooks.save(0, state, True)
+            raise Stopped(none_scored(hooks.causes()))
         state, _ = assess(state, measured, loop)
     for number in range(start, loop.updates):
         began = time.perf_counter()

@@ -96,6 +96,10 @@ def accumulate(
         grads, metrics = gradient(params, constrain_rows(piece))
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), metrics
 
+    if pieces == 1:
+        grads, metrics = gradient(params, constrain_rows(batch))
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
+
     # Piece j takes rows j, j + pieces, ...: every piece spans all rows, so rows sharded over devices stay so.
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))

@@ -214,6 +214,19 @@ def check_scalars_of(ppo: PPOConfig, hyper: Hyper) -> None:
                 f"hyper.{name}={getattr(hyper, name)} has no effect under advantage={ppo.advantage}, which compares "
                 f"whole responses; leave it at {getattr(default, name)}, or choose {' or '.join(reads)}"
             )
+    read = {
+        ("kl_target", "kl_horizon"): (ppo.kl.control == "adaptive", "ppo.kl.control=adaptive"),
+        ("kl_coef_end", "kl_steps"): (ppo.kl.control == "linear", "ppo.kl.control=linear"),
+        ("missing_eos",): (ppo.score.missing_eos != "off", "ppo.score.missing_eos"),
+        ("importance_cap",): (ppo.behaviour == "importance", "ppo.behaviour=importance"),
+        ("vf_coef", "value_clip", "huber_delta"): (ppo.has_critic, "advantage=gae"),
+    }
+    for names, (used, by) in read.items():
+        for name in names:
+            if not used and getattr(hyper, name) != getattr(default, name):
+                raise ValueError(f"hyper.{name}={getattr(hyper, name)} has no effect without {by}; choose that too")
+    if ppo.kl.control == "adaptive" and hyper.kl_coef == 0:
+        raise ValueError("hyper.kl_coef=0 stays 0 under ppo.kl.control=adaptive, which multiplies it; start above 0")
 
 
 def check_hyper(hyper: Hyper) -> Hyper:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,10 +114,29 @@ def test_the_reward_model_belongs_to_the_fine_tuned_base(trained: Path) -> None:
 
 def test_ppo_leaves_everything(trained: Path) -> None:
     names = {item.name for item in (trained / "ppo").iterdir()}
-    assert names >= {rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.REPORT, "checkpoints", "export"}
+    assert names >= {*rundir.FILES, rundir.README, "checkpoints", "export"}
+    log = (trained / "ppo" / rundir.LOG).read_text()
+    assert "[ppo]  2/2" in log and "report: ppo/report.html" in log
+    (session,) = rundir.read_facts(trained / "ppo")["sessions"]
+    assert session["command"].startswith("ppo-jax ppo --model sft/export/model --prompts prompts.jsonl --reward rm")
     updates = [r for r in read_jsonl(trained / "ppo" / rundir.METRICS) if r["phase"] == "ppo"]
     assert [r["step"] for r in updates] == [1, 2] and all(np.isfinite(r["reward"]) for r in updates)
     assert "<s>user: " in json.loads((trained / "ppo" / rundir.SAMPLES).read_text().splitlines()[0])["prompt"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_report_is_drawn_again(trained: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(trained)
+    page = trained / stage / rundir.REPORT
+    before = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert cli.main(["report", stage]) == 0 and capsys.readouterr().out == f"report: {stage}/report.html\n"
+    assert page.read_text(encoding="utf-8").replace("report.html", "") == before.replace("report.html", "")
+    assert "Base model" in before and "ppo-jax" in before
+
+
+def test_a_report_of_nothing_is_a_mistake(mistake: Callable[[str], str]) -> None:
+    assert "nowhere holds no run: give the directory that has its metrics.jsonl" in mistake("report nowhere")
 
 
 def test_generate_in_a_process(trained: Path) -> None:
@@ -176,7 +196,7 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
     ("args", "said"),
     [
         ("stf --model model", "'stf' is not a command; did you mean sft?"),
-        ("train", "'train' is not a command; there are: sft, reward, ppo, generate"),
+        ("train", "'train' is not a command; there are: demo, sft, reward, ppo, generate"),
         ("sft --model model --data sft.jsonl --run-dir x --sft.batch-sise 4", "--sft.batch-size"),
         ("sft --model model", "--data"),
         ("sft --model model --data none.jsonl --run-dir x", "none.jsonl is not a file"),
@@ -269,6 +289,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (FloatingPointError("m"), 1),
         (store.CheckpointSaveError("m"), 1),
         (KeyboardInterrupt(), 130),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes."), 1),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory"), 1),  # of a program that is dispatched without Python
     ],
 )
 def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture) -> None:
@@ -277,7 +299,13 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert said.startswith("prog: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [TypeError("m"), RuntimeError("m"), AssertionError("m"), KeyError("m")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(TypeError("m"), RuntimeError("m"), AssertionError("m"), KeyError("m")),
+        ValueError("INTERNAL: a program has failed"),  # of a program, not of what was given
+    ],
+)
 def test_a_bug_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         cli.exit_code("prog", raising(error))

@@ -111,7 +111,8 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, texts: list
         (read_pairs, {"chosen": [ASSISTANT], "rejected": [USER, ASSISTANT]}, '"chosen" has only a response'),
         (read_pairs, {"chosen": [USER, ASSISTANT], "rejected": [USER]}, 'last message of "rejected" must be'),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": -1}, '"margin" must be a finite number'),
-        (read_pairs, {"chosen": "a", "rejected": "b", "margin": float("nan")}, '"margin" must be a finite number'),
+        (read_pairs, {"chosen": "a", "rejected": "b", "margin": float("nan")}, "NaN is not a number of JSON"),
+        (read_prompts, {"prompt": "a", "metadata": {"x": [float("-inf")]}}, "-Infinity is not a number of JSON"),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": 10**400}, '"margin" must be a finite number'),
         (read_pairs, {"chosen": "a", "rejected": "b", "margin": True}, '"margin" must be a finite number'),
         (read_sft, {"prompt": "a"}, 'allowed: "prompt" and "response" or "messages" or "text"'),
@@ -142,8 +143,50 @@ def test_wrong_files(tmp_path: Path, read: Callable[[Path], Any]) -> None:
         (b'{"text": "a"', "data.jsonl:1: not JSON"),
         (b"[" * 100_000, "data.jsonl:1: not JSON"),
         (b"9" * 5_000, "data.jsonl:1: not JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "data.jsonl:1: the key 'prompt' stands twice in one object"),
+        (b'{"prompt": "a", "metadata": {"n": [{"k": 1, "k": 1}]}}', "data.jsonl:1: the key 'k' stands twice"),
+        (b'{"prompt": "a", "metadata": {"n": 1e999}}', "data.jsonl:1: not JSON (1e999 is not a number of JSON"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError) as error:
             read(path)
         assert message in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1\x15\x04\x15", "no text but a Parquet file; name it FILE.parquet"),
+        (b"\x1f\x8b\x08\x00\xff", "compressed by gzip.*gunzip"),
+        (b"\x28\xb5\x2f\xfd\x04", "compressed by zstd.*unzstd"),
+        (b"PK\x03\x04\x14\xff", "ZIP archive"),
+        (b"\xff\xfe{\x00", "iconv -f UTF-16 -t UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
+def test_a_file_that_is_no_text_is_named_for_what_it_is(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content + b"\n\x00\xff")
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts(tmp_path / name)
+    assert "UTF-16" in message or "iconv" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "prompt,answer\nHello,x\n", "looks like a table .CSV.: name it FILE.csv"),
+        ("a.jsonl", '[{"prompt": "a"}]\n', "looks like one JSON array: name it FILE.json"),
+    ],
+)
+def test_a_table_or_an_array_under_a_wrong_name_is_told_the_right_one(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\na,b\n')
+    with pytest.raises(ValueError, match="b.jsonl:2: not JSON") as error:
+        read_prompts(tmp_path / "b.jsonl")
+    assert "CSV" not in str(error.value)

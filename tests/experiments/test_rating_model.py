@@ -1,5 +1,8 @@
 """Reward models from ratings: trained once, normalised, found again by what describes them."""
 
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ import pytest
 from experiments import rating_model, smoke
 from experiments.movie_reviews import all_pairs_accuracy
 from experiments.rating_model import RatingModel, Wanted, obtain
+from ppo_jax.data.locks import hold_target
 from ppo_jax.rewards.adapter import score_tokens
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.comparisons import rated_pairs
@@ -94,6 +98,27 @@ def test_the_same_settings_find_the_same_models_without_training(first: Found):
         assert left.accuracy == right.accuracy and left.trunk == right.trunk
         for a, b in zip(jax.tree.leaves(left.role), jax.tree.leaves(right.role), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_what_another_run_is_training_is_waited_for(first: Found, tmp_path: Path):
+    """As two runs that begin together with nothing in the cache: the slower one finds what the other has left."""
+    probe = first.models[1].path
+    said: list[str] = []
+    with progress("test", main_process=False) as screen, hold_target(tmp_path / probe.name) as _:
+        screen.message = said.append  # type: ignore[method-assign, assignment]
+        waiting = threading.Thread(
+            target=lambda: found.extend(obtain(WANTED[1:], MODEL, TEST, 0, tmp_path, screen, written.append)),  # type: ignore[arg-type]
+        )
+        found: list[RatingModel] = []
+        written: list[object] = []
+        waiting.start()
+        while not said:
+            time.sleep(0.01)
+        shutil.copytree(probe, tmp_path / probe.name)
+    waiting.join(60)
+    assert "waiting for it" in said[0] and "reused from" in said[-1] and not written
+    assert [model.accuracy for model in found] == [first.models[1].accuracy]
+    assert [path.name for path in tmp_path.iterdir()] == [probe.name]
 
 
 def test_each_thing_that_decides_the_result_decides_the_place(first: Found, monkeypatch):

@@ -250,6 +250,7 @@ def unchecked_kind(kind: str) -> AdapterConfig:
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig(layers=-1)), r"layers=-1 must lie in \[0, 3\]"),
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig(rank=0)), "rank=0 must be at least 1"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, ("q", "w")), r"\['w'\]; allowed: q, k, v, o, gate, up, down"),
+        (lambda key: AdapterConfig(targets=("q_proj", "x")), "'x'.*up, down; q_proj is q here$"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, ()), "are empty; allowed: q, k, v, o, gate, up, down"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, first_layer=3), r"first_layer=3 must lie in \[0, 3\)"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, first_layer=-1), r"first_layer=-1 must lie in \[0, 3\)"),

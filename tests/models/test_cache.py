@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.adapters import init_lora
-from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask
+from ppo_jax.models.adapters import init_lora, init_top_k
+from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask, unstack, unstacked
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, random_params
 
@@ -52,7 +52,7 @@ def full() -> np.ndarray:
 
 def test_an_empty_cache() -> None:
     cache = init_cache(dataclasses.replace(CONFIG, dtype="bfloat16"), batch=3, slots=7)
-    assert cache.keys.shape == cache.values.shape == (3, 3, 7, 2, 8)
+    assert cache.keys.shape == cache.values.shape == (3, 3, 2, 7, 8)
     assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
     assert (cache.positions == -1).all() and cache.positions.shape == (3, 7) and cache.length == 0
 
@@ -77,16 +77,16 @@ def test_layer_ranges_share_the_slots_of_a_pass(split: int, full: np.ndarray) ->
 def test_the_length_grows_with_the_last_layer() -> None:
     cache = init_cache(CONFIG, 3, 11)
     hidden, cache = run(PARAMS, {}, CONFIG, TOKENS[:, :5], POSITIONS[:, :5], cache=cache, layers=(0, 2))
-    assert cache.length == 0 and cache.keys[:2, :, :5].any() and not cache.keys[2].any()
+    assert cache.length == 0 and cache.keys[:2, :, :, :5].any() and not cache.keys[2].any()
     _, cache = run(PARAMS, {}, CONFIG, None, POSITIONS[:, :5], cache=cache, hidden=hidden, layers=(2, 3))
-    assert cache.length == 5 and cache.keys[2, :, :5].any()
+    assert cache.length == 5 and cache.keys[2, :, :, :5].any()
 
 
 def test_one_step_writes_one_slot() -> None:
     _, before = decode([5], init_cache(CONFIG, 3, 11))
     _, after = run(PARAMS, ADAPTER, CONFIG, TOKENS[:, 5:6], POSITIONS[:, 5:6], cache=before)
     for left, right in ((before.keys, after.keys), (before.values, after.values)):
-        changed = np.asarray(left != right).any(axis=(0, 1, 3, 4))
+        changed = np.asarray(left != right).any(axis=(0, 1, 2, 4))
         assert changed.tolist() == [False] * 5 + [True] + [False] * 5
     assert after.length == 6
 
@@ -94,7 +94,7 @@ def test_one_step_writes_one_slot() -> None:
 def test_what_unwritten_and_padded_slots_hold_is_never_read() -> None:
     """A cache of more slots than tokens, filled with garbage where nothing is or should be seen."""
     _, cache = decode([5], init_cache(CONFIG, 3, 20))
-    unseen = np.asarray(cache.positions < 0)[None, :, :, None, None]
+    unseen = np.asarray(cache.positions < 0)[None, :, None, :, None]
     assert unseen.sum() == 3 * 15 + 2 + 4  # 15 unwritten slots each, and the rows' left padding
     poisoned = cache._replace(keys=jnp.where(unseen, 1e4, cache.keys), values=jnp.where(unseen, -1e4, cache.values))
     step = (TOKENS[:, 5:6], POSITIONS[:, 5:6])
@@ -113,7 +113,7 @@ def test_an_ended_row_writes_padding_that_nobody_reads(full: np.ndarray) -> None
 
 @pytest.mark.parametrize("split", [None, 1, 2])
 def test_the_first_tokens_may_attend_among_themselves(split: int | None, full: np.ndarray) -> None:
-    garbage = init_cache(CONFIG, 3, 11)._replace(keys=jnp.full((3, 3, 11, 2, 8), 1e4))  # an empty cache is never read
+    garbage = init_cache(CONFIG, 3, 11)._replace(keys=jnp.full((3, 3, 2, 11, 8), 1e4))  # an empty cache is never read
     first = {"cache": garbage, "fresh": True}
     tokens, positions = TOKENS[:, :5], POSITIONS[:, :5]
     if split is None:
@@ -125,7 +125,34 @@ def test_the_first_tokens_may_attend_among_themselves(split: int | None, full: n
     np.testing.assert_allclose(np.asarray(hidden)[MASK[:, :5]], full[:, :5][MASK[:, :5]], atol=1e-5)
     later, cache = run(PARAMS, ADAPTER, CONFIG, TOKENS[:, 5:], POSITIONS[:, 5:], cache=cache)
     assert cache.length == 11
-    np.testing.assert_allclose(np.asarray(later)[MASK[:, 5:]], full[:, 5:][MASK[:, 5:]], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(later)[MASK[:, 5:]], full[:, 5:][MASK[:, 5:]], atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "top_k", "full"])
+def test_layers_apart_give_what_the_stack_gives(kind: str) -> None:
+    """After a prefill by the stack, whose cache has room for it alone."""
+    other = random_params(CONFIG, seed=3)
+    adapter = {"none": {}, "lora": ADAPTER, "top_k": init_top_k(other, CONFIG, 2), "full": other}[kind]
+    parts = [slice(0, 5), slice(5, 6), slice(6, 11)]
+    full = np.asarray(run(PARAMS, adapter, CONFIG, TOKENS, POSITIONS))
+    cache = init_cache(CONFIG, 3, 5)
+    _, cache = run(PARAMS, adapter, CONFIG, TOKENS[:, parts[0]], POSITIONS[:, parts[0]], cache=cache, fresh=True)
+    params, apart = unstack(PARAMS, adapter, CONFIG)
+    cache = unstacked(cache, 11)
+    for part in parts[1:]:
+        found, cache = run(params, apart, CONFIG, TOKENS[:, part], POSITIONS[:, part], cache=cache)
+        np.testing.assert_allclose(np.asarray(found)[MASK[:, part]], full[:, part][MASK[:, part]], atol=3e-5)
+    assert cache.length == 11
+    np.testing.assert_array_equal(cache.positions, POSITIONS)
+
+
+def test_layers_apart_hold_matrices_in_the_activations_dtype() -> None:
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    base = random_params(half)
+    params, adapter = unstack(base, random_params(CONFIG), half)
+    kinds = {name: array.dtype for name, array in params["layers"][0].items()}
+    assert kinds["q"] == kinds["down"] == jnp.bfloat16 and kinds["attention_norm"] == jnp.float32
+    assert adapter["embedding"].dtype == jnp.float32 and adapter["lora"] == ({}, {}, {})
 
 
 def test_a_donated_cache_is_updated_in_place() -> None:

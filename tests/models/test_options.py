@@ -93,7 +93,7 @@ def test_rematerialisation_gives_the_same_gradients_in_less_memory() -> None:
         return compiled(adapter, params), compiled.memory_analysis().temp_size_in_bytes
 
     (plain, most), (dots, some), (full, least) = run("none"), run("dots"), run("full")
-    assert least < 0.8 * some and some < 0.8 * most, (least, some, most)
+    assert least < 0.4 * some and some < most, (least, some, most)
     for again in (dots, full):
         for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-7)

@@ -254,7 +254,7 @@ def test_the_cache_is_born_sharded() -> None:
     mesh = mesh_of(MIXED)
     with jax.set_mesh(mesh):
         cache = jax.jit(lambda: init_cache(CONFIG, 8, 16))()
-    assert cache.keys.sharding.spec == PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+    assert cache.keys.sharding.spec == PartitionSpec(None, ("data", "fsdp"), "tensor")
     assert cache.values.sharding == cache.keys.sharding
     assert cache.positions.sharding.spec == PartitionSpec(("data", "fsdp"))
 

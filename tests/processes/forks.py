@@ -153,6 +153,7 @@ def command(words: list[str]) -> int:
     """`ppo-jax` with these words: a `function` for `start`."""
     from ppo_jax.cli import main as cli
 
+    sys.argv = ["ppo-jax", *words]
     return cli.main(words)
 
 

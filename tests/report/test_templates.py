@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from ppo_jax.report.templates import TEMPLATES, real_minus, render, signed, table_cell
+from ppo_jax.report.templates import TEMPLATES, mark_options, real_minus, render, signed, table_cell
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,13 +27,17 @@ def test_every_template_is_one(name: str) -> None:
 
 
 def test_html_is_escaped_and_markdown_is_not() -> None:
-    assert TEMPLATES.is_async is False and "&lt;b&gt;" in _page(title="<b>")
-    assert TEMPLATES.autoescape("card.md") is False  # type: ignore[operator]
+    assert callable(TEMPLATES.autoescape) and [TEMPLATES.autoescape(name) for name in ("page.html", "card.md")] == [
+        True,
+        False,
+    ]
 
 
-def _page(**values: object) -> str:
-    blank = dict.fromkeys(("task", "verdict", "source", "rows", "accuracies", "samples", "facts", "notes"))
-    return render("page.html", **{**blank, "plots": [], "config": None, "prompts": None, **values})
+def test_options_stand_out_and_what_is_around_them_is_escaped() -> None:
+    marked = mark_options("Raise --hyper.kl-coef (now <0>), or --ppo.kl.control adaptive; - and -- stay.")
+    assert marked == (
+        "Raise <code>--hyper.kl-coef</code> (now &lt;0&gt;), or <code>--ppo.kl.control</code> adaptive; - and -- stay."
+    )
 
 
 def test_what_a_template_is_not_given_is_an_error() -> None:
@@ -43,6 +47,7 @@ def test_what_a_template_is_not_given_is_an_error() -> None:
 
 def test_numbers_have_a_real_minus_and_zero_has_none() -> None:
     assert real_minus("-1.5, -0.00") == "−1.5, 0.00" and real_minus("well-known -0") == "well-known 0"
+    assert real_minus("-0.0 nats, -0.01 per token, 1e-05, -0%") == "0.0 nats, −0.01 per token, 1e−05, 0%"
     assert [signed(x) for x in (1.005, -2, -0.001, None, float("nan"))] == ["+1.00", "−2.00", "0.00", "–", "–"]
 
 

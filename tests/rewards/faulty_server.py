@@ -135,8 +135,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, port: int = 0, always: Fault = works) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, port: int = 0, always: Fault = works, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), Handler)
         self.faults: list[Fault] = []
         self.always = always
         self.requests: list[tuple[str, dict[str, str], Any]] = []
@@ -159,9 +159,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(port: int = 0, always: Fault = works) -> Iterator[Server]:
+def serving(port: int = 0, always: Fault = works, host: str = "127.0.0.1") -> Iterator[Server]:
     """A service for the length of the block; afterwards its port is closed and the next connection refused."""
-    server = Server(port, always)
+    server = Server(port, always, host)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

@@ -38,6 +38,11 @@ OURS = {
     "half of it": (faulty.raw('{"scores": [{"sc'), "not JSON (application/json)", '{"scores": [{"sc'),
     "empty": (faulty.raw(""), "not JSON", "it is empty"),
     "deep": (faulty.raw('{"scores":' + "[" * 50_000), "not JSON", ""),
+    "a key twice": (
+        faulty.raw('{"scores": [{"score": 1, "score": 2}, {"score": 3}]}'),
+        "a key twice",
+        "'score' stands",
+    ),
     "bytes": (lambda h: h.answer(b"\xff\xfe\x00"), "not JSON", ""),
     "flood": (faulty.floods, "too large", "more than 73728 bytes for 2 rows"),
     "gzip": (lambda h: h.answer(b"\x1f\x8b", Content_Encoding="gzip"), "compressed (gzip)", ""),

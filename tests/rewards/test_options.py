@@ -155,7 +155,7 @@ def test_a_sum_of_all_kinds_logs_each_part(reward_model: Path):
         found = add_scores(on_device(chosen), chosen.host(*TEXTS))
     service = np.array([score("abde"), score("cfgh")])
     np.testing.assert_array_equal(found.parts["rm"], model_scores)
-    np.testing.assert_allclose(found.parts["127.0.0.1"], service, rtol=1e-6)
+    np.testing.assert_allclose(found.parts["service"], service, rtol=1e-6)
     np.testing.assert_array_equal(found.parts["length"], [1, 1.5])
     expected = 0.5 * model_scores + service - 2 * np.array([1, 1.5])
     np.testing.assert_allclose(found.reward, expected, rtol=1e-5)
@@ -221,7 +221,7 @@ def test_one_source_with_a_weight():
 def test_names_of_parts_are_short_and_differ(folder: Path):
     (folder / "runs" / "a" / "export" / "reward").mkdir(parents=True)
     sources = ["scores.py:length", "runs/a/export/reward", "runs/a", "https://h:1/x", "http://h/y", "m:length", "b/a"]
-    assert part_names(sources) == ["length", "a", "a_2", "h", "h_2", "length_2", "a_3"]
+    assert part_names(sources) == ["length", "a", "a_2", "service", "service_2", "length_2", "a_3"]
     assert part_names(["m:f_2", "m:f", "m:f", "m:f_2"]) == ["f_2", "f", "f_3", "f_2_2"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from experiments import smoke
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
-from ppo_jax.runs.evaluation import collect_columns, make_evaluator, summarise
+from ppo_jax.runs.evaluation import collect_columns, count_unchanged, make_evaluator, summarise
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.evaluate import Evaluation
@@ -35,7 +35,7 @@ def make(folder: Path, batch_size: int, stop_after: int = 99) -> tuple[Any, list
             setup,
             Frozen(MODEL.params),
             lambda step, phase, values: written.append((step, phase, dict(values))),
-            rundir.write_samples,
+            rundir.write_evaluation,
             screen,
             {},
             lambda: next(asked),
@@ -60,6 +60,10 @@ def test_every_row_once_in_order(tmp_path: Path, batch_size: int):
     points[FAILS] = None
     assert [row["scores"]["reward"] for row in rows] == points
     assert values["reward"] == pytest.approx(np.mean([p for p in points if p is not None]))
+    (kept,) = read_jsonl(tmp_path / rundir.EVALUATIONS)  # every held-out prompt, so that two of these can be paired
+    assert kept["step"] == 2 and kept["columns"]["reward"] == points
+    assert kept["columns"]["valid"] == [point is not None for point in points]
+    assert np.mean(kept["columns"]["tokens"]) == values["response_length"]
     assert abs(values["kl"]) < 1e-4  # the policy is the reference
     assert written == [(2, "eval", values)]
 
@@ -68,13 +72,24 @@ def test_the_same_step_and_state_give_the_same_numbers_again(tmp_path: Path):
     evaluate, written = make(tmp_path, 4)
     evaluate(2, STATE)
     evaluate(3, STATE)  # the key does not depend on the step
-    assert written[0][2] == written[1][2]
+    assert written[0][2] | {"unchanged": 1.0} == written[1][2]
+
+
+def test_responses_that_no_update_changes_are_counted(tmp_path: Path) -> None:
+    """Against the evaluation before, of the samples that are kept; one at the same step, done again, is not before."""
+    assert count_unchanged(tmp_path, 0, ["a", "b"]) is None
+    for step, responses in ((0, ["a", "b", "c", "d"]), (4, ["a", "x", "c", "y"])):
+        rundir.write_samples(tmp_path, step, ["p"] * 4, responses, {})
+    assert count_unchanged(tmp_path, 0, ["a"] * 4) is None
+    assert count_unchanged(tmp_path, 4, ["a", "x", "c", "y"]) == 0.5
+    assert count_unchanged(tmp_path, 8, ["a", "x", "c", "z"]) == 0.75
+    assert count_unchanged(tmp_path, 8, ["a", "x", "c", "y"]) == 1.0
 
 
 def test_given_up_between_two_pieces_it_leaves_nothing(tmp_path: Path):
     evaluate, written = make(tmp_path, 4, stop_after=1)
     assert evaluate(2, STATE) is None
-    assert written == [] and not (tmp_path / rundir.SAMPLES).exists()
+    assert written == [] and not (tmp_path / rundir.SAMPLES).exists() and not (tmp_path / rundir.EVALUATIONS).exists()
 
 
 def test_only_rewards_leave_out_the_rows_that_were_not_scored():

@@ -8,22 +8,31 @@ import pytest
 
 from ppo_jax.cli import main as cli
 from ppo_jax.data.jsonl import read_jsonl
+from ppo_jax.models import pretrained
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.rewards.loading import load_scorer
+from ppo_jax.runs import prompts
 from ppo_jax.runs.output import rundir
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_run"
 CLOCK = ("time", "seconds", "tokens_per_second")  # columns that differ from run to run
-NEW = {"unscored_updates"}  # metrics that the old code did not have
+NEW = {"unscored_updates", "unchanged"}  # metrics that the old code did not have
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the old run that has gone on to its end."""
+    """A copy of the old run that has gone on to its end.
+
+    Two rules came later on purpose, and are set aside here, since the old run has a prompt twice and a vocabulary of 40
+    rows for 33 tokens: what is held out shares no prompt with what is trained on, and rows without a token are not
+    sampled. Under the second it goes on too, with other responses (`test_it_goes_on_without_rows_that_have_no_token`).
+    """
     folder = tmp_path_factory.mktemp("old") / "run"
     shutil.copytree(OLD, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(prompts, "group_alike", lambda keys: [[place] for place in range(len(keys))])
+        patch.setattr(pretrained, "rows_without_token", lambda *_: ())
         assert cli.main(["ppo", "--config", "ppo/config.yaml", "--run-dir", "ppo", "--resume"]) == 0
     return folder
 
@@ -37,6 +46,14 @@ def test_it_goes_on_as_the_run_that_was_not_stopped(resumed: Path) -> None:
         for name in old.keys() - set(CLOCK) - {"phase"}:
             if not name.endswith("seconds"):
                 np.testing.assert_allclose(new[name], old[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_it_goes_on_without_rows_that_have_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(OLD, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setattr(prompts, "group_alike", lambda keys: [[place] for place in range(len(keys))])
+    assert cli.main(["ppo", "--config", "ppo/config.yaml", "--run-dir", "ppo", "--resume"]) == 0
+    assert read_jsonl(Path("ppo") / rundir.METRICS)[-1]["step"] == 5
 
 
 def test_it_has_its_report_and_what_it_exports_is_the_old_codes_policy(resumed: Path) -> None:

@@ -149,6 +149,8 @@ def test_a_run_killed_twice_and_resumed_is_the_run_that_was_not(runs: Runs):
     assert [record["step"] for record in by_phase(runs.killed)["ppo"]] == [1, 2, 3]
     assert [record["step"] for record in by_phase(runs.killed)["eval"]] == [0, 2, 3]
     assert samples(runs.killed) == samples(runs.whole)
+    scores = [read_jsonl(folder / rundir.EVALUATIONS) for folder in (runs.killed, runs.whole)]
+    assert scores[0] == scores[1] and [line["step"] for line in scores[0]] == [0, 2, 3]
     assert runs.resumed.before == runs.result.before and runs.resumed.after == runs.result.after
     for left, right in zip(jax.tree.leaves(runs.resumed.policy), jax.tree.leaves(runs.result.policy), strict=True):
         np.testing.assert_array_equal(left, right)

@@ -152,7 +152,8 @@ def test_a_run_whose_service_dies_stops_with_a_checkpoint_and_goes_on_when_it_is
 def test_batches_without_any_score_change_no_parameter():
     """From the first to the last: the adapter's second factors and the value head are still their zeros."""
     with serving(always=faulty.status(404)) as server:
-        args = f"ppo --reward {server.url} --run-dir run --loop.updates 2 --ppo.whiten-advantages " + OPTIONS + API
+        args = f"ppo --reward {server.url} --run-dir run --loop.updates 2 --ppo.whiten-advantages --loop.max-failed 1 "
+        args += OPTIONS + API
         assert cli.main(args.split()) == 0
     found = artifacts.load(Path("run/export/policy"), "policy")
     moved = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.adapter["lora"]) if leaf.any()}

@@ -1,5 +1,6 @@
 """The text of a response: what stands behind the prompt, whatever a tokenizer does at the beginning of a text."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_jax.models.pretrained import Model
+from ppo_jax.rollout import Sampling
+from ppo_jax.runs.setup import missing_stop, with_stops
 from ppo_jax.train.host import response_texts
 from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import CONFIG
@@ -83,3 +86,26 @@ def test_responses_of_a_rollout(name: str) -> None:
 
 def test_a_tokenizer_without_a_decoder_is_read_as_it_is() -> None:
     assert model(make_tokenizer()).decode(np.array([2, 3, 1])) == "a b"
+
+
+def test_stop_ids_add_to_the_models_unless_they_are_to_replace_them() -> None:
+    base = model(make_tokenizer())
+    base = base._replace(config=dataclasses.replace(CONFIG, eos_token_ids=(7, 9), tokenless=((38, 40),)))
+    own = base.stop_ids
+    assert set(own) > {7, 9}, "the tokenizer's too"
+    assert with_stops(Sampling(), base).stop_ids == own
+    assert with_stops(Sampling(stop_ids=(11, 7)), base).stop_ids == tuple(sorted({11, *own}))
+    assert with_stops(Sampling(stop_ids=(11,), model_stops=False), base).stop_ids == (11,)
+    # What a checkpoint is compared by: the tokens, not the way to them.
+    assert with_stops(Sampling(stop_ids=(11, *own), model_stops=False), base).model_stops
+    assert missing_stop(with_stops(Sampling(), base), base) == ""
+
+
+def test_a_model_that_nothing_stops_is_told_of() -> None:
+    base = model(make_tokenizer())
+    base = base._replace(config=dataclasses.replace(CONFIG, tokenless=((38, 40),)))
+    said = missing_stop(Sampling(response_length=5), base)
+    assert "no token ends a response" in said and "all 5 tokens" in said and "stop-ids" in said
+    assert "no token ends a response" in missing_stop(Sampling(stop_ids=(38, 39)), base)
+    assert missing_stop(Sampling(stop_ids=(3, 39)), base) == "stop_ids [39] are no tokens of tiny and are never drawn"
+    assert missing_stop(Sampling(stop_ids=(3,)), base) == ""

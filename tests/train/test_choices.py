@@ -12,7 +12,7 @@ from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.kl import kl_full
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.rollout import Sampling
-from ppo_jax.train.objective import Counts, ppo_loss
+from ppo_jax.train.objective import Counts, count_units, ppo_loss
 from ppo_jax.train.options import KLConfig, PPOConfig, ScoreConfig
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, drawn, experience, half, scored
@@ -91,6 +91,41 @@ def test_defect_20_a_filtered_policy_has_a_kl_that_is_not_negative():
     )
     values = numbers(metrics)
     assert 0 < values["outside_filter"] < 1 and math.isfinite(values["policy_loss"]) and values["ratio_max"] < 1e6
+
+
+def test_the_entropy_under_a_filter_is_of_the_tokens_that_it_leaves():
+    """By hand: -sum p log p over the 3 largest, averaged over the tokens that the moved policy can still sample."""
+    sampling = dataclasses.replace(TOP_3, min_p=0.0)
+    ppo = PPOConfig(sampling=sampling, behaviour="filtered", epochs=1, num_minibatches=1)
+    rollout, algorithm = drawn(ppo), toy.algorithm(ppo)
+    batch, policy = experience(ppo, rollout).batch, toy.moved(begin(), scale=0.3).policy
+    run = jax.jit(lambda policy, batch: ppo_loss(policy, algorithm, FROZEN, batch, count_units(algorithm, batch), OFF))
+    _, metrics = run(policy, batch)
+    found = np.asarray(logits_of(policy.adapter, rollout))
+    largest = np.sort(found, axis=-1)[..., -3:]
+    shares = np.exp(largest) / np.exp(largest).sum(-1, keepdims=True)
+    entropies = -(shares * np.log(shares)).sum(-1)
+    taken = np.take_along_axis(found, np.asarray(batch.tokens)[:, -toy.T :, None], -1)[..., 0]
+    real = np.asarray(batch.loss_mask)
+    inside = real & (taken >= largest[..., 0])
+    values = numbers(metrics)
+    assert values["outside_filter"] == pytest.approx(1 - inside.sum() / real.sum()) and 0 < inside.sum() < real.sum()
+    assert values["entropy"] == pytest.approx(entropies[inside].mean(), rel=1e-4)
+
+
+def test_the_loss_in_the_log_is_weighed_by_tokens():
+    """Of two steps with different numbers of tokens it is not the mean of the two losses."""
+    algorithm, batch = toy.algorithm(FOUR), experience(FOUR, drawn()).batch
+    long = np.argsort(np.asarray(batch.loss_mask).sum(1))
+    parts = [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in (long[:8], long[8:])]
+    policy = toy.moved(begin()).policy
+    run = jax.jit(lambda batch: ppo_loss(policy, algorithm, FROZEN, batch, count_units(algorithm, batch), OFF))
+    losses, metrics = zip(*map(run, parts), strict=True)
+    tokens = [int(part.loss_mask.sum()) for part in parts]
+    assert tokens[0] < tokens[1]
+    found = numbers(jax.tree.map(jnp.add, *metrics))["loss"]
+    assert found == pytest.approx(np.average(losses, weights=tokens), rel=1e-5)
+    assert abs(found - np.mean(losses)) > 1e-4
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

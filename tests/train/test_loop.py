@@ -228,6 +228,19 @@ def test_only_a_finite_evaluation_is_the_best(value: float):
         assert not best and float(after.best) == -math.inf
 
 
+@pytest.mark.parametrize(("failed", "most", "stops"), [(1.0, 0.2, True), (0.9, 0.2, False), (1.0, 1.0, False)])
+def test_a_first_evaluation_without_any_score_stops_the_run_before_it_trains(failed, most, stops):
+    log = Log()
+    log.evaluate = lambda step, state: {"invalid_scores": failed}  # type: ignore[method-assign]
+    loop = LoopConfig(updates=2, max_failed=most)
+    if not stops:
+        assert int(log.run(loop).step) == 2
+        return
+    with pytest.raises(Stopped, match=r"not one response of the first evaluation.*Nothing was trained.*--resume"):
+        log.run(loop)
+    assert log.all("save") == [(0, 0)] and log.all("write") == []
+
+
 def test_a_loss_that_is_not_finite_for_once_is_no_fault():
     log = Log(broken={3: {"policy_loss": (math.nan, 1.0), "grad_norm": (math.inf, 1.0)}}, skipped={3: 1})
     assert int(log.run(LoopConfig(updates=6)).step) == 6

@@ -91,6 +91,31 @@ def test_a_scalar_that_an_estimator_does_not_read_is_refused(name: str, advantag
     check_scalars_of(PPOConfig(), Hyper(**{name: 0.9}))
 
 
+@pytest.mark.parametrize(
+    ("name", "without", "reads"),
+    [
+        ("kl_target", PPOConfig(), PPOConfig(kl=KLConfig(control="adaptive"))),
+        ("kl_horizon", PPOConfig(kl=KLConfig(control="linear")), PPOConfig(kl=KLConfig(control="adaptive"))),
+        ("kl_coef_end", PPOConfig(kl=KLConfig(control="adaptive")), PPOConfig(kl=KLConfig(control="linear"))),
+        ("kl_steps", PPOConfig(), PPOConfig(kl=KLConfig(control="linear"))),
+        ("missing_eos", PPOConfig(), PPOConfig(score=ScoreConfig(missing_eos="subtract"))),
+        ("importance_cap", PPOConfig(behaviour="filtered"), PPOConfig(behaviour="importance")),
+        *((name, PPOConfig(advantage="reinforce"), PPOConfig()) for name in ("vf_coef", "value_clip", "huber_delta")),
+    ],
+)
+def test_a_scalar_that_these_choices_do_not_read_is_refused(name: str, without: PPOConfig, reads: PPOConfig) -> None:
+    check_scalars_of(without, Hyper())
+    check_scalars_of(reads, Hyper(**{name: 0.7}))
+    with pytest.raises(ValueError, match=rf"hyper.{name}=0.7 has no effect without .*; choose that too"):
+        check_scalars_of(without, Hyper(**{name: 0.7}))
+
+
+def test_an_adaptive_coefficient_does_not_start_at_0() -> None:
+    check_scalars_of(PPOConfig(), Hyper(kl_coef=0.0))
+    with pytest.raises(ValueError, match="hyper.kl_coef=0 stays 0 under ppo.kl.control=adaptive"):
+        check_scalars_of(PPOConfig(kl=KLConfig(control="adaptive")), Hyper(kl_coef=0.0))
+
+
 def test_the_responses_of_a_batch_must_divide() -> None:
     ppo = PPOConfig(advantage="rloo", group_size=3, num_minibatches=4)
     ppo.check_batch(8)  # 24 responses

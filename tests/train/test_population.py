@@ -199,7 +199,8 @@ def test_a_reward_on_the_host_scores_all_members_in_one_call() -> None:
     for _ in range(2):
         left, right = on_device.step(), on_host.step()
         for i in set(range(K)) - {5}:
-            assert left[i] == pytest.approx(right[i], rel=1e-3, abs=1e-4, nan_ok=True)
+            found = {name: value for name, value in right[i].items() if not name.endswith("_seconds")}
+            assert left[i] == pytest.approx(found, rel=1e-3, abs=1e-4, nan_ok=True)
     assert calls == [(K - 1) * toy.B] * 2
     for i in range(K):
         toy.assert_close(on_device.member(i), on_host.member(i), rtol=1e-3, atol=1e-4)

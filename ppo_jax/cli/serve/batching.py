@@ -5,20 +5,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
-
-import numpy as np
-
-Row = Sequence[int]
+from typing import Any
 
 
 class Full(Exception):
     """More rows wait than are allowed, or nothing is taken any more."""
 
 
-class _Request(NamedTuple):
-    rows: Sequence[Row]
-    answer: "Future[list[float]]"
+class Answer(Future[list[Any]]):
+    """What a request is waiting for. It keeps its place when its clients leave, and is passed over if none is back."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        super().__init__()
+        self.rows, self.clients = rows, 1  # rows: until they are scored
 
 
 class Batcher:
@@ -26,18 +25,18 @@ class Batcher:
 
     A batch takes whole requests until it has `batch_size` rows; one that is not full waits `wait` seconds for more.
     What `score_rows` raises for a batch of several requests is tried again for each of them alone, so that only the
-    one at fault gets it.
+    one at fault gets it. Requests whose clients have all left are not scored, and make room where there is none.
     """
 
     def __init__(
         self,
-        score_rows: Callable[[Sequence[Row]], np.ndarray],
+        score_rows: Callable[[Sequence[Any]], Sequence[Any]],
         batch_size: int,
         wait: float = 0.0,
         max_waiting: int = 4096,
     ) -> None:
         self._score_rows, self._batch_size, self._wait, self._max_waiting = score_rows, batch_size, wait, max_waiting
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._work, name="reward", daemon=True)
@@ -48,18 +47,38 @@ class Batcher:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, rows: Sequence[Row]) -> "Future[list[float]]":
+    def submit(self, rows: Sequence[Any]) -> Answer:
         """Take these rows; their scores come later. Raise Full when there is no room, or after `stop`."""
-        request = _Request(rows, Future())
+        request = Answer(rows)
         with self._changed:
             if not self._open:
                 raise Full("the server is shutting down")
+            if self.waiting + len(rows) > self._max_waiting:
+                self._drop_abandoned()
             if self.waiting + len(rows) > self._max_waiting:
                 raise Full(f"{self.waiting} rows are waiting already; come back later")
             self._requests.append(request)
             self.waiting += len(rows)
             self._changed.notify()
-        return request.answer
+        return request
+
+    def join(self, request: Answer) -> bool:
+        """Wait for this request too; False when it has been passed over, or failed."""
+        with self._changed:
+            if request.cancelled() or request.done() and request.exception() is not None:
+                return False
+            request.clients += 1
+            return True
+
+    def leave(self, request: Answer) -> None:
+        """Wait for this request no more."""
+        with self._changed:
+            request.clients -= 1
+
+    def drop_abandoned(self) -> None:
+        """Forget the requests that nobody waits for."""
+        with self._changed:
+            self._drop_abandoned()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Take no more requests, score those that wait, and end the thread; return whether it ended.
@@ -76,47 +95,62 @@ class Batcher:
             left, self.waiting = list(self._requests), 0
             self._requests.clear()
         for request in left:
-            if request.answer.set_running_or_notify_cancel():
-                request.answer.set_exception(Full("the server has stopped"))
+            if request.set_running_or_notify_cancel():
+                request.set_exception(Full("the server has stopped"))
         return not self._thread.is_alive()
 
-    def _work(self) -> None:
-        while taken := self._next_batch():
-            # A request that was given up while it waited is not scored; from here on none can be.
-            batch = [request for request in taken if request.answer.set_running_or_notify_cancel()]
-            if batch:
-                self._answer(batch)
+    def _drop_abandoned(self) -> None:
+        for request in [request for request in self._requests if not request.clients]:
+            self._requests.remove(request)
+            self.waiting -= len(request.rows)
+            request.cancel()
 
-    def _next_batch(self) -> list[_Request]:
-        """Wait for the next requests; [] when there will be none."""
+    def _work(self) -> None:
+        while self._wait_for_requests():
+            if batch := self._next_batch():
+                self._score(batch)
+
+    def _wait_for_requests(self) -> bool:
+        """Wait until there is something to score, and a little for more; False when there will be nothing."""
         with self._changed:
             while self._open and not self._requests:
                 self._changed.wait()
             until = time.monotonic() + self._wait
             while self._open and self.waiting < self._batch_size and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            batch: list[_Request] = []
+            return bool(self._requests) or self._open
+
+    def _next_batch(self) -> list[Answer]:
+        """Take the next requests out of the queue; from here on none of them can be given up."""
+        with self._changed:
+            batch: list[Answer] = []
             count = 0
             while self._requests and (not batch or count + len(self._requests[0].rows) <= self._batch_size):
-                batch.append(self._requests.popleft())
-                count += len(batch[-1].rows)
-            self.waiting -= count
+                request = self._requests.popleft()
+                self.waiting -= len(request.rows)
+                if not request.clients:
+                    request.cancel()
+                if request.set_running_or_notify_cancel():
+                    batch.append(request)
+                    count += len(request.rows)
             return batch
 
-    def _answer(self, batch: Sequence[_Request]) -> None:
+    def _score(self, batch: Sequence[Answer]) -> None:
         self.batches += 1
         try:
-            scores = [float(x) for x in self._score_rows([row for request in batch for row in request.rows])]
+            scores = list(self._score_rows([row for request in batch for row in request.rows]))
             if len(scores) != sum(len(request.rows) for request in batch):
                 raise RuntimeError(f"{len(scores)} scores for {sum(len(r.rows) for r in batch)} rows")
         except Exception as error:  # anything may come from a device; the thread must live on
             if len(batch) > 1:
                 for request in batch:
-                    self._answer([request])
+                    self._score([request])
             else:
-                batch[0].answer.set_exception(error)
+                batch[0].set_exception(error)
             return
         start = 0
         for request in batch:
-            request.answer.set_result(scores[start : start + len(request.rows)])
-            start += len(request.rows)
+            end = start + len(request.rows)
+            request.rows = ()  # the answer may be kept longer
+            request.set_result(scores[start:end])
+            start = end

@@ -1,11 +1,13 @@
 """The requests that the reward server reads, and why it refuses one (docs/rewards.md has both protocols)."""
 
 import asyncio
-import json
-from collections.abc import Sequence
 from typing import Any
 
-DRAINED = 4  # times the limit: as much of a body that is too large is read, so that the client sees the answer
+from ppo_jax.cli.serve.room import Held
+from ppo_jax.data.disk import parse_json
+
+DRAINED = 4  # times the limit: as much of a body that is refused is read, so that the client sees the answer
+AGAIN = {"Retry-After": "1"}
 
 
 class Refused(Exception):
@@ -16,35 +18,48 @@ class Refused(Exception):
         self.status, self.detail, self.headers = status, detail, headers or {}
 
 
-async def read_json(request: Any, limit: int, timeout: float) -> dict[str, Any]:
+async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dict[str, Any]:
     """Read the JSON object in a request's body of at most `limit` bytes, which arrives within `timeout` seconds.
 
-    Refused: 400 the client left, 408 too slow, 413 too large, 422 no JSON object.
+    `held` counts the bytes: all of them before the first is read where their number is known, else as they come.
+
+    Refused: 400 the client left, 408 too slow, 413 too large, 422 no JSON object, 503 no room.
     """
     from starlette.requests import ClientDisconnect
 
     too_large = Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > DRAINED * limit:
+    known = int(declared) if declared.isdigit() else 0
+    if known > DRAINED * limit:
         raise too_large
-    body, size = bytearray(), 0
+    busy = Refused(503, "too many bytes are waiting already; come back later", AGAIN | {"Connection": "close"})
+    if known <= limit and not held.take(known):
+        raise busy  # nothing of it is read: to read it all and drop it would hold the others up
+    body, size, refused = bytearray(), 0, None
     try:
         async with asyncio.timeout(timeout):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > DRAINED * limit:
                     raise too_large
-                if size <= limit:
+                if size > limit:
+                    refused = too_large
+                elif refused is None and size > held.size and not held.take(size - held.size):
+                    refused = busy
+                if refused is None:
                     body += chunk
+                else:
+                    body.clear()
+                    held.keep(0)
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {timeout} s", {"Connection": "close"}) from None
     except ClientDisconnect:
         raise Refused(400, "the client went away") from None
-    if size > limit:
-        raise too_large
+    if refused is not None:
+        raise refused
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(bytes(body))
+    except ValueError as error:  # also a key that stands twice, NaN, or nested too deep
         raise Refused(422, f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refused(422, f"the body must be a JSON object, not {type(value).__name__}")
@@ -98,8 +113,6 @@ def _check_text(value: Any, where: str) -> None:
         raise Refused(422, f"{where} holds half of a surrogate pair") from None
 
 
-def entry(row: Sequence[int], score: float | None) -> dict[str, Any]:
-    """Make our protocol's answer for one sample, which has these tokens."""
-    if score is not None:
-        return {"score": score}
-    return {"error": "the score is not finite" if row else "the text has no tokens"}
+def entry(score: float | str) -> dict[str, Any]:
+    """Make our protocol's answer for one sample: its score, or why there is none."""
+    return {"error": score} if isinstance(score, str) else {"score": score}

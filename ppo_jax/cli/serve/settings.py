@@ -6,6 +6,11 @@ from pathlib import Path
 from ppo_jax.cli.parse import Brief
 from ppo_jax.rewards.reading import At
 
+POSITIVE = (
+    *("batch_size", "max_rows", "max_body", "max_waiting", "max_waiting_bytes", "max_connections"),
+    *("head_timeout", "body_timeout", "grace"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
@@ -38,19 +43,29 @@ class ServeSettings:
     """The body of a request may have at most this many bytes."""
     max_waiting: int = 4096
     """At most this many rows wait; beyond that requests are told to come back (503)."""
+    max_waiting_bytes: int = 32 * 2**20
+    """Bodies of at most this many bytes wait; beyond half of what is left a request is told to come back (503)."""
+    max_connections: int = 512
+    """At most this many connections stand; the next one takes the place of one that waits for its client."""
+    head_timeout: float = 10.0
+    """The head of a request must arrive within this many seconds."""
     body_timeout: float = 30.0
     """The body of a request must arrive within this many seconds."""
     grace: float = 60.0
     """A stop by SIGTERM or SIGINT gives the requests in flight this many seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_rows", "max_body", "max_waiting", "body_timeout", "grace"):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0 <= self.port < 2**16 or self.wait_ms < 0:
             raise ValueError(f"port={self.port} must be from 0 to 65535, wait_ms={self.wait_ms} not negative")
         if self.max_rows > self.max_waiting:
             raise ValueError(f"max_rows={self.max_rows} must not be above max_waiting={self.max_waiting}")
+        if 2 * self.max_body > self.max_waiting_bytes:
+            raise ValueError(
+                f"max_waiting_bytes={self.max_waiting_bytes} must be twice max_body={self.max_body} or more"
+            )
         if self.token_env and self.token_file:
             raise ValueError("give token_env or token_file, not both")
 

@@ -23,7 +23,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import replaced_directory, sha256_of, strict
+from ppo_jax.data.disk import RepeatedKey, is_out_of_memory, parse_json, replaced_directory, sha256_of, strict
+from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
@@ -261,8 +262,10 @@ def _read_description(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{size} bytes; at most {LARGEST_JSON} are read")
     try:
-        raw = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(file.read_bytes())
+    except RepeatedKey:
+        raise
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"not a JSON object but {type(raw).__name__}")
@@ -285,6 +288,8 @@ def _read_description(file: Path) -> dict[str, Any]:
     for name, scale in raw["lora_scales"].items():
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e38:
             raise ValueError(f"lora_scales.{name} is {scale!r}, not a finite number")
+    if wrong := find_mistake(ArtifactMeta, raw["meta"]):
+        raise ValueError(f"meta.{wrong}")
     return raw
 
 
@@ -293,7 +298,9 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
     try:
         with safe_open(file, framework="numpy") as handle:
             return {name: _read_array(handle, name, mesh) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, MemoryError) as error:
+    except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"not a readable safetensors file ({error})") from error
 
 

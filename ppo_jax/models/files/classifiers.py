@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ppo_jax.data.disk import replaced_directory
+from ppo_jax.data.disk import is_out_of_memory, replaced_directory
+from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, hf, tensor_file, weights
+from ppo_jax.models.files import families, foreign, hf, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
 from ppo_jax.parallel import processes
 from ppo_jax.types import PyTree
@@ -69,6 +70,8 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     """
     where = resolve(path)
     file = where / "config.json"
+    if what := foreign.describe_directory(where):
+        raise ValueError(what)
     try:
         raw = read_json(file)
         _check_kind(raw)
@@ -82,8 +85,8 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     head_file = source.pop("score.weight", None)
     if head_file is None:
         raise ValueError(
-            f"{where}: tensor score.weight is missing, so this model has no score; a language model becomes a reward "
-            "model by `ppo-jax reward`"
+            f"{where}: tensor score.weight is missing, so this model has no score{_seen(source)}; a language model "
+            "becomes a reward model by `ppo-jax reward`"
         )
     score = _read(head_file, "score.weight")
     if score.shape != (1, config.hidden_size):
@@ -107,6 +110,8 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         "bias": jnp.asarray(bias, jnp.float32),
     }
     meta = raw.get(META)
+    if isinstance(meta, dict) and (wrong := find_mistake(ArtifactMeta, meta)):
+        raise ValueError(f"{where}: {META}.{wrong}")
     pad = raw.get("pad_token_id")
     pad_id = pad if isinstance(pad, int) else None
     return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {}, META in raw, pad_id)
@@ -214,11 +219,19 @@ def _find_tensors(files: list[Path]) -> dict[str, Path]:
         try:
             with safe_open(file, framework="numpy") as handle:
                 files_by_name |= dict.fromkeys(handle.keys(), file)
-        except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}); copy or download it again"
             ) from error
     return files_by_name
+
+
+def _seen(names: Mapping[str, Path]) -> str:
+    """What stands there in place of score.weight, where that can be told."""
+    other = next((name for name in names if name.endswith(".score.weight")), None)
+    return f" (the file has it as {other})" if other else foreign.describe_value_head(names)
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:

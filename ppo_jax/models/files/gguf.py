@@ -41,6 +41,7 @@ FIELDS = {
     *("expert_count", "expert_used_count"),
 }
 ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, expanded into one divisor per frequency
+LARGEST_ROPE = 2**16  # of these; a head has some 64
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -56,9 +57,10 @@ def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tupl
     """
     try:
         metadata, tensors = gguf_container.read(path)
-        factors = None
-        if ROPE_FACTORS in tensors:
-            factors = gguf_container.dequantize(ROPE_FACTORS, tensors.pop(ROPE_FACTORS))
+        stored = tensors.pop(ROPE_FACTORS, None)
+        if stored is not None and math.prod(stored.shape) > LARGEST_ROPE:
+            raise ValueError(f"tensor {ROPE_FACTORS} has shape {stored.shape}; at most {LARGEST_ROPE} values are read")
+        factors = None if stored is None else gguf_container.dequantize(ROPE_FACTORS, stored)
         config = read_config(metadata, tensors, factors, dtype)
 
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -157,6 +159,8 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    except MemoryError:
+        raise
     except Exception as error:  # the Rust side has no class of its own
         raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from error
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -211,9 +215,12 @@ def _rope_scaling(
         raise ValueError(f"llama.rope.scaling.type={kind!r} is not supported; supported: none, linear")
     # The converter has expanded the llama3 rule; recover its parameters and require that they explain every divisor.
     original = _count(metadata, "rope.scaling.original_context_length", 8192)
+    if divisors.shape != (head_dim // 2,):  # before as many are computed
+        there = f"tensor {ROPE_FACTORS} has shape {divisors.shape}"
+        raise ValueError(f"{there}, heads of width {head_dim} imply {head_dim // 2}")
     scaling = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, original)
     expected = _llama3_divisors(theta, head_dim, scaling)
-    if kind != "none" or divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5):
+    if kind != "none" or not np.allclose(divisors, expected, rtol=1e-5):
         raise ValueError(f"{ROPE_FACTORS} is not llama3 scaling with factors (1, 4) of {original} positions")
     return scaling
 

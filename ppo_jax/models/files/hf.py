@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.data.disk import keep_files, replaced_directory
+from ppo_jax.data.disk import is_out_of_memory, keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, gguf, tensor_file, weights
+from ppo_jax.models.files import families, foreign, gguf, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
@@ -54,6 +54,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         return gguf.load(where, dtype, mesh)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
+    if not (where / "config.json").is_file() and (what := foreign.describe_directory(where)):
+        raise FileNotFoundError(what)
     config = read_config(where, dtype)
     shards = weight_files(where)
     with contextlib.ExitStack() as stack:
@@ -219,7 +221,9 @@ def weight_files(where: Path) -> list[Path]:
 def _open(file: Path) -> Iterator[Any]:
     try:
         handle = safe_open(file, framework="numpy")
-    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from error
     with handle:
         yield handle

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.data.disk import is_out_of_memory
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import gguf
 from ppo_jax.models.files.hub import read_json, resolve, write_json
@@ -20,6 +21,9 @@ def load_tokenizer(path: str | Path) -> Any:
 
     if not where.is_dir() or not any((where / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json")):
         raise FileNotFoundError(f"{where} has no tokenizer.json or tokenizer_config.json")
+    for file in where.iterdir():
+        if not (file.is_file() or file.is_dir()) and file.exists():
+            raise ValueError(f"{file} is a FIFO, a device or a socket, not a file of a tokenizer; remove it")
     # transformers and tokenizers raise whatever a damaged file leads them to, and some only in use. A file that asks
     # for Python code of its own is refused: left open, transformers would ask at the terminal.
     with _library_errors(where):
@@ -38,6 +42,8 @@ def _library_errors(where: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust side is no Exception
+        if is_out_of_memory(error):
+            raise MemoryError(f"while the tokenizer of {where} was read") from error
         raise ValueError(f"{where}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
 
 

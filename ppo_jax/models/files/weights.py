@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files.foreign import describe_names, describe_value_head
 from ppo_jax.models.layout import Tensor, check_model, nest, tensors
 from ppo_jax.models.placement import parameter_sharding
 from ppo_jax.parallel import sharding
@@ -49,13 +50,14 @@ def gather(
         for layer in range(config.num_layers if tensor.stacked else 1):
             name = rename(tensor.hf_name.format(layer))
             if name not in shapes:
-                raise ValueError(f"tensor {name} {shape} is missing")
+                raise ValueError(f"tensor {name} {shape} is missing{describe_names(name, shapes)}")
             if shapes[name] != shape:
                 raise ValueError(f"tensor {name} has shape {shapes[name]}, the configuration implies {shape}")
             surplus.discard(name)
     if surplus:
         some = ", ".join(sorted(surplus)[:5]) + (", ..." if len(surplus) > 5 else "")
-        raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}")
+        more = describe_value_head(surplus)
+        raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}{more}")
     return nest({tensor.key: _read_array(config, tensor, read, rename, mesh, read_part) for tensor in tensors(config)})
 
 

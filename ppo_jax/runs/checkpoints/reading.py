@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo_jax.data.disk import parse_json
+from ppo_jax.data.disk import parse_json, read_bytes
+from ppo_jax.data.documents import CheckpointMeta, find_mistake
 from ppo_jax.runs.checkpoints import checksums, manifests
 from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.checkpoints.manifests import Manifest
@@ -51,7 +52,7 @@ def read_document(path: Path, step: int) -> dict[str, Any]:
     with read_errors(path, step):
         if (size := file.stat().st_size) > LARGEST_META:
             raise ValueError(f"meta has {size} bytes, the largest that is read is {LARGEST_META}")
-        document = parse_json(file.read_bytes())
+        document = parse_json(read_bytes(file))
     old = isinstance(document, dict) and "checksum" not in document and document.get("format") != FORMAT
     if not old and (not isinstance(document, dict) or document.get("checksum") != manifests.document_sum(document)):
         raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not what was saved")
@@ -59,6 +60,12 @@ def read_document(path: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{path / str(step)}: format {document.get('format')!r}, this version reads {FORMAT}")
     if wrong := manifests.malformed(document.get("manifest")):
         raise DamagedCheckpoint(f"{path / str(step)}: {wrong}")
+    meta = document.get("meta")
+    known = dict(meta) if isinstance(meta, dict) else meta
+    if isinstance(known, dict) and known.get("best") == {}:
+        del known["best"]  # nothing was measured yet
+    if wrong := find_mistake(CheckpointMeta, known):
+        raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not one of a run: {wrong}")
     return document
 
 

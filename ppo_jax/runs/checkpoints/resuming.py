@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from ppo_jax.data.disk import make_directory, sync
-from ppo_jax.data.jsonl import read_jsonl, truncate_jsonl
+from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
@@ -120,7 +120,7 @@ def drop_later_records(directory: Path, step: int, phases: Sequence[str] = ("ppo
     rundir.truncate_run(directory, step, phases)
     records = read_jsonl(directory / rundir.METRICS)
     if not any(record.get("phase") == "eval" and record.get("step") == step for record in records):
-        truncate_jsonl(directory / rundir.SAMPLES, step - 1)
+        rundir.drop_evaluations(directory, step - 1)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -133,9 +133,16 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
         if name not in old and name in defaults and new[name] == defaults[name]:
             continue  # a choice that the code of the checkpoint did not have yet, made as it did
         if old.get(name) != new.get(name):
-            line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now"
+            line = f"{name}: {_shown(old, name)} in the checkpoint, {_shown(new, name)} now{_without_effect(name, new)}"
             (harmless if name.startswith(MAY_CHANGE) else serious).append(line)
     return serious, harmless
+
+
+def _without_effect(name: str, now: Mapping[str, Any]) -> str:
+    """Say so of a change that changes nothing any more."""
+    if name == "hyper.kl_coef" and now.get("ppo.kl.control") == "adaptive":
+        return " (no effect: the coefficient adapts, and goes on from the checkpoint's)"
+    return ""
 
 
 def _check(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], notify: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
+from ppo_jax.data.disk import read_bytes
 from ppo_jax.runs.output.plain_yaml import ConfigError, Word, find_line, join, read_yaml, write_yaml
 from ppo_jax.types import Off
 
@@ -75,10 +76,10 @@ def load(cls: type[C], path: str | Path, base: C | None = None) -> C:
     """Read a YAML file written by `to_yaml` or by hand, see `from_yaml`."""
     path = Path(os.path.expanduser(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     return from_yaml(cls, text, source=str(path), base=base)
 

@@ -70,7 +70,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
         raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
     except Exception as error:  # nested a thousand deep; a date such as 2024-13-45; `!!int ""` is an IndexError there
         raise ConfigError(f"{source}: not a configuration: {error!s}") from None

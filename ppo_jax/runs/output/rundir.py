@@ -1,11 +1,14 @@
 """The run directory: one folder that holds all that a run leaves behind.
 
-    config.yaml      everything needed to repeat it          tensorboard/   events, a folder per phase
-    metrics.jsonl    one line per update                     plots/         PNG curves
-    samples.jsonl    the same prompts at several steps       checkpoints/   state to resume from
-    summary.json     the numbers of the report               export/        adapter and heads, merged model
-    report.html      one self-contained page                damaged/       checkpoints that could not be read
-    screen.log       what was said, with times              faults/        batches that training stopped at
+    README.txt         what is what, in a few lines            tensorboard/   events, a folder per phase
+    config.yaml        everything needed to repeat it          plots/         SVG curves
+    metrics.jsonl      one line per update                     checkpoints/   state to resume from
+    samples.jsonl      the same prompts at several steps       export/        adapter and heads, merged model
+    evaluations.jsonl  the scores of every held-out prompt     damaged/       checkpoints that could not be read
+    run.json           command, commit, machine, facts         faults/        batches that training stopped at
+    summary.json       what the report is told
+    report.html        one self-contained page
+    log.txt            all that was said
 
 Only the first process of a multi-host run opens and writes it.
 """
@@ -22,7 +25,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from ppo_jax.data.disk import make_directory, replace_file, strict
+from ppo_jax.data.disk import make_directory, parse_json, read_bytes, replace_file, strict
+from ppo_jax.data.documents import StoredRun, StoredSummary, check_document
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
@@ -30,13 +34,29 @@ from ppo_jax.parallel.launch import PRIVATE
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints.reading import check_path
 
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
-SUMMARY, REPORT = "summary.json", "report.html"
+CONFIG, METRICS, SAMPLES, EVALUATIONS = "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
+RUN, SUMMARY, REPORT, LOG, README = "run.json", "summary.json", "report.html", "log.txt", "README.txt"
 TENSORBOARD, PLOTS, CHECKPOINTS = "tensorboard", "plots", "checkpoints"
 DAMAGED, FAULTS = "damaged", "faults"  # only where something went wrong
-LOG = "screen.log"
 
-LAYOUT = (CONFIG, METRICS, SAMPLES, SUMMARY, REPORT, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
+FILES = (REPORT, CONFIG, METRICS, EVALUATIONS, SAMPLES, RUN, SUMMARY, LOG)
+LAYOUT = (*FILES, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
+
+GUIDE = f"""\
+The directory of a run of ppo_jax. Not everything below is there: it depends on the stage, and on how far it came.
+
+{REPORT}        look at this first; `ppo-jax report DIRECTORY` draws it again, also in the middle of a run
+export/model       the trained model: base and adapter merged, a Hugging Face directory
+export/policy      the adapter of the last update alone (with the value head): what `ppo-jax generate DIRECTORY` takes
+export/best        the same of the update with the best evaluation, where that is not the last one
+export/reward      a reward model: `ppo-jax ppo --reward DIRECTORY`
+{CHECKPOINTS}        whole states of training; the same command with --resume goes on from the newest
+{CONFIG}        every setting: `--config {CONFIG} --run-dir ANOTHER` does it again
+{METRICS}      one line per update or evaluation (docs/metrics.md says what the names mean); {TENSORBOARD}/: the same
+{SAMPLES}      what the policy wrote for held-out prompts; {EVALUATIONS}: the scores of all of them
+{RUN}           the commands that made this, their commit and machine
+{LOG}            what the run said
+"""
 
 
 def holds_run(path: str | os.PathLike) -> bool:
@@ -71,13 +91,14 @@ def open_run(
             pass
     except OSError as error:
         raise ValueError(f"cannot write the run directory {path}: {error.strerror}; choose another one") from error
-    hold_directory(path)
+    taken = hold_directory(path)
     try:
         found = _look(path, resume, overwrite)
     except ValueError:
-        release_directory(path)
+        if taken:
+            release_directory(path)
         raise
-    for name in (*found, *[LOG] * (path / LOG).exists()) if overwrite else ():
+    for name in found if overwrite else ():
         item = path / name
         shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     return path
@@ -104,9 +125,44 @@ def _look(path: Path, resume: bool | Literal["no", "yes", "auto"], overwrite: bo
 
 
 def truncate_run(path: str | os.PathLike, step: int, phases: Sequence[str] = ("ppo", "eval")) -> None:
-    """Drop what a resumed run wrote after `step`: metrics of `phases`, and samples."""
+    """Drop what a resumed run wrote after `step`: metrics of `phases`, scores of held-out prompts, and samples."""
     truncate_jsonl(Path(path) / METRICS, step, phases)
-    truncate_jsonl(Path(path) / SAMPLES, step)
+    drop_evaluations(path, step)
+
+
+def drop_evaluations(path: str | os.PathLike, step: int) -> None:
+    """Drop the scores and samples of evaluations after `step`."""
+    for name in (EVALUATIONS, SAMPLES):
+        truncate_jsonl(Path(path) / name, step)
+
+
+def write_evaluation(
+    path: str | os.PathLike,
+    step: int,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Mapping[str, Sequence[float]],
+    scores: Sequence[str],
+    put_samples: Callable[..., object] | None = None,
+    put_scores: Callable[..., object] | None = None,
+) -> None:
+    """Write the first responses of an evaluation by `write_samples`, and the scores of all by `write_scores`.
+
+    Args:
+      prompts, responses: the first of them.
+      scores: the columns that a sample shows.
+      put_samples, put_scores: stand in for the two writers.
+    """
+    shown = {name: list(columns[name])[: len(prompts)] for name in scores}
+    (put_samples or write_samples)(path, step, prompts, responses, shown)
+    (put_scores or write_scores)(path, step, columns)
+
+
+def write_scores(path: str | os.PathLike, step: int, columns: Mapping[str, Sequence[float]]) -> None:
+    """Append to evaluations.jsonl {"step", "columns": {name: a number per held-out prompt}}."""
+    file = Path(path) / EVALUATIONS
+    repair_jsonl(file)
+    append_jsonl(file, [{"step": int(step), "columns": {name: list(column) for name, column in columns.items()}}])
 
 
 def write_samples(
@@ -141,14 +197,48 @@ def write_samples(
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
     """Write summary.json, whole or not at all (NaN as null)."""
-    text = json.dumps(strict(summary), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_file(Path(path) / SUMMARY, f"{text}\n".encode("utf-8", "replace"))
+    _write_json(Path(path) / SUMMARY, summary)
 
 
 def read_summary(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the record that `write_summary` wrote; {} when there is none."""
+    """Read the record that `write_summary` wrote; {} when there is none. Raise ValueError with file and field."""
     file = Path(path) / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return check_document(StoredSummary, _read_json(file), str(file))
+
+
+def add_facts(path: str | os.PathLike, **facts: Any) -> None:
+    """Put facts into run.json, over those of the same name."""
+    _write_json(Path(path) / RUN, read_facts(path) | facts)
+
+
+def read_facts(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what run.json says; {} when there is none."""
+    file = Path(path) / RUN
+    return check_document(StoredRun, _read_json(file), str(file))
+
+
+def _write_json(file: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(strict(record), indent=2, ensure_ascii=False, allow_nan=False)
+    replace_file(file, f"{text}\n".encode("utf-8", "replace"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = parse_json(read_bytes(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must be a JSON object")
+    return found
+
+
+def write_readme(path: str | os.PathLike) -> None:
+    """Write README.txt, unless there is one that somebody else wrote."""
+    file = Path(path) / README
+    if not file.exists() or file.read_bytes().startswith(GUIDE.splitlines()[0].encode()):
+        replace_file(file, GUIDE.encode())
 
 
 def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
@@ -172,7 +262,7 @@ def run_directory(path: Path, open_run: Callable[[], Path]) -> Path:
     private = Path(tempfile.mkdtemp(prefix="ppo_jax-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     PRIVATE.append(private)
-    for name in (CONFIG, METRICS, SAMPLES):
+    for name in (CONFIG, METRICS, SAMPLES, EVALUATIONS):
         if (shared / name).exists():
             shutil.copy(shared / name, private / name)
     (private / CHECKPOINTS).symlink_to(shared / CHECKPOINTS)

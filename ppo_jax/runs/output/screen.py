@@ -61,21 +61,26 @@ def progress(
     main_process: False (every process but the first of a multi-host run) shows nothing at all.
     live: redraw in place; by default where standard output is a terminal that can. NO_COLOR is respected by rich.
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
-    log: a file that all lines are added to as well, whatever becomes of the terminal; None: none.
+    log: a file that all lines are added to as well, whatever becomes of the terminal, and what ended the block where
+      that was an error; None: none.
 
     Inside the block nothing that is printed fails, whoever prints it (`streams`).
     """
     with unbreakable():
         screen = Screen(title, main_process, console or stdout_console(), live, interval, clock)
         screen.log = log if main_process else None
+        screen.note(title)
         display: contextlib.AbstractContextManager = contextlib.nullcontext()
         if screen.live:
             display = Live(screen, console=screen.console, refresh_per_second=2)
         with display:
             try:
                 yield screen
-            finally:
+            except BaseException as error:
                 screen.flush()
+                screen.note(f"ended by {type(error).__name__}: {error}")
+                raise
+            screen.flush()
 
 
 @dataclasses.dataclass
@@ -115,7 +120,8 @@ class Screen:
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
         self.log: Path | None = None
-        self.plain = Console(file=io.StringIO(), width=120, highlight=False)  # lays out what goes into the log
+        # Lays out what goes into the log: plain even where FORCE_COLOR is set.
+        self.plain = Console(file=io.StringIO(), width=120, force_terminal=False, color_system=None, highlight=False)
         self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
 
     def update(
@@ -143,7 +149,7 @@ class Screen:
         state = self.current
         if state is not None and state.printed_step != state.step:
             state.printed_step, state.printed_time = state.step, self.clock()
-            self.message(self._summary(state), only_log=self.live)
+            self._say(self._summary(state), only_log=self.live)
 
     def sample(
         self,
@@ -184,8 +190,15 @@ class Screen:
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line)
 
-    def message(self, text: str, only_log: bool = False) -> None:
+    def message(self, text: str) -> None:
         """Print text above the live part, as it is (no markup)."""
+        self._say(text)
+
+    def note(self, text: str) -> None:
+        """Put text into the log alone."""
+        self._say(text, only_log=True)
+
+    def _say(self, text: str, only_log: bool = False) -> None:
         if self.shown:
             lines = "\n".join(self._safe(line) for line in text.splitlines())
             self._print(lines, only_log, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -168,7 +168,13 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
 
     run_dir = Path(run_dir).resolve()
     run = wandb.init(
-        project=project, id=run_dir.name, name=run_dir.name, dir=str(run_dir), config=dict(config or {}), resume="allow"
+        project=project,
+        id=run_dir.name,
+        name=run_dir.name,
+        dir=str(run_dir),
+        config=dict(config or {}),
+        resume="allow",
+        settings=wandb.Settings(x_disable_meta=True),  # the command line, which may hold a reward's URL, and the host
     )
     known: set[str] = set()
 

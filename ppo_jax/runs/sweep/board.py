@@ -85,7 +85,7 @@ class MemberScreen(Screen):
         super().__init__(name, False, board.console, False, math.inf, board.clock)
         self.board = board
 
-    def message(self, text: str, only_log: bool = False) -> None:
+    def message(self, text: str) -> None:
         if text.startswith(("resumed", "damaged", "the damaged")):
             self.board.message(f"{self.title}: {text}")
         else:

@@ -14,11 +14,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
 from experiments import serve_load
 from ppo_jax.cli import main as cli
-from ppo_jax.cli.serve.server import make_app, read_token
+from ppo_jax.cli.serve.server import make_app, make_server, read_token
 from ppo_jax.cli.serve.settings import ServeSettings
 from ppo_jax.rewards.loading import Scorer, load_scorer
 from tests.data.tokenizer import make_tokenizer
@@ -88,11 +87,11 @@ def test_mistakes_of_the_user_are_one_line(world: Path, tmp_path: Path, capsys: 
 
 @contextlib.contextmanager
 def running(scorer: Scorer, token: str = "", **settings: object) -> Iterator[str]:
-    app = make_app(scorer, ServeSettings(reward=Path("unused"), **settings), token)
+    made = ServeSettings(reward=Path("unused"), **settings)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(64)
-    server = uvicorn.Server(uvicorn.Config(app, http="h11", log_level="warning", lifespan="on"))
+    server = make_server(make_app(scorer, made, token), made)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -216,7 +215,7 @@ def test_requests_that_are_refused(path: str, body: object, status: int, detail:
 
 
 def test_what_is_no_json_and_what_comes_in_pieces(url: str) -> None:
-    for content in (b"", b"{", b"\xff", b"[" * 1900):
+    for content in (b"", b"{", b"\xff", b"[" * 1900, b'{"model": NaN}', b'{"messages": ["a"], "messages": ["b"]}'):
         response = httpx.post(f"{url}{OURS}", content=content)
         assert response.status_code == 422 and "not JSON" in response.json()["detail"]
 
@@ -249,20 +248,20 @@ def test_a_busy_server_says_when_to_come_back(plain: Scorer) -> None:
         return score_rows(rows)
 
     statuses: list[int] = []
-    body = {"model": "m", "messages": ["a"]}
 
-    def ask() -> None:
+    def ask(text: str) -> None:
+        body = {"model": "m", "messages": [text]}
         statuses.append(httpx.post(f"{url}{THEIRS}", json=body, timeout=60).status_code)
 
     with running(plain._replace(score_rows=slow), batch_size=1, max_rows=1, max_waiting=1, wait_ms=0.0) as url:
-        asking = [threading.Thread(target=ask) for _ in range(2)]
+        asking = [threading.Thread(target=ask, args=[text]) for text in "ab"]
         asking[0].start()
         while not (metrics_of(url).get("ppo_jax_rows_total") == 1 and metrics_of(url)["ppo_jax_rows_waiting"] == 0):
             time.sleep(0.01)
         asking[1].start()
         while metrics_of(url)["ppo_jax_rows_waiting"] != 1:
             time.sleep(0.01)
-        refused = httpx.post(f"{url}{THEIRS}", json=body)
+        refused = httpx.post(f"{url}{THEIRS}", json={"model": "m", "messages": ["c"]})
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         go.set()
         for thread in asking:
@@ -305,7 +304,16 @@ def test_tokens_come_from_an_environment_variable_or_a_file(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch_size": 0}, {"port": 70000}, {"max_body": -1}, {"max_rows": 9, "max_waiting": 8}, {"grace": 0.0}],
+    [
+        {"batch_size": 0},
+        {"port": 70000},
+        {"max_body": -1},
+        {"max_rows": 9, "max_waiting": 8},
+        {"grace": 0.0},
+        {"head_timeout": 0.0},
+        {"max_connections": 0},
+        {"max_waiting_bytes": 15 * 2**20},
+    ],
 )
 def test_impossible_settings_name_the_field(fields: dict) -> None:
     name = next(iter(fields))

@@ -241,7 +241,7 @@ def rearray(path: Path, **changes: np.ndarray | None) -> None:
         ({"layers": "3"}, "layers is not an integer"),
         ({"arrays_sha256": 5}, "arrays_sha256 is not text"),
         ({"lora_scales": {"q": "1"}}, "lora_scales.q is '1', not a finite number"),
-        ({"lora_scales": {"q": float("nan")}}, "lora_scales.q is nan, not a finite number"),
+        ({"lora_scales": {"q": float("nan")}}, "not JSON .NaN is not a number of JSON"),
         ({"lora_scales": {"q": 1.0}}, r"adapter/lora has \['down', .*, lora_scales of artifact.json has \['q'\]"),
         ({"meta": ...}, "meta is not an object"),
         ({"arrays_sha256": "0" * 64}, "arrays.safetensors is damaged"),

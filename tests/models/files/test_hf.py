@@ -191,6 +191,14 @@ def test_json_that_is_not_a_json_object(name: str, content: bytes, copy: Path) -
         hf.load(copy)
 
 
+def test_a_config_says_nothing_twice(copy: Path) -> None:
+    """The parser of Python would take the last."""
+    file = copy / "config.json"
+    file.write_text(file.read_text().replace("{", '{"hidden_size": 8,', 1))
+    with pytest.raises(ValueError, match="config.json: the key 'hidden_size' stands twice in one object"):
+        hf.load(copy)
+
+
 def test_an_unsupported_config_names_file_and_field(copy: Path) -> None:
     edit(copy, "config.json", hidden_act="gelu")
     with pytest.raises(ValueError, match=r"model/config.json: hidden_act='gelu' is not supported"):

@@ -128,6 +128,14 @@ def test_compatible_changes_are_said_and_go_through(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("control", ["fixed", "adaptive", "linear"])
+def test_a_coefficient_that_is_changed_in_vain_is_told_of(control: str) -> None:
+    before = {"ppo": {"kl": {"control": control}}, "hyper": {"kl_coef": 0.1}}
+    serious, (line,) = resuming.differences(before, before | {"hyper": {"kl_coef": 0.2}})
+    assert serious == [] and line.startswith("hyper.kl_coef: 0.1 in the checkpoint, 0.2 now")
+    assert ("no effect: the coefficient adapts, and goes on from the checkpoint's" in line) == (control == "adaptive")
+
+
 VALUES = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3)
 TREES = st.recursive(VALUES, lambda inner: st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3))
 
@@ -143,12 +151,13 @@ def test_records_after_the_checkpoint_go_and_half_an_evaluation_too(tmp_path: Pa
         write(step, "ppo", {"x": 1.0})
     write(0, "eval", {"x": 1.0})
     for step in (0, 2, 3):
-        rundir.write_samples(tmp_path, step, ["p"], ["r"], {"reward": [1.0]})
+        rundir.write_evaluation(tmp_path, step, ["p"], ["r"], {"reward": [1.0]}, ["reward"])
     resuming.drop_later_records(tmp_path, 2)  # killed in the evaluation at 2: samples are there, the record is not
     assert [(r["phase"], r["step"]) for r in read_jsonl(tmp_path / rundir.METRICS)] == [
         ("ppo", 1), ("ppo", 2), ("eval", 0),
     ]  # fmt: skip
-    assert [r["step"] for r in read_jsonl(tmp_path / rundir.SAMPLES)] == [0]
+    for name in (rundir.SAMPLES, rundir.EVALUATIONS):
+        assert [r["step"] for r in read_jsonl(tmp_path / name)] == [0]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "no"), OSError(errno.EIO, "Input/output error")])

@@ -172,6 +172,48 @@ def test_truncate_run_takes_metrics_and_samples_back(tmp_path: Path):
     assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [0]
 
 
+def test_an_evaluation_is_kept_whole_and_its_first_prompts_as_samples(tmp_path: Path):
+    columns = {"reward": [1.0, float("nan"), 3.0], "tokens": [4, 5, 6]}
+    for step in (0, 2):
+        rundir.write_evaluation(tmp_path, step, ["a", "b"], ["x", "y"], columns, ["reward"])
+    whole, samples = (read_jsonl(tmp_path / name) for name in (rundir.EVALUATIONS, rundir.SAMPLES))
+    assert whole[0] == {"step": 0, "columns": {"reward": [1.0, None, 3.0], "tokens": [4, 5, 6]}}
+    assert [(s["step"], s["prompt"], s["scores"]) for s in samples[:2]] == [
+        (0, "a", {"reward": 1.0}), (0, "b", {"reward": None}),
+    ]  # fmt: skip
+    rundir.truncate_run(tmp_path, 1)  # as a run that goes on from update 1
+    assert [r["step"] for name in (rundir.EVALUATIONS, rundir.SAMPLES) for r in read_jsonl(tmp_path / name)] == [0] * 3
+
+
+def test_what_can_be_written_of_an_evaluation_is_not_written_twice(tmp_path: Path):
+    """The disk is full between the two files; what is tried again is the one that failed."""
+    kept = [writers.resilient(write, lambda text: None, "it") for write in (rundir.write_samples, rundir.write_scores)]
+    (tmp_path / rundir.EVALUATIONS).mkdir()
+    how = {"put_samples": kept[0], "put_scores": kept[1]}
+    rundir.write_evaluation(tmp_path, 0, ["a"], ["x"], {"reward": [1.0, 2.0]}, ["reward"], **how)
+    (tmp_path / rundir.EVALUATIONS).rmdir()
+    assert [again() for again in kept] == [0, 0]
+    assert [len(read_jsonl(tmp_path / name)) for name in (rundir.EVALUATIONS, rundir.SAMPLES)] == [1, 1]
+
+
+def test_facts_are_added_to_those_that_are_there(tmp_path: Path):
+    assert rundir.read_facts(tmp_path) == {}
+    rundir.add_facts(tmp_path, sessions=[1], held_out=4)
+    rundir.add_facts(tmp_path, held_out=5, reward_accuracy=float("nan"))
+    assert rundir.read_facts(tmp_path) == {"sessions": [1], "held_out": 5, "reward_accuracy": None}
+
+
+def test_a_readme_of_somebody_else_stays(tmp_path: Path):
+    rundir.write_readme(tmp_path)
+    ours = (tmp_path / rundir.README).read_text()
+    assert all(name in ours for name in ("export/policy", "export/best", "export/model", rundir.REPORT, rundir.LOG))
+    rundir.write_readme(tmp_path)
+    assert (tmp_path / rundir.README).read_text() == ours
+    (tmp_path / rundir.README).write_text("mine")
+    rundir.write_readme(tmp_path)
+    assert (tmp_path / rundir.README).read_text() == "mine"
+
+
 def test_summary_round_trip(tmp_path: Path):
     assert rundir.read_summary(tmp_path) == {}
     rundir.write_summary(tmp_path, {"before": {"reward": float("nan")}, "versions": {"jax": "0.10"}, "run": tmp_path})

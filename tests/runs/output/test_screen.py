@@ -109,6 +109,28 @@ def test_an_ascii_log_never_fails():
     assert "caf?" in text
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_log_file_gets_all_that_is_said_in_plain_lines_and_what_ended_it(tmp_path, live, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    log = tmp_path / "log.txt"
+    updates = [ppo(1, reward=1.0), lambda s: s.message("[red]a note[/red] :smile:"), ppo(2, reward=2.0)]
+    updates += [lambda s: s.sample(["p"], ["b"], ["a"])]
+    with pytest.raises(KeyError):
+        run([*updates, lambda s: {}["x"]], live=live, terminal=live, log=log)
+    text = log.read_text()
+    assert "\x1b" not in text and "[red]a note[/red] :smile:" in text and "Samples before and after" in text
+    lines = [line[20:].split("  elapsed")[0] for line in text.splitlines()]  # without their times
+    assert [line for line in lines if line.startswith("[ppo]")] == [
+        "[ppo]  1/100  reward +1.000", "[ppo]  2/100  reward +2.000",
+    ]  # fmt: skip
+    assert lines[0] == "demo" and lines[-1] == "ended by KeyError: 'x'"
+
+
+def test_a_log_file_that_cannot_be_written_ends_nothing_and_makes_no_directory(tmp_path):
+    run([ppo(1, reward=1.0)], log=tmp_path / "gone" / "log.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_clock_time():
     assert [clock_time(s) for s in (0, 59.6, 61, 3600, 36061)] == ["0:00", "1:00", "1:01", "1:00:00", "10:01:01"]
 

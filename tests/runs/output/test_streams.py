@@ -65,7 +65,7 @@ def test_a_live_terminal_has_a_log_too(tmp_path: Path) -> None:
             screen.update(phase="ppo", step=step, total=3, values={"reward": 1.0})
         screen.message("note")
     lines = [line[20:] for line in (tmp_path / "log").read_text().splitlines()]
-    assert [line[:10] for line in lines] == ["[ppo]  1/3", "[ppo]  3/3", "note"]
+    assert [line[:10] for line in lines] == ["test", "[ppo]  1/3", "[ppo]  3/3", "note"]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:

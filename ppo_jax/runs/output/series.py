@@ -8,7 +8,7 @@ Records = Sequence[dict[str, Any]]
 Labels = Mapping[str, str]  # name of a judge -> what people are shown
 EVALUATED = "held-out prompts"  # what evaluations are of, unless there were too few to hold any out
 NO_LABELS: Labels = {}
-OWN = ("reward", "kl")  # scores of an evaluation that are no judges
+OWN = ("reward", "kl")  # scores of an evaluation that are no judges; nor are the parts of a reward, reward/NAME
 
 
 def series(records: Records, phase: str, name: str) -> tuple[list[int], list[float]]:
@@ -20,24 +20,10 @@ def series(records: Records, phase: str, name: str) -> tuple[list[int], list[flo
 
 def judge_names(names: Iterable[str], labels: Labels = NO_LABELS) -> list[str]:
     """The judges among the names of an evaluation's values (each has a spread, NAME_std); those with a label first."""
-    names = set(names)
+    names = {name for name in names if not name.startswith("reward/")}
     found = {name.removesuffix("_std") for name in names if name.endswith("_std")} - set(OWN)
     found |= names & labels.keys()
     return [*(name for name in labels if name in found), *sorted(found - labels.keys())]
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the `window` (an odd number) values around each one; fewer at the ends."""
-    half = window // 2
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
-def values_against_kl(records: Records, phase: str, name: str) -> list[tuple[float, float]]:
-    """(sqrt(kl), value) of the records that have both; a sampled KL just below 0 counts as 0."""
-    both = [r for r in records if r.get("phase") == phase and None not in (r.get("kl"), r.get(name))]
-    points = [(math.sqrt(max(0.0, float(r["kl"]))), float(r[name])) for r in both]
-    return [point for point in points if all(map(math.isfinite, point))]
 
 
 def evaluated_judges(records: Records, labels: Labels) -> list[str]:
@@ -49,3 +35,9 @@ def initial_spread(records: Records, name: str) -> float:
     """Standard deviation of a score over the held-out prompts at the first evaluation; 0 where it is unknown."""
     _, values = series(records, "eval", f"{name}_std")
     return values[0] if values else 0.0
+
+
+def finite(values: Mapping[str, Any], name: str) -> float | None:
+    """The finite number of that name, or None."""
+    value = values.get(name)
+    return float(value) if value is not None and math.isfinite(float(value)) else None

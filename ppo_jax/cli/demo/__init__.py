@@ -1,0 +1,1 @@
+"""`ppo-jax demo`: a small complete RLHF of a toy language."""
