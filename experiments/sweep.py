@@ -18,6 +18,7 @@ and reward models are those of one seed (--data-seed), so that members share the
 
 import dataclasses
 import functools
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import cast
 from experiments import rating_model, sentiment
 from experiments.judges import model_judge, vader_judge
 from experiments.sentiment import BRIEF, LABELS, PRESETS, SentimentConfig
+from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import parse
 from ppo_jax.cli.sweep import make_settings, sweep
 from ppo_jax.data import assets
@@ -116,4 +118,4 @@ def make_shared(settings: SentimentConfig) -> Shared:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("experiments.sweep", main, resumable=True))

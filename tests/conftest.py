@@ -9,9 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# A shell ignores Ctrl-C for what it starts in the background, and so would all processes of the tests.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell ignores Ctrl-C for what it starts in the background, nohup a lost terminal: the tests' processes shall not.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Tests run tiny programs once: compiling them lightly, in one piece, is several times faster. XLA aborts on a flag it
 # does not know, so the flags are for the versions they were tried with.

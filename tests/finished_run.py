@@ -11,7 +11,6 @@ import numpy as np
 from ppo_jax.cli.ppo import PPOSettings
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.files.fingerprint import fingerprint_of
@@ -20,20 +19,11 @@ from ppo_jax.runs.output import config, rundir
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.state import init_state, key_stream
 from ppo_jax.types import PyTree
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
+from tests.small import SMALL
 
-MODEL = ModelConfig(
-    vocab_size=32,  # what the tokenizer has
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
+MODEL = dataclasses.replace(SMALL, intermediate_size=32, num_layers=3)
 LORA = AdapterConfig(kind="lora", layers=2, rank=4, alpha=10.0)
 
 

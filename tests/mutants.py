@@ -20,11 +20,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 KEPT = ("ppo_jax", "experiments", "tests", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "Makefile")
 NEAR = {
-    "ops": ["tests/ops"],
-    "train": ["tests/train"],
-    "rollout.py": ["tests/test_rollout.py"],
-    "rewards": ["tests/rewards/test_scores.py", "tests/rewards"],
-}
+    "ops": [["tests/ops"]],
+    "train": [["tests/train/test_ppo_experience.py", "tests/train/test_ppo_update.py", "tests/train/test_ppo.py",
+               "tests/train/test_adam.py", "tests/train/test_choices_of_steps.py"], ["tests/train"]],
+    "rollout.py": [["tests/test_rollout.py"]],
+    "rewards": [["tests/rewards/test_scores.py"], ["tests/rewards"]],
+}  # fmt: skip
 ALL = ["tests/ops", "tests/train", "tests/test_rollout.py", "tests/rewards", "tests/parity", "tests/test_defects.py"]
 ALL += ["tests/models", "tests/runs"]
 
@@ -82,7 +83,7 @@ def find_killer(tree: Path, mutant: Mutant) -> str | None:
         raise ValueError(f"{mutant.file} has {text.count(mutant.right)} places {mutant.right!r}; a mutant needs one")
     path.write_text(text.replace(mutant.right, mutant.wrong))
     try:
-        for chosen in (NEAR[mutant.file.split("/")[0]], ALL):
+        for chosen in (*NEAR[mutant.file.split("/")[0]], ALL):
             words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *chosen]
             done = subprocess.run(
                 words, cwd=tree, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True

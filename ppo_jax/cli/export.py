@@ -18,7 +18,7 @@ import tyro
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data.disk import make_directory, replaced_directory
 from ppo_jax.data.locks import hold_target
-from ppo_jax.models.files import families, hf, peft
+from ppo_jax.models.files import hf, peft
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import resolve
 from ppo_jax.models.files.tokenizer import save_tokenizer
@@ -105,13 +105,10 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
         if settings.format == "peft":
             peft.save(partial, found.adapter, model.config, base_name(found, settings))
             save_tokenizer(partial, model.tokenizer)
-            ids = {"bos": model.config.bos_token_id, "eos": families.eos_field(model.config)}
-            ids["pad"] = model.tokenizer.pad_token_id
-            text = json.dumps({f"{name}_token_id": value for name, value in ids.items() if value is not None}, indent=2)
-            (partial / "generation_config.json").write_text(text + "\n", encoding="utf-8")
         else:
             config = dataclasses.replace(model.config, dtype=settings.dtype)
             hf.save(partial, config, model.params, model.tokenizer, adapter=found.adapter, dtype=settings.dtype)
+        hf.write_generation(partial, model.config, model.tokenizer, model.generation)
         facts = card.Facts(
             title=target.name,
             format=settings.format,

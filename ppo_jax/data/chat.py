@@ -84,8 +84,8 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
 
     try:
         rendered = write(messages)
-    except MemoryError:
-        raise
+    except MemoryError as error:  # not to be taken for a mistake in the messages
+        raise MemoryError(f"{at}the tokenizer's chat template asks for more memory than there is") from error
     except Exception as error:  # the template is a program in a sandbox: it may add a list to a number, or recurse
         what = _find_refused(messages, write)
         raise ValueError(f"{at}the tokenizer's chat template refuses {what}: {error}") from error

@@ -123,7 +123,7 @@ class RunFacts(TypedDict, total=False):
 
 
 @_may_say_more
-class BestSoFar(TypedDict):
+class BestSoFar(TypedDict, total=False):
     step: Step
     metric: str
     value: Value

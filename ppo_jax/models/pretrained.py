@@ -1,10 +1,12 @@
 """A model with its tokenizer, ready to use."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ppo_jax.data.chat import read_template, turn_end
@@ -26,6 +28,7 @@ class Model(NamedTuple):
     params: PyTree
     tokenizer: Any
     fingerprint: str  # of the weight files: adapters only fit the base they were trained on
+    generation: Mapping[str, Any] = {}  # what generation_config.json says, for exports
 
     @property
     def base(self) -> Base:
@@ -44,7 +47,7 @@ class Model(NamedTuple):
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *(() if own is None else (int(own),))}))
 
-    def decode(self, ids: np.ndarray, special: bool = False) -> str:
+    def decode(self, ids: np.ndarray | jax.Array, special: bool = False) -> str:
         """Token ids of a response -> its text, by default without special tokens, as it stands behind the prompt's.
 
         Decoders of the SentencePiece kind drop the space before the first token of a text, and a response is not its
@@ -52,7 +55,7 @@ class Model(NamedTuple):
         is cut off again. (A tokenizer without a decoder only puts spaces between its tokens, and none before.)
         """
         read = partial(self.tokenizer.decode, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-        row = [int(token) for token in ids]
+        row = [int(token) for token in np.asarray(ids)]
         if getattr(self.tokenizer, "is_fast", False) and self.tokenizer.backend_tokenizer.decoder is None:
             return str(read(row))
         guard = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -79,4 +82,5 @@ def load_model(path: str | Path, options: ModelOptions | None = None, template: 
     end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files
     if end is not None and end not in config.eos_token_ids:
         config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
-    return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where))
+    generation = hf.read_generation(where) if where.is_dir() else {}
+    return Model(str(path), options.of(config), params, tokenizer, fingerprint_of(where), generation)

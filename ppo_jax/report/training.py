@@ -108,7 +108,7 @@ def constants(records: Records, phase: str = "ppo") -> list[tuple[str, str]]:
     for one in curves:
         values = [value for name in one.metrics for value in series(records, phase, name)[1]]
         if values and not _changes(records, phase, one):
-            rows.append((one.title, f"{series(records, phase, one.metrics[0])[1][0]:.4g} {one.unit}".strip()))
+            rows.append((one.title, f"{values[0]:.4g} {one.unit}".strip()))
     return rows
 
 

@@ -62,6 +62,11 @@ def saved_sources(sources: Sequence[str]) -> tuple[str, ...]:
     return tuple(NOT_SAVED if is_url(source) and not _is_plain(source) else source for source in sources)
 
 
+def hide_addresses(text: str) -> str:
+    """What is written of a text that may quote URLs: each as `saved_sources` would write it."""
+    return re.sub(r"https?://[^\s'\"<>]*", lambda found: saved_sources([found[0]])[0], text, flags=re.IGNORECASE)
+
+
 def named_sources(sources: Sequence[str]) -> str:
     """What is published of sources: no addresses, no paths."""
     return ", ".join("a service" if is_service(source) else Path(source).name for source in sources)

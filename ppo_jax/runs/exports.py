@@ -7,6 +7,7 @@ from typing import Any
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.artifacts import BEST, CRITIC, EMA, EXPORT, POLICY
 from ppo_jax.models.pretrained import Model
+from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError
 from ppo_jax.runs.output import rundir
@@ -85,3 +86,5 @@ def save_role(
 def write_model(path: Path, model: Model, adapter: PyTree) -> None:
     """Write base and adapter, merged tensor by tensor, as a Hugging Face directory. All processes call it."""
     hf.save(path, model.config, model.params, model.tokenizer, adapter=adapter, overwrite=True)
+    if model.generation and is_first():
+        hf.write_generation(path, model.config, model.tokenizer, model.generation)

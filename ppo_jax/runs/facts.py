@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 from ppo_jax.data.disk import strict
 from ppo_jax.models.adapters import Lora
 from ppo_jax.models.pretrained import Model
-from ppo_jax.rewards.addresses import saved_sources
+from ppo_jax.rewards.addresses import hide_addresses
 from ppo_jax.runs.checkpoints.checksums import array_sum
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.prompts import PromptSet
@@ -63,7 +62,7 @@ def command_line() -> str:
     script = Path(sys.argv[0]).name
     if script == "ppo-jax":  # the console command is a file that Python was given
         words = [script, *sys.argv[1:]]
-    words = [re.sub(r"https?:\S*", lambda found: saved_sources([found[0]])[0], word, flags=re.I) for word in words]
+    words = [hide_addresses(word) for word in words]
     return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
 
 

@@ -52,10 +52,10 @@ def start_or_resume(stage: Stage, state: Any) -> Start:
     if found is None:
         return Start(state, None, {})
     state, best, metric = found.state, dict(found.meta.get("best", {})), stage.loop.best_metric
-    if best and best["metric"] != metric:
+    if best and best.get("metric") != metric:
         stage.screen.message(
-            f"the best checkpoint was chosen by {best['metric']}, from here on by {metric or 'none'}; "
-            "earlier evaluations do not count"
+            f"the best checkpoint was chosen by {best.get('metric', 'something unknown')}, from here on by "
+            f"{metric or 'none'}; earlier evaluations do not count"
         )
         state, best = dataclasses.replace(state, best=jnp.full_like(state.best, -jnp.inf)), {}
     return Start(state, found.step, best)

@@ -43,7 +43,7 @@ class RewardConfig:
     depth: int = 0
     """The reward model reads this many layers of the base; 0 means all. Sentiment is as readable half-way up."""
     lora_layers: int = 6
-    """LoRA is carried by this many of the layers it reads, counted from the top; 0 trains the head alone."""
+    """LoRA is carried by at most this many of the layers it reads, counted from the top; 0 trains the head alone."""
     rank: int = 8
     """A LoRA update has this rank."""
     alpha: float = 16.0
@@ -88,12 +88,8 @@ class RewardConfig:
     def trunk(self, config: ModelConfig) -> ModelConfig:
         """The description of the base cut to the layers that the reward model reads."""
         depth = self.depth or config.num_layers
-        lora_layers = self.lora_layers if self.kind == "lora" else 0
-        if not max(1, lora_layers) <= depth <= config.num_layers:
-            raise ValueError(
-                f"reward model of depth={depth} with lora_layers={lora_layers} on a base of "
-                f"{config.num_layers} layers: need lora_layers <= depth <= layers"
-            )
+        if not 1 <= depth <= config.num_layers:
+            raise ValueError(f"reward.depth={depth}: the base has {config.num_layers} layers")
         return dataclasses.replace(config, num_layers=depth)
 
 
@@ -111,7 +107,7 @@ def init_role(key: PRNGKeyArray, config: ModelConfig, reward: RewardConfig, para
         whole = {name: value for name, value in params.items() if name != "unembedding"}
         adapter = init_full(whole | {"layers": layers})
     elif reward.lora_layers:
-        first = trunk.num_layers - reward.lora_layers
+        first = max(trunk.num_layers - reward.lora_layers, 0)
         adapter = init_lora(adapter_key, trunk, reward.rank, reward.alpha, first_layer=first)
     head = RewardHead().init(head_key, jnp.zeros((1, config.hidden_size)))["params"]
     return RewardRole(adapter, head)

@@ -84,6 +84,16 @@ def test_both_formats_write_our_greedy_text(step: int, run: Path, tmp_path: Path
     assert theirs(adapted, AutoTokenizer.from_pretrained(tmp_path / "adapter")) == expected
 
 
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_the_generation_config_of_the_base_survives_whole(form: str, run: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(run.parent / "model", tmp_path / "base"))
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1, "eos_token_id": [EOS]}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export(run, "--to", tmp_path / "m", "--model", base, "--format", form)
+    found = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert {name: found[name] for name in said} == said | {"eos_token_id": EOS}
+
+
 def test_what_lies_in_the_directories(run: Path, tmp_path: Path) -> None:
     for form, own in (
         ("merged", {"config.json", "model.safetensors"}),
@@ -104,7 +114,7 @@ def test_the_card_holds_the_facts_of_the_run(run: Path, tmp_path: Path) -> None:
     export(run, "--to", tmp_path / "m")
     card = (tmp_path / "m" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers" and front["base_model"] == str(run.parent / "model")
+    assert front["library_name"] == "transformers" and front["base_model"] == "model"
     model = run.parent / "model"
     for fact in (fingerprint_of(model), "| Seed | 7 |", "`rm`", "| reward | 0.375 |", "| kl | 1.25 |", "jax 0."):
         assert fact in card

@@ -209,7 +209,10 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
             "reward --model model --pairs sft.jsonl --run-dir x --reward.lora-layers 1",
             'sft.jsonl:1: unknown field "messages"',
         ),
-        ("reward --model model --pairs pairs.jsonl --run-dir x", "lora_layers=6 on a base of 2 layers"),
+        (
+            "reward --model model --pairs pairs.jsonl --run-dir x --reward.depth 3",
+            "reward.depth=3: the base has 2 layers",
+        ),
         ("generate", "nothing to answer"),
         ("generate --prompt a", "nobody to answer"),
         ("generate --model model --prompt a --temperature -1", "--temperature -1.0 must not be negative"),
@@ -238,7 +241,7 @@ def test_mistakes_of_a_ppo_run(trained: Path, mistake: Callable[[str], str]) -> 
     assert "use a multiple of 4" in mistake(whole + "--loop.batch-size 10")
     assert "--loop.batch-size 64, but prompts.jsonl leaves only 32" in mistake(whole)
     assert "nowhere does not exist" in (said := mistake(given.format("prompts.jsonl", "nowhere")))
-    assert "a reward model's directory, http://HOST:PORT/PATH, package.module:function" in said
+    assert "a reward model's directory, http://HOST:PORT/PATH (env:NAME" in said
     assert "is a policy" in mistake(given.format("prompts.jsonl", "ppo/export/policy"))
     assert "did you mean loop.updates?" in mistake_in_config(trained, mistake)
     other = mistake("ppo --model model --prompts prompts.jsonl --reward rm --run-dir x --loop.batch-size 8")

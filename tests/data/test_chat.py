@@ -131,9 +131,9 @@ def test_a_model_stops_where_its_template_ends_a_turn(tmp_path: Path) -> None:
 def test_rows_without_a_token_are_known_when_a_model_is_loaded(tmp_path: Path) -> None:
     """Those behind the last token, and a gap; of an id that the vocabulary by text leaves out the tokenizer knows."""
     tokenizer = make_tokenizer()
-    larger = dataclasses.replace(SMALL, vocab_size=40)
-    hf.save(tmp_path, larger, random_params(larger), tokenizer)
-    assert load_model(tmp_path).config == dataclasses.replace(larger, tokenless=((len(tokenizer), 40),))
+    wide = dataclasses.replace(SMALL, vocab_size=40)
+    hf.save(tmp_path, wide, random_params(wide), tokenizer)
+    assert load_model(tmp_path).config == dataclasses.replace(wide, tokenless=((len(tokenizer), 40),))
     assert rows_without_token(len(tokenizer), tokenizer) == ()
 
     class Gap:

@@ -11,27 +11,17 @@ import numpy as np
 import pytest
 
 from ppo_jax.data.jsonl import read_jsonl
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import hf
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.output import rundir
 from tests.checkpoints import read_arrays
-from tests.data.tokenizer import EOS, make_tokenizer
+from tests.data.tokenizer import make_tokenizer
 from tests.models.tiny import random_params
 from tests.processes import forks
 from tests.processes.forks import LIMIT
+from tests.small import SMALL
 
-MODEL = ModelConfig(
-    vocab_size=32,  # what the tokenizer has
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    eos_token_ids=(EOS,),
-)
+MODEL = SMALL
 REWARD = """
 import os
 def length(prompts, responses, metadata):

@@ -107,9 +107,14 @@ def left(stage: str, kind: str, config: MeshConfig) -> Left:
     return Left(read_jsonl(folder / rundir.METRICS), arrays, after, layout)
 
 
-CASES = [(stage, "lora", mesh) for stage in ("sft", "dpo", "reward") for mesh in MESHES] + [
-    (stage, kind, MIXED)
-    for stage, kind in [("sft", "full"), ("dpo", "full"), ("reward", "full"), ("reward", "ratings")]
+# The mesh of all three axes for every kind of each stage; those of one axis in `make test-all`.
+KINDS = [(stage, kind) for stage in ("sft", "dpo", "reward") for kind in ("lora", "full")] + [("reward", "ratings")]
+CASES: list = [(stage, kind, MIXED) for stage, kind in KINDS]
+CASES += [
+    pytest.param(stage, "lora", mesh, marks=pytest.mark.long)
+    for stage in ("sft", "dpo", "reward")
+    for mesh in MESHES
+    if mesh != MIXED
 ]
 
 

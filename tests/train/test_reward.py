@@ -103,10 +103,16 @@ def test_a_fresh_role_equals_the_base_and_touches_the_top_of_its_trunk():
     assert RewardConfig(lora_layers=3).trunk(CONFIG).num_layers == CONFIG.num_layers
 
 
-@pytest.mark.parametrize("fields", [{"depth": 4}, {"depth": 1, "lora_layers": 2}, {"lora_layers": 4}])
-def test_more_layers_than_there_are_is_an_error(fields: dict):
-    with pytest.raises(ValueError, match="lora_layers <= depth <= layers"):
-        RewardConfig(**{"lora_layers": 1} | fields).trunk(CONFIG)
+def test_more_layers_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="reward.depth=4: the base has 3 layers"):
+        RewardConfig(depth=4).trunk(CONFIG)
+
+
+@pytest.mark.parametrize(("depth", "first"), [(0, 0), (1, 0)])
+def test_lora_layers_is_at_most_the_depth(depth: int, first: int):
+    reward = RewardConfig(depth=depth, lora_layers=6)
+    fresh = init_role(jax.random.key(0), CONFIG, reward)
+    assert first_layer(fresh.adapter, reward.trunk(CONFIG)) == first
 
 
 @pytest.mark.parametrize(

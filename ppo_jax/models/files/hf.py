@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -176,7 +177,7 @@ def read_config(where: Path, dtype: Dtype = "float32") -> ModelConfig:
 
     Raises what `load` raises; the message names the file.
     """
-    file, generation = where / "config.json", where / "generation_config.json"
+    file, generation = where / "config.json", where / GENERATION
     try:
         config = families.config_from_hf(read_json(file), dtype)
     except FileNotFoundError:
@@ -275,12 +276,24 @@ def _split_into_files(
 
 def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
     if tokenizer is not None:
         save_tokenizer(where, tokenizer)
-        generation["pad_token_id"] = raw["pad_token_id"] = tokenizer.pad_token_id
-    write_json(where / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        raw["pad_token_id"] = tokenizer.pad_token_id
+    write_generation(where, config, tokenizer)
     write_json(where / "config.json", raw)
+
+
+def read_generation(where: Path) -> dict[str, Any]:
+    """What generation_config.json says; {} where there is none. Raises ValueError that names the file."""
+    file = where / GENERATION
+    return read_json(file) if file.is_file() else {}
+
+
+def write_generation(where: Path, config: ModelConfig, tokenizer: Any, kept: Mapping[str, Any] | None = None) -> None:
+    """Write generation_config.json: `kept`, that of the base, whole, with the tokens of this model and tokenizer."""
+    own = {"bos_token_id": config.bos_token_id, "eos_token_id": families.eos_field(config)}
+    own |= {} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
+    write_json(where / GENERATION, dict(kept or {}) | {name: value for name, value in own.items() if value is not None})
 
 
 def _write_weights(where: Path, files: dict[str, list[tensor_file.Entry]], source: tensor_file.Pieces) -> None:

@@ -61,10 +61,7 @@ def read_document(path: Path, step: int) -> dict[str, Any]:
     if wrong := manifests.malformed(document.get("manifest")):
         raise DamagedCheckpoint(f"{path / str(step)}: {wrong}")
     meta = document.get("meta")
-    known = dict(meta) if isinstance(meta, dict) else meta
-    if isinstance(known, dict) and known.get("best") == {}:
-        del known["best"]  # nothing was measured yet
-    if wrong := find_mistake(CheckpointMeta, known):
+    if wrong := find_mistake(CheckpointMeta, meta):
         raise DamagedCheckpoint(f"{path / str(step)}: its description (meta) is not one of a run: {wrong}")
     return document
 

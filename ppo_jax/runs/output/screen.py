@@ -26,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ppo_jax.rewards.addresses import hide_addresses
 from ppo_jax.runs.output.streams import unbreakable
 
 # What is shown, in this order, with its label and format; a phase that has none of these shows what it has.
@@ -186,7 +187,7 @@ class Screen:
         if self.log is not None:
             with self.plain.capture() as captured:
                 self.plain.print(what, **how)
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {captured.get()}"
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {hide_addresses(captured.get())}"
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line)
 

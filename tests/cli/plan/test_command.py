@@ -327,7 +327,7 @@ def test_a_platform_that_is_not_there_is_named_and_another_compiled(tiny: str) -
         tiny, "v5e:2x4", batch=8, prompt_length=64, response_length=64, ppo=ONE, mesh=MeshConfig(fsdp=4, tensor=2)
     )
     if not HAVE_LIBTPU:
-        with pytest.raises(ValueError, match=r"needs libtpu: pip install 'ppo_jax\[tpu\]'.*--topology cpu:8"):
+        with pytest.raises(ValueError, match=r"needs libtpu: pip install 'jax\[tpu\].*--topology cpu:8"):
             compile_program("scoring", tpu)
         tpu = dataclasses.replace(tpu, topology="cpu:8")
     report = make_plan(dataclasses.replace(tpu, programs=("scoring",)), compile_program, lambda text: None)

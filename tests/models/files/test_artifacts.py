@@ -65,11 +65,11 @@ def save(path: Path, kind: artifacts.Kind = "policy", adapter: PyTree = LORA, he
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_round_trip_is_bitwise(name: str, tmp_path: Path) -> None:
     adapter = ADAPTERS[name]
-    path = save(tmp_path / "policy", adapter=adapter, meta={"accuracy": 0.75, "steps": [1, 2]})
+    path = save(tmp_path / "policy", adapter=adapter, meta={"accuracy": 0.75, "stages": [1, 2]})
     again = artifacts.load(path, "policy")
     assert jax.tree.structure(again.adapter) == jax.tree.structure(adapter)  # Lora's static scale included
     assert same_leaves(again.adapter, adapter) and same_leaves(again.head, VALUE)
-    assert again.meta == {"accuracy": 0.75, "steps": [1, 2]}
+    assert again.meta == {"accuracy": 0.75, "stages": [1, 2]}
     assert (again.kind, again.base, again.fingerprint) == ("policy", "some/model", "f" * 64)
     artifacts.check_base(again, "f" * 64, CONFIG)
 

@@ -198,9 +198,10 @@ def test_what_can_be_written_of_an_evaluation_is_not_written_twice(tmp_path: Pat
 
 def test_facts_are_added_to_those_that_are_there(tmp_path: Path):
     assert rundir.read_facts(tmp_path) == {}
-    rundir.add_facts(tmp_path, sessions=[1], held_out=4)
+    session = {"command": "ppo-jax ppo", "commit": None}
+    rundir.add_facts(tmp_path, sessions=[session], held_out=4)
     rundir.add_facts(tmp_path, held_out=5, reward_accuracy=float("nan"))
-    assert rundir.read_facts(tmp_path) == {"sessions": [1], "held_out": 5, "reward_accuracy": None}
+    assert rundir.read_facts(tmp_path) == {"sessions": [session], "held_out": 5, "reward_accuracy": None}
 
 
 def test_a_readme_of_somebody_else_stays(tmp_path: Path):

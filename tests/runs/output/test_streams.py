@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,32 +102,28 @@ def test_closed_streams_are_not_given_to_the_next_file(tmp_path: Path) -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
+def exit_code(kind: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the command ends with where standard output is a stream of that kind."""
+    with stream(kind) as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        try:
+            return cli.main(words)
+        except SystemExit as leaving:
+            return leaving.code
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["sft", "--help"]])
 def test_help_that_cannot_be_written_is_one_line_and_1(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with stream("full") as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        try:
-            code = cli.main(words)
-        except SystemExit as leaving:
-            code = leaving.code  # type: ignore[assignment]
-        monkeypatch.undo()
-    assert code == cli.FAILED
+    assert exit_code("full", words, monkeypatch) == cli.FAILED
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
 
 
 @pytest.mark.parametrize("words", [["--help"], ["sft", "--help"]])
 def test_help_whose_reader_has_seen_enough(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with stream("nobody") as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        try:
-            code = cli.main(words)
-        except SystemExit as leaving:
-            code = leaving.code  # type: ignore[assignment]
-        monkeypatch.undo()
-    assert code == 0
+    assert exit_code("nobody", words, monkeypatch) == 0
 
 
 COMMAND = str(Path(sys.executable).with_name("ppo-jax"))
