@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ def find(
     where = Path(run).expanduser()
     found, chosen = _stored(where, step), template or _named_template(where)
     if found is None:
-        return _from_checkpoint(where, step, model, partial(load_model, options=options, template=chosen))
+        return _from_checkpoint(where, step, model, lambda name: load_model(name, options, chosen))
     try:
         base = load_model(model or found.base, options, chosen)
     except FileNotFoundError as error:
