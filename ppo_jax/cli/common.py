@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ppo_jax.data import TooLong
+from ppo_jax.data import DatasetOptions, TooLong
 from ppo_jax.data.chat import use_date
 from ppo_jax.data.disk import replace_file
 from ppo_jax.models.config import ModelOptions
@@ -25,8 +25,10 @@ from ppo_jax.rewards.addresses import saved_sources
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
+from ppo_jax.runs.prompts import Split
 from ppo_jax.train.offline import OfflineConfig
 
+SHOWN = ("columns", "max_samples", "more", "weights")  # of the options of data, in --help
 S = TypeVar("S", bound=Any)
 
 
@@ -41,6 +43,10 @@ class RunSettings:
     """This number seeds the order of the data, sampling and initialisation."""
     too_long: TooLong = "error"
     """A text longer than allowed is an error, is truncated from the left, or is dropped."""
+    chat_template: Path | None = None
+    """This file's chat template (Jinja) takes the place of the tokenizer's own, also in what is exported."""
+    dataset: DatasetOptions = DatasetOptions()
+    """These options say how the files of data are read, mixed and held out."""
     compute: ModelOptions = ModelOptions()
     """These options trade memory against speed when the model is run."""
     mesh: MeshConfig = MeshConfig()
@@ -141,6 +147,12 @@ def tell(screen: Screen, notice: str) -> None:
     """Say a notice, if there is one."""
     if notice:
         screen.message(notice)
+
+
+def tell_found(screen: Screen, split: Split) -> None:
+    """Say what the files held, and what was held out of it."""
+    for line in (*split.found, split.notice):
+        tell(screen, line)
 
 
 def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:

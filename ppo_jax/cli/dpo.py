@@ -6,7 +6,7 @@ from pathlib import Path
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import read_pairs
+from ppo_jax.data import DatasetOptions
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
@@ -15,7 +15,7 @@ from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dpo import encode, run_dpo
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import check_room, make_mixture, read_split, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.dpo import DPOConfig
@@ -29,8 +29,8 @@ class DPOSettings(RunSettings):
     model: str
     """Base and reference are this Hugging Face directory, name on the hub, or .gguf file."""
     pairs: Path
-    """This file holds preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt". Margins are not
-    used."""
+    """This file holds preferences: objects {"chosen", "rejected"}, optionally "prompt", or others' forms. Margins are
+    not used."""
     run_dir: Path = Path("runs/dpo")
     """All results of the run go into this directory."""
     max_length: int = 512
@@ -55,8 +55,9 @@ BRIEF = Brief(
     {
         DPOSettings: (
             *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "dpo", "loop", "resume"),
+            *("chat_template", "dataset", "compute", "adapter", "dpo", "loop", "resume"),
         ),
+        DatasetOptions: common.SHOWN,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         DPOConfig: ("epochs", "batch_size", "accumulate", "learning_rate", "beta"),
@@ -73,8 +74,8 @@ def dpo(settings: DPOSettings) -> None:
 
 
 def _dpo(settings: DPOSettings) -> None:
-    model = load_model(settings.model, settings.compute)
-    split = split_held_out(read_pairs(settings.pairs), settings.held_out, settings.seed, "pairs")
+    model = load_model(settings.model, settings.compute, settings.chat_template)
+    split = read_split("preference pairs", settings.pairs, settings.dataset, settings.held_out, settings.seed, "pairs")
     train, held_out = (
         encode(part, model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
@@ -87,15 +88,16 @@ def _dpo(settings: DPOSettings) -> None:
     with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
-        common.tell(screen, split.notice)
+        common.tell_found(screen, split)
         task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
         title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
         summary = common.describe_run(settings, title, task, measured_on=measured_on)
         common.begin_report(directory, summary)
         config = common.repeatable_yaml(settings)
         setup = OfflineSetup(
-            model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config
-        )
+            model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config,
+            mix=make_mixture(settings.dataset, split.training, train.encoded.kept),
+        )  # fmt: skip
         result = run_dpo(directory, setup, screen, settings.resume)
         page = common.write_report(directory, summary, before=result.before, after=result.after)
         screen.message(

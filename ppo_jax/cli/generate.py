@@ -69,6 +69,8 @@ class GenerateSettings:
     """A prompt may have at most this many tokens."""
     too_long: TooLong = "error"
     """A prompt longer than allowed is an error, is truncated from the left, or is dropped."""
+    chat_template: Path | None = None
+    """This file's chat template (Jinja) takes the place of the tokenizer's own."""
     compute: ModelOptions = ModelOptions()
     """These options trade memory against speed when the model is run."""
     mesh: MeshConfig = MeshConfig()
@@ -201,8 +203,10 @@ def _policy(settings: GenerateSettings) -> tuple[Model, Policy]:
             raise ValueError("--step chooses an update of a run; give RUN too")
         if settings.model is None:
             raise ValueError("nobody to answer: give a run, --model, or both")
-        return (model := load_model(settings.model, settings.compute)), Policy({}, _no_values(model))
-    found = trained.find(run, settings.step, settings.model, settings.compute)
+        return (model := load_model(settings.model, settings.compute, settings.chat_template)), Policy(
+            {}, _no_values(model)
+        )
+    found = trained.find(run, settings.step, settings.model, settings.compute, settings.chat_template)
     return found.model, Policy(found.adapter, found.head or _no_values(found.model))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.cli.common import (
+    SHOWN,
     RunSettings,
     begin_report,
     describe_run,
@@ -13,11 +14,12 @@ from ppo_jax.cli.common import (
     repeatable_yaml,
     report_long_texts,
     tell,
+    tell_found,
     use_run_date,
     write_report,
 )
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import encode_sft, read_prompts, read_sft
+from ppo_jax.data import DatasetOptions, encode_sft, read_sft
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT, MODEL
@@ -37,7 +39,7 @@ from ppo_jax.runs.output.config import from_yaml, to_yaml
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
-from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, encode_prompt_set, make_mixture, read_split, too_few_rows
 from ppo_jax.runs.setup import Result, Setup, with_stops
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
@@ -53,7 +55,7 @@ class PPOSettings(RunSettings):
     model: str
     """Base and reference are this Hugging Face directory, name on the hub, or .gguf file."""
     prompts: Path
-    """This file holds prompts, a JSON object per line: {"prompt"} or {"messages"}, optionally "metadata"; .txt: a
+    """This file holds prompts: objects {"prompt"} or {"messages"}, optionally "metadata", or others' forms; .txt: a
     prompt per line."""
     reward: tuple[str, ...]
     """The reward is a reward model's directory, http://HOST:PORT/PATH (or env:NAME, file:PATH: the URL is there),
@@ -89,8 +91,9 @@ BRIEF = Brief(
     {
         PPOSettings: (
             *("model", "prompts", "reward", "run_dir", "max_prompt", "seed", "resume", "overwrite"),
-            *("compute", "policy", "ppo", "hyper", "loop"),
+            *("chat_template", "dataset", "compute", "policy", "ppo", "hyper", "loop"),
         ),
+        DatasetOptions: SHOWN,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         PPOConfig: ("sampling", "epochs", "num_minibatches", "accumulate", "advantage", "group_size"),
@@ -111,14 +114,15 @@ def ppo(settings: PPOSettings) -> None:
 
 
 def _ppo(settings: PPOSettings) -> None:
-    model = load_model(settings.model, settings.compute)
+    model = load_model(settings.model, settings.compute, settings.chat_template)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
-    setup, notice, long = make_setup(settings, model, chosen)
+    setup, split, long = make_setup(settings, model, chosen)
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
-        for line in (notice, *chosen.notices):
+        tell_found(screen, split)
+        for line in chosen.notices:
             tell(screen, line)
         summary = summarise(settings, setup)
         begin_report(directory, summary)
@@ -129,10 +133,10 @@ def _ppo(settings: PPOSettings) -> None:
         screen.message(f"the model is at {exported}; report: {path}")
 
 
-def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, str, int]:
-    """Read, cut and encode what a run is about; also return a notice of the held-out, and how many were too long."""
+def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, Split, int]:
+    """Read, cut and encode what a run is about; also return what was read, and how many were too long."""
     sampling = with_stops(settings.ppo.sampling, model)
-    split = split_held_out(read_prompts(settings.prompts), settings.held_out, settings.seed)
+    split = read_split("prompts", settings.prompts, settings.dataset, settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
         encode_prompt_set(part, model, settings.max_prompt, settings.too_long)
         for part in (split.training, split.measured)
@@ -156,8 +160,9 @@ def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Set
         pretrain=_pretraining(settings, model),
         reward=reward,
         config=repeatable_yaml(settings),
+        mix=make_mixture(settings.dataset, split.training, prompts.kept),
     )
-    return setup, split.notice, long + long_too
+    return setup, split, long + long_too
 
 
 def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
@@ -182,18 +187,19 @@ def sweep_task() -> Task:
     """Describe `ppo-jax ppo` to a sweep: base and reward are loaded once for all runs that name the same."""
 
     @functools.lru_cache(maxsize=2)
-    def load(name: str, compute: ModelOptions) -> Model:
-        return load_model(name, compute)
+    def load(name: str, compute: ModelOptions, template: Path | None) -> Model:
+        return load_model(name, compute, template)
 
     @functools.lru_cache(maxsize=2)
-    def choose(reward: tuple[str, ...], scoring: str, name: str, compute: ModelOptions, sampling: Sampling) -> Reward:
-        model = load(name, compute)
+    def choose(reward: tuple[str, ...], scoring: str, load_from: tuple[Any, ...], sampling: Sampling) -> Reward:
+        model = load(*load_from)
         options = from_yaml(RewardOptions, scoring)
         return choose_reward(reward, options, model, with_stops(sampling, model).stop_ids)
 
     def setup(settings: PPOSettings) -> Setup:
-        model, scoring = load(settings.model, settings.compute), to_yaml(settings.scoring)
-        chosen = choose(settings.reward, scoring, settings.model, settings.compute, settings.ppo.sampling)
+        where = (settings.model, settings.compute, settings.chat_template)
+        model, scoring = load(*where), to_yaml(settings.scoring)
+        chosen = choose(settings.reward, scoring, where, settings.ppo.sampling)
         return make_setup(settings, model, chosen)[0]
 
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:

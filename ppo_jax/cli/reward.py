@@ -1,7 +1,7 @@
 """`ppo-jax reward` and `ppo-jax export-reward`: the files of preferences -> a reward model -> its report."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from ppo_jax.cli import common
 from ppo_jax.cli.common import RunSettings
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import encode_pairs, read_pairs, read_sft
+from ppo_jax.data import DatasetOptions, EncodedPairs, encode_pairs, read_sft
+from ppo_jax.data.batches import Mixture
 from ppo_jax.data.disk import make_directory
 from ppo_jax.data.encode import encode_choices, encode_ratings
+from ppo_jax.data.forms import Stage
 from ppo_jax.data.locks import hold_target
-from ppo_jax.data.records import RatingRecord, read_choices, read_ratings
+from ppo_jax.data.records import RatingRecord
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel.processes import is_first
@@ -21,7 +23,7 @@ from ppo_jax.rewards import loading
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import Screen, progress
-from ppo_jax.runs.prompts import Split, check_room, split_held_out
+from ppo_jax.runs.prompts import Split, check_room, make_mixture, read_split
 from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sweep.task import Task
@@ -38,7 +40,8 @@ class RewardSettings(RunSettings):
     """The base is this Hugging Face directory, name on the hub, or .gguf file. A LoRA reward model only fits PPO on the
     same base."""
     pairs: Path | None = None
-    """This file holds preferences, a JSON object per line: {"chosen", "rejected"}, optionally "prompt" and "margin"."""
+    """This file holds preferences: objects {"chosen", "rejected"}, optionally "prompt" and "margin", or others'
+    forms."""
     ratings: Path | None = None
     """This file holds {"response", "rating"} instead, optionally "prompt"; all responses of a batch are compared with
     one another."""
@@ -84,8 +87,9 @@ BRIEF = Brief(
     {
         RewardSettings: (
             *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
-            *("overwrite", "compute", "reward", "loop", "resume"),
+            *("overwrite", "chat_template", "dataset", "compute", "reward", "loop", "resume"),
         ),
+        DatasetOptions: common.SHOWN,
         ModelOptions: ("dtype",),
         RewardConfig: ("kind", "depth", "lora_layers", "rank", "batch_size", "epochs", "learning_rate"),
         OfflineLoop: ("eval_every", "checkpoint_every"),
@@ -114,9 +118,9 @@ def reward(settings: RewardSettings) -> None:
 
 
 def _reward(settings: RewardSettings) -> None:
-    model = load_model(settings.model, settings.compute)
+    model = load_model(settings.model, settings.compute, settings.chat_template)
     settings.reward.trunk(model.config)  # raises before the directory is touched
-    train, held_out, split, where = _data(settings, model)
+    train, held_out, split, where, mix = _data(settings, model)
     reference = _reference(settings, model)
     for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
         check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
@@ -127,13 +131,13 @@ def _reward(settings: RewardSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
-        common.tell(screen, split.notice)
+        common.tell_found(screen, split)
         task = f"Base: {settings.model}. Preferences: {where.name}."
         summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
         common.begin_report(directory, summary)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
-            config=common.repeatable_yaml(settings),
+            config=common.repeatable_yaml(settings), mix=mix,
         )  # fmt: skip
         result = run_reward(directory, setup, screen, settings.resume)
         table = [bucket._asdict() for bucket in result.calibration]
@@ -164,6 +168,7 @@ class _Data(NamedTuple):
     measured: Data
     split: Split
     path: Path
+    mix: Mixture | None
 
 
 def _data(settings: RewardSettings, model: Model) -> _Data:
@@ -171,23 +176,27 @@ def _data(settings: RewardSettings, model: Model) -> _Data:
     encode: Callable[..., Any]
     if settings.pairs is not None:
         path, encode = settings.pairs, partial(encode_pairs, eos=False)
-        split: Split = _split(read_pairs(path), "pairs", settings)
+        split = _split("preference pairs", path, "pairs", settings)
     elif settings.ratings is not None:
         path, encode = settings.ratings, encode_ratings
-        split = _split(read_ratings(path), "ratings", settings)
+        split = _split("ratings", path, "ratings", settings)
     else:
         assert settings.choices is not None
         path, encode = settings.choices, encode_choices
-        split = _split(read_choices(path), "choices", settings)
+        split = _split("choices", path, "choices", settings)
     training, measured = (
         encode(part, model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
-    return _Data(training, measured, split, path)
+    kept = training.kept if isinstance(training, EncodedPairs) else ()
+    mix = make_mixture(settings.dataset, split.training, kept)
+    return _Data(training, measured, split, path, mix)
 
 
-def _split(records: Sequence[Any], what: str, settings: RewardSettings) -> Split:
-    return split_held_out(records, settings.held_out, settings.seed, what)
+def _split(stage: Stage, path: Path, what: str, settings: RewardSettings) -> Split:
+    if settings.dataset.weights and stage != "preference pairs":
+        raise ValueError(f"--dataset.weights are for --pairs: {what} of several files are taken together, unweighted")
+    return read_split(stage, path, settings.dataset, settings.held_out, settings.seed, what)
 
 
 def _reference(settings: RewardSettings, model: Model) -> list[list[int]]:

@@ -1,10 +1,12 @@
 """`ppo-jax sft`: demonstrations -> token rows -> supervised fine-tuning in a run directory."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ppo_jax.cli.common import (
+    SHOWN,
     RunSettings,
     begin_report,
     describe_micro_batch,
@@ -12,15 +14,16 @@ from ppo_jax.cli.common import (
     open_directory,
     repeatable_yaml,
     report_long_texts,
-    tell,
+    tell_found,
     use_run_date,
     use_run_mesh,
     write_report,
 )
 from ppo_jax.cli.parse import Brief
-from ppo_jax.data import encode_sft, read_sft
+from ppo_jax.data import DatasetOptions, encode_sft
 from ppo_jax.data.encode import expand_turns
 from ppo_jax.data.records import identities
+from ppo_jax.data.turns import encode_turns
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.pretrained import load_model
@@ -28,7 +31,7 @@ from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import Split, check_room, split_held_out, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, make_mixture, read_split, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.runs.sweep.task import Task
@@ -41,16 +44,17 @@ class SFTSettings(RunSettings):
     """Teach a model to write the responses of demonstrations; the result is RUN_DIR/export/model."""
 
     data: Path
-    """This file holds demonstrations, a JSON object per line: {"prompt", "response"}, {"messages"} or {"text"}; .txt:
-    texts."""
+    """This file holds demonstrations: objects {"prompt", "response"}, {"messages"} or {"text"}, or others' forms;
+    .txt: texts."""
     run_dir: Path = Path("runs/sft")
     """All results of the run go into this directory."""
     max_length: int = 512
     """A demonstration may have at most this many tokens."""
     held_out: int = 64
     """This many demonstrations are kept apart to measure on, at most a fifth; if none, the training ones are used."""
-    turns: Literal["last", "all"] = "last"
-    """This answer of a conversation is learnt: the last one; or all are, each as a demonstration of its own."""
+    turns: Literal["last", "all", "together"] = "last"
+    """This answer of a conversation is learnt: the last one; or all are, each as a demonstration of its own; or all
+    together in one row."""
     adapter: AdapterConfig = AdapterConfig()
     """These options say which parameters are trained."""
     sft: SFTConfig = SFTConfig()
@@ -69,8 +73,9 @@ BRIEF = Brief(
     {
         SFTSettings: (
             *("model", "data", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("compute", "adapter", "sft", "loop", "resume"),
+            *("chat_template", "dataset", "compute", "adapter", "sft", "loop", "resume"),
         ),
+        DatasetOptions: SHOWN,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         SFTConfig: ("epochs", "batch_size", "accumulate", "learning_rate"),
@@ -87,8 +92,10 @@ def sft(settings: SFTSettings) -> None:
 
 def split_demonstrations(settings: SFTSettings) -> Split:
     """What the file holds, for training and apart; with `turns` "all" every answer of it."""
-    split = split_held_out(read_sft(settings.data), settings.held_out, settings.seed, "demonstrations")
-    if settings.turns == "last":
+    split = read_split(
+        "demonstrations", settings.data, settings.dataset, settings.held_out, settings.seed, "demonstrations"
+    )
+    if settings.turns != "all":
         return split
     training, measured = expand_turns(split.training), expand_turns(split.measured)
     if split.kind == "held-out":  # two conversations may begin alike
@@ -98,10 +105,11 @@ def split_demonstrations(settings: SFTSettings) -> Split:
 
 
 def _sft(settings: SFTSettings) -> None:
-    model = load_model(settings.model, settings.compute)
+    model = load_model(settings.model, settings.compute, settings.chat_template)
     split = split_demonstrations(settings)
+    encode: Callable[..., Any] = encode_turns if settings.turns == "together" else encode_sft
     train, held_out = (
-        encode_sft(part, model.tokenizer, settings.max_length, settings.too_long)
+        encode(part, model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
     check_room(model, [*train.rows, *held_out.rows])
@@ -110,15 +118,16 @@ def _sft(settings: SFTSettings) -> None:
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
-        tell(screen, split.notice)
+        tell_found(screen, split)
         task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
         measured_on = f"{split.kind} demonstrations"
         summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)
         begin_report(directory, summary)
         config = repeatable_yaml(settings)
         setup = OfflineSetup(
-            model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config
-        )
+            model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config,
+            mix=make_mixture(settings.dataset, split.training, train.kept),
+        )  # fmt: skip
         result = run_sft(directory, setup, screen, settings.resume)
         page = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(

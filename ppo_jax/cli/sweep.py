@@ -12,12 +12,12 @@ import tyro
 from ppo_jax.cli.common import read_date
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data.chat import use_date
+from ppo_jax.data.extras import install_line
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.output import config
-from ppo_jax.runs.output.extras import install_line
 from ppo_jax.runs.sweep.command import SETTINGS, delete_sweep, plan_sweep, run_sweep, show_plan
 from ppo_jax.runs.sweep.plan import SweepConfig
 from ppo_jax.runs.sweep.task import Task

@@ -12,9 +12,12 @@ from ppo_jax.data.encode import (
     encode_sft,
 )
 from ppo_jax.data.lines import Text
-from ppo_jax.data.records import PairRecord, PromptRecord, SFTRecord, read_pairs, read_prompts, read_sft
+from ppo_jax.data.options import DatasetOptions
+from ppo_jax.data.reading import read_pairs, read_prompts, read_sft
+from ppo_jax.data.records import PairRecord, PromptRecord, SFTRecord
 
 __all__ = [
+    "DatasetOptions",
     "EncodedPairs",
     "EncodedPrompts",
     "EncodedSFT",

@@ -40,6 +40,13 @@ class SFTBatch(NamedTuple):
     index: Int[np.ndarray, " B"]  # type: ignore[assignment]  # hides tuple.index
 
 
+class Mixture(NamedTuple):
+    """How several files are mixed: of `batch_size` x n rows each gets its share, up to one row, at every n."""
+
+    members: Sequence[int]  # of each row, the number of its file
+    weights: Sequence[float]  # of each file
+
+
 def left_pad(rows: Rows, length: int, pad_id: int) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
     """Put rows of token ids at the right end of `length` slots; the mask is True on them.
 
@@ -55,23 +62,25 @@ def right_pad(rows: Rows, length: int, pad_id: int) -> tuple[Int[np.ndarray, "B 
 
 
 def prompt_batches(
-    rows: Rows, batch_size: int, seed: int, pad_id: int, length: int | None = None
+    rows: Rows, batch_size: int, seed: int, pad_id: int, length: int | None = None, mix: Mixture | None = None
 ) -> "grain.MapDataset[Prompts]":
     """Batch prompts, left-padded; `Prompts.index` is the row's place in `rows`. The arrays are numpy's.
 
     Args:
       length: P, the number of prompt slots; the longest row by default. The same in every batch, so that nothing
         is compiled twice.
+      mix: the shares of the files that the rows are of; each is gone through in epochs of its own. None: rows of all
+        files count alike.
 
     Raises:
-      ValueError: there are fewer rows than `batch_size`, or a row does not fit.
+      ValueError: there are fewer rows than `batch_size`, or a row does not fit; or a file of `mix` has no row left.
     """
     tokens, mask = left_pad(rows, length or max(map(len, rows), default=0), pad_id)
 
     def batch(index: Int[np.ndarray, " B"]) -> Prompts:
         return Prompts(tokens[index], mask[index], index)  # type: ignore[arg-type]  # numpy until it is on the device
 
-    return _by_step(len(rows), batch_size, seed, "prompts", batch)
+    return _by_step(len(rows), batch_size, seed, "prompts", batch, mix)
 
 
 def pair_batches(
@@ -81,6 +90,7 @@ def pair_batches(
     batch_size: int,
     seed: int,
     pad_id: int,
+    mix: Mixture | None = None,
 ) -> "grain.MapDataset[PairBatch]":
     """Batch preferences, padded to the longest row. Raises: as `prompt_batches`."""
     both = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
@@ -93,7 +103,7 @@ def pair_batches(
         better, worse = (right_pad([side[i] for i in index], length, pad_id) for side in (chosen, rejected))
         return PairBatch(*better, *worse, margin[index], index)
 
-    return _by_step(len(both), batch_size, seed, "pairs", batch)
+    return _by_step(len(both), batch_size, seed, "pairs", batch, mix)
 
 
 def sft_batches(
@@ -102,8 +112,14 @@ def sft_batches(
     batch_size: int,
     seed: int,
     pad_id: int,
+    masks: Sequence[Sequence[bool]] | None = None,
+    mix: Mixture | None = None,
 ) -> "grain.MapDataset[SFTBatch]":
-    """Batch demonstrations, rows[i][starts[i]:] being the response. Arguments and errors as `pair_batches`."""
+    """Batch demonstrations, rows[i][starts[i]:] being the response. Other arguments and errors as `prompt_batches`.
+
+    Args:
+      masks: where they are given, the tokens of rows[i] that are learnt, in place of starts[i].
+    """
     # Nothing stands before the first token, so it cannot be predicted.
     first = np.asarray([max(start, 1) for _, start in zip(rows, starts, strict=True)], np.int32)
     length = max(map(len, rows), default=0)
@@ -111,9 +127,12 @@ def sft_batches(
     def batch(index: Int[np.ndarray, " B"]) -> SFTBatch:
         tokens, mask = right_pad([rows[i] for i in index], length, pad_id)
         loss_mask = mask & (np.arange(tokens.shape[1]) >= first[index, None])
+        if masks is not None:
+            for place, i in enumerate(index):
+                loss_mask[place, : len(rows[i])] &= np.asarray(masks[i], bool)
         return SFTBatch(tokens, mask, loss_mask, index)
 
-    return _by_step(len(rows), batch_size, seed, "demonstrations", batch)
+    return _by_step(len(rows), batch_size, seed, "demonstrations", batch, mix)
 
 
 def _pad(rows: Rows, length: int, pad_id: int, left: bool) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
@@ -128,7 +147,12 @@ def _pad(rows: Rows, length: int, pad_id: int, left: bool) -> tuple[Int[np.ndarr
 
 
 def _by_step(
-    rows: int, batch_size: int, seed: int, what: str, batch: Callable[[Int[np.ndarray, " B"]], Batch]
+    rows: int,
+    batch_size: int,
+    seed: int,
+    what: str,
+    batch: Callable[[Int[np.ndarray, " B"]], Batch],
+    mix: Mixture | None,
 ) -> "grain.MapDataset[Batch]":
     """Make the endless data set whose entry `step` is `batch(the rows of that step)`."""
     if not 1 <= batch_size <= rows:
@@ -137,5 +161,16 @@ def _by_step(
         raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1")
     import grain  # half a second, needed by those only who train
 
-    order = grain.MapDataset.source(range(rows)).seed(seed).shuffle().repeat()
+    if mix is None:
+        order = grain.MapDataset.source(range(rows)).seed(seed).shuffle().repeat()
+    else:
+        parts = [[i for i, member in enumerate(mix.members) if member == number] for number in range(len(mix.weights))]
+        for number, part in enumerate(parts, start=1):
+            if not part:
+                raise ValueError(f"of file {number} of {len(parts)} there are no {what} left to mix in")
+        epochs = [
+            grain.MapDataset.source(part).seed((seed + number) % 2**32).shuffle().repeat()
+            for number, part in enumerate(parts)
+        ]
+        order = grain.MapDataset.mix(epochs, mix.weights)
     return order.batch(batch_size).map(lambda index: batch(np.asarray(index, np.int32)))

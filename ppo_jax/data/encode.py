@@ -7,8 +7,8 @@ begins with the very tokens that the policy is given to continue (`data.tokens`)
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from ppo_jax.data.chat import end_ids, render, turn_end, write_answer
-from ppo_jax.data.lines import Text
+from ppo_jax.data.chat import TOOLS, end_ids, render, turn_end, write_answer
+from ppo_jax.data.lines import Message, Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
 from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
 
@@ -72,8 +72,8 @@ def encode_prompts(
     for row, name in zip(rows, names, strict=True):
         if row == bos:
             raise ValueError(f"{name}: the prompt has no tokens")
-    kept, count = _limit([len(row) for row in rows], max_length, too_long, names)
-    return EncodedPrompts([_cut(rows[i], max_length, bos) for i in kept], kept, count)
+    kept, count = limit_rows([len(row) for row in rows], max_length, too_long, names)
+    return EncodedPrompts([cut_row(rows[i], max_length, bos) for i in kept], kept, count)
 
 
 def encode_pairs(
@@ -89,7 +89,7 @@ def encode_pairs(
     for rows, name in zip(sides, ("chosen", "rejected"), strict=True):
         rows += _answered([(*_asked(r.prompt, getattr(r, name)), r.where) for r in records], tokenizer, eos)
     lengths = [max(len(a), len(b)) for (a, _), (b, _) in zip(*sides, strict=True)]
-    kept, count = _limit(lengths, max_length, too_long, [record.where for record in records])
+    kept, count = limit_rows(lengths, max_length, too_long, [record.where for record in records])
     pairs = [_cut_alike([sides[0][i], sides[1][i]], max_length, bos) for i in kept]
     chosen, rejected = ([pair[side][0] for pair in pairs] for side in (0, 1))
     starts = [(pair[0][1], pair[1][1]) for pair in pairs]
@@ -106,8 +106,8 @@ def expand_turns(records: Sequence[SFTRecord]) -> list[SFTRecord]:
     for record in records:
         messages = record.prompt if isinstance(record.prompt, list) else []
         for place, message in enumerate(messages):
-            if place and message["role"] == "assistant":
-                expanded.append(record._replace(prompt=messages[:place], response=message["content"]))
+            if message["role"] == "assistant" and any(earlier["role"] != TOOLS for earlier in messages[:place]):
+                expanded.append(record._replace(prompt=messages[:place], response=_answer_of(message)))
         expanded.append(record)
     return expanded
 
@@ -122,7 +122,7 @@ def encode_sft(
     """
     bos = leading_bos(tokenizer)
     both = _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, True)
-    kept, count = _limit([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
+    kept, count = limit_rows([len(row) for row, _ in both], max_length, too_long, [r.where for r in records])
     rows, starts = [], []
     for i in kept:
         row, start = both[i]
@@ -131,16 +131,21 @@ def encode_sft(
             raise ValueError(
                 f"{records[i].where}: the response alone has {len(row) - start} tokens, there is room for {room}"
             )
-        rows.append(_cut(row, max_length, bos))
+        rows.append(cut_row(row, max_length, bos))
         starts.append(start - (len(row) - len(rows[-1])))
     return EncodedSFT(rows, starts, kept, count)
 
 
-def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str]:
+def _asked(prompt: Text | None, answer: Text) -> tuple[Text | None, str | Message]:
     """Split an answer into (prompt, response); one in messages is its last message, earlier ones follow the prompt."""
     if isinstance(answer, str):
         return prompt, answer
-    return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
+    return [*(prompt or []), *answer[:-1]], _answer_of(answer[-1])
+
+
+def _answer_of(message: Message) -> str | Message:
+    """Take the text of an answer; all of it where it calls tools."""
+    return message if "tool_calls" in message else str(message["content"])
 
 
 def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]:
@@ -149,15 +154,17 @@ def _encode(text: Text, tokenizer: Any, bos: list[int], where: str) -> list[int]
 
 
 def _answered(
-    texts: Sequence[tuple[Text | None, str, str]], tokenizer: Any, close: bool
+    texts: Sequence[tuple[Text | None, str | Message, str]], tokenizer: Any, close: bool
 ) -> list[tuple[list[int], int]]:
     """Encode each (prompt, response, name for messages) as (tokens, where the response begins).
 
     With `close` the end token follows: in a chat the template's own, else EOS.
     """
     bos, ends, turn, eos = leading_bos(tokenizer), end_ids(tokenizer), turn_end(tokenizer), tokenizer.eos_token_id
-    sides = [
-        write_answer(prompt, response, tokenizer, turn, where) if isinstance(prompt, list) else (prompt or "", response)
+    sides: list[tuple[str, str]] = [
+        write_answer(prompt, response, tokenizer, turn, where)
+        if isinstance(prompt, list)
+        else (prompt or "", str(response))  # a response is a message in chats only
         for prompt, response, where in texts
     ]
     rows = []
@@ -172,7 +179,7 @@ def _answered(
     return rows
 
 
-def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
+def limit_rows(lengths: list[int], max_length: int, too_long: TooLong, names: Sequence[str]) -> tuple[list[int], int]:
     """Choose which rows to keep, and count those that were too long."""
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
@@ -191,7 +198,7 @@ def _limit(lengths: list[int], max_length: int, too_long: TooLong, names: Sequen
     return kept, len(long)
 
 
-def _cut(row: list[int], max_length: int, bos: list[int]) -> list[int]:
+def cut_row(row: list[int], max_length: int, bos: list[int]) -> list[int]:
     if len(row) <= max_length:
         return row
     return bos + row[len(row) - max_length + len(bos) :] if row[: len(bos)] == bos else row[-max_length:]
@@ -210,7 +217,7 @@ def _cut_alike(rows: Sequence[tuple[list[int], int]], max_length: int, bos: list
     for row, start in rows:
         front = len(bos) if row[: len(bos)] == bos else 0
         gone = min(excess, start - front)
-        short = _cut(row[:front] + row[front + gone :], max_length, bos)
+        short = cut_row(row[:front] + row[front + gone :], max_length, bos)
         cut.append((short, start - gone if len(short) == len(row) - gone else -1))
     return cut
 
@@ -221,8 +228,8 @@ def encode_ratings(
     """Encode prompt + response as token rows, without EOS. Arguments and errors as `encode.encode_prompts`."""
     bos = leading_bos(tokenizer)
     rows = [row for row, _ in _answered([(r.prompt, r.response, r.where) for r in records], tokenizer, False)]
-    kept, count = _limit([len(row) for row in rows], max_length, too_long, [r.where for r in records])
-    return EncodedRatings([_cut(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
+    kept, count = limit_rows([len(row) for row in rows], max_length, too_long, [r.where for r in records])
+    return EncodedRatings([cut_row(rows[i], max_length, bos) for i in kept], [records[i].rating for i in kept], count)
 
 
 def encode_choices(
@@ -236,6 +243,6 @@ def encode_choices(
     rows = iter(_answered([(r.prompt, text, r.where) for r in records for text in r.responses], tokenizer, False))
     groups = [[next(rows) for _ in r.responses] for r in records]
     lengths = [max(len(row) for row, _ in group) for group in groups]
-    kept, count = _limit(lengths, max_length, too_long, [r.where for r in records])
+    kept, count = limit_rows(lengths, max_length, too_long, [r.where for r in records])
     cut = [[row for row, _ in _cut_alike(groups[i], max_length, bos)] for i in kept]
     return EncodedChoices(cut, [records[i].best for i in kept], count)

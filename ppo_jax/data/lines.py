@@ -1,6 +1,7 @@
 """The lines of JSON-lines files, and what they may say: checked objects, chat messages and texts."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 
 from ppo_jax.data.disk import RepeatedKey, parse_json
 
-Text = str | list[dict[str, str]]  # plain text, or chat messages
+Message = dict[str, Any]  # role and content; an assistant's may have tool_calls, a tool's the name it answers for
+Text = str | list[Message]  # plain text, or chat messages
 LONGEST_LINE = 1 << 24  # bytes of one record
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # First bytes of files that are no text, and what makes lines of them.
 _BINARY = {
-    b"PAR1": ("a Parquet file", "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)"),
     b"ARROW1": ("an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
     b"\x1f\x8b": ("compressed by gzip", "gunzip"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd"),
@@ -61,6 +62,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def _check_text_file(path: Path, first: bytes) -> None:
     """Raise ValueError where a file's first line is that of a file that holds no lines of text."""
+    if first.startswith(b"PAR1"):
+        raise ValueError(f"{path}: this is no text but a Parquet file; name it FILE.parquet")
     found = next((what for magic, what in _BINARY.items() if first.startswith(magic)), None)
     if found:
         raise ValueError(f"{path}: this is no text but {found[0]}; convert it, for example with {found[1]}")
@@ -71,13 +74,10 @@ def _guess(where: str, line: str) -> str:
     path, _, number = where.rpartition(":")
     if number != "1":
         return ""
-    if path.endswith((".csv", ".tsv")) or re.fullmatch(r'"?\w+"?([,;\t]"?\w+"?)+', line):
-        return (
-            ". It looks like a table (CSV): make lines of JSON of it, for example with "
-            "pandas.read_csv(FILE).to_json(OUT, orient='records', lines=True)"
-        )
+    if re.fullmatch(r'"?\w+"?([,;\t]"?\w+"?)+', line):
+        return ". It looks like a table (CSV): name it FILE.csv"
     if line.startswith("["):
-        return ". It looks like one JSON array: put each of its objects on a line, for example with `jq -c '.[]'`"
+        return ". It looks like one JSON array: name it FILE.json, or put each of its objects on a line"
     return ""
 
 
@@ -140,19 +140,30 @@ def check_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def check_messages(value: Any, where: str, field: str) -> list[dict[str, str]]:
+def check_messages(value: Any, where: str, field: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         kind = "a list of messages" if field == "messages" else "text or a list of messages"
         raise ValueError(f'{where}: "{field}" must be {kind}, {_MESSAGES}; got {show_value(value)}')
-    for number, message in enumerate(value):
-        at = f"{field}[{number}]"
-        if not isinstance(message, dict):
-            raise ValueError(f'{where}: "{at}" must be {{"role": ..., "content": ...}}, got {show_value(message)}')
-        choose_form(message, f"{where}: {at}", [("role", "content")])
-        if message["role"] not in ROLES:
-            raise ValueError(f'{where}: "{at}.role" is {show_value(message["role"])}; allowed: {", ".join(ROLES)}')
-        check_text(message["content"], where, f"{at}.content")
-    return value
+    return [check_message(message, where, f"{field}[{number}]") for number, message in enumerate(value)]
+
+
+def check_message(message: Any, where: str, at: str) -> Message:
+    """Check one message: role and content; what a tool said may name it, and an assistant may call some."""
+    if not isinstance(message, dict):
+        raise ValueError(f'{where}: "{at}" must be {{"role": ..., "content": ...}}, got {show_value(message)}')
+    calls = message.get("tool_calls") if message.get("role") == "assistant" else None
+    if calls:
+        choose_form(message, f"{where}: {at}", [("role", "tool_calls")], optional=("content",))
+        content = message.get("content") or ""  # there may be none beside the calls
+        if content:
+            check_text(content, where, f"{at}.content")
+        return {"role": "assistant", "content": content, "tool_calls": check_calls(calls, where, f"{at}.tool_calls")}
+    more = {"tool": ("name", "tool_call_id"), "assistant": ("tool_calls",)}.get(str(message.get("role")), ())
+    choose_form(message, f"{where}: {at}", [("role", "content")], optional=more)
+    if message["role"] not in ROLES:
+        raise ValueError(f'{where}: "{at}.role" is {show_value(message["role"])}; allowed: {", ".join(ROLES)}')
+    checked = {"role": message["role"], "content": check_text(message["content"], where, f"{at}.content")}
+    return checked | {key: check_text(message[key], where, f"{at}.{key}") for key in more[:2] if message.get(key)}
 
 
 def check_answered(messages: list[dict[str, str]], where: str, field: str) -> None:
@@ -170,3 +181,64 @@ def show_value(value: Any) -> str:
 def read_prompt(line: dict[str, Any], where: str) -> Text | None:
     """Read the field `prompt` of a line, checked; None where there is none."""
     return check_chat_or_text(line["prompt"], where, "prompt") if "prompt" in line else None
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+
+def check_tools(value: Any, where: str, field: str) -> list[dict[str, Any]]:
+    """Check a list of function descriptions, which may be written as JSON text; each becomes {"type", "function"}."""
+    value = _parse(value, where, field)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise ValueError(f'{where}: "{field}" must be a list of {{"name", "parameters"}}, got {show_value(value)}')
+    tools = []
+    for number, tool in enumerate(value):
+        at = f"{field}[{number}]"
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict):
+            raise ValueError(
+                f'{where}: "{at}" must describe a function, {{"name", "parameters"}}; got {show_value(tool)}'
+            )
+        check_text(function.get("name"), where, f"{at}.name")
+        _check_plain(function, where, at)
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def check_calls(value: Any, where: str, field: str) -> list[dict[str, Any]]:
+    """Check the calls of an assistant's message; arguments that are written as JSON text become an object."""
+    if not isinstance(value, list):
+        raise ValueError(f'{where}: "{field}" must be a list of calls, got {show_value(value)}')
+    calls = []
+    for number, call in enumerate(value):
+        at = f"{field}[{number}]"
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict):
+            raise ValueError(f'{where}: "{at}" must be {{"function": {{"name", "arguments"}}}}, got {show_value(call)}')
+        check_text(function.get("name"), where, f"{at}.name")
+        arguments = _parse(function.get("arguments", {}), where, f"{at}.arguments")
+        if not isinstance(arguments, dict):
+            raise ValueError(f'{where}: "{at}.arguments" must be an object, got {show_value(arguments)}')
+        _check_plain(arguments, where, f"{at}.arguments")
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        if isinstance(call.get("id"), str):
+            calls[-1]["id"] = check_text(call["id"], where, f"{at}.id")
+    return calls
+
+
+def _parse(value: Any, where: str, field: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else []
+    except ValueError as error:
+        raise ValueError(f'{where}: "{field}" is text, but no JSON ({error}): {show_value(value)}') from error
+
+
+def _check_plain(value: Any, where: str, field: str) -> None:
+    """Raise ValueError for what JSON cannot say."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{where}: "{field}" holds what JSON cannot say ({error})') from error

@@ -1,23 +1,23 @@
-"""The user's files -> records: JSON lines, or plain text with one entry per line.
+"""The user's rows -> records, of our own form; `data.forms` brings others into it.
 
-What is wrong in a file is a ValueError that names the file, the line and the field. A text is a string, or a chat:
-a list of {"role": ..., "content": ...} messages.
+What is wrong in a file is a ValueError that names the file, the line or row and the field. A text is a string, or a
+chat: a list of {"role": ..., "content": ...} messages, behind the tools that it may call (`data.chat.put_tools`).
 """
 
 import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_jax.data.chat import put_tools
 from ppo_jax.data.lines import (
+    Message,
     Text,
     check_answered,
     check_chat_or_text,
     check_messages,
     check_text,
+    check_tools,
     choose_form,
-    read_lines,
-    read_objects,
     read_prompt,
     show_value,
 )
@@ -25,9 +25,10 @@ from ppo_jax.data.lines import (
 
 class RatingRecord(NamedTuple):
     prompt: Text | None
-    response: str
+    response: str | Message  # as of a demonstration
     rating: float  # higher is better; only the order counts
     where: str  # "file:line"
+    member: int = 0  # which of several files it is of
 
 
 class ChoiceRecord(NamedTuple):
@@ -35,12 +36,14 @@ class ChoiceRecord(NamedTuple):
     responses: list[str]  # at least two
     best: int  # place of the one that was chosen
     where: str
+    member: int = 0  # which of several files it is of
 
 
 class PromptRecord(NamedTuple):
     prompt: Text
     metadata: dict[str, Any]  # whatever the user wants to find again beside the response
     where: str  # "file:line"
+    member: int = 0  # which of several files it is of
 
 
 class PairRecord(NamedTuple):
@@ -49,12 +52,14 @@ class PairRecord(NamedTuple):
     rejected: Text
     margin: float  # by how much the chosen one is better; 0 if the file does not say
     where: str
+    member: int = 0  # which of several files it is of
 
 
 class SFTRecord(NamedTuple):
     prompt: Text | None  # None: plain text, all of which is learnt
-    response: str
+    response: str | Message  # a message where it calls tools
     where: str
+    member: int = 0  # which of several files it is of
 
 
 Record = PromptRecord | PairRecord | SFTRecord | RatingRecord | ChoiceRecord
@@ -68,7 +73,7 @@ def identities(record: Record) -> set[str]:
     prompt = record.prompt
     match record:
         case PromptRecord():
-            answers: list[Text] = []
+            answers: list[Any] = []
         case PairRecord():
             answers = [record.chosen, record.rejected]
         case ChoiceRecord():
@@ -79,7 +84,7 @@ def identities(record: Record) -> set[str]:
     for answer in answers:
         if isinstance(answer, list):
             found.add(_key("prompt", [*(prompt or []), *answer[:-1]]))
-        elif not isinstance(prompt, list):
+        elif isinstance(answer, str) and not isinstance(prompt, list):
             found.add(_key("text", (prompt or "") + answer))
     return found
 
@@ -88,122 +93,99 @@ def _key(kind: str, text: Text) -> str:
     return f"{kind} {json.dumps(text, ensure_ascii=False, sort_keys=True)}"
 
 
-def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """Read prompts: one text per line of a .txt file, otherwise one JSON object per line.
-
-    {"prompt": text} or {"messages": [...]}, and optionally "metadata": {...}.
-
-    Raises:
-      ValueError: a line is not that; the message names file, line and field.
-      FileNotFoundError: there is no such file.
-    """
-    if Path(path).suffix == ".txt":
-        return [PromptRecord(check_text(line, where, "prompt"), {}, where) for where, line in read_lines(path)]
-    records = []
-    for where, line in read_objects(path):
-        form = choose_form(line, where, [("prompt",), ("messages",)], optional=("metadata",))
-        prompt = check_chat_or_text(line[form[0]], where, form[0])
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-            raise ValueError(
-                f'{where}: the last message of a prompt must not be the "assistant"\'s; that one is sampled'
-            )
-        metadata = line.get("metadata", {})
-        if not isinstance(metadata, dict):
-            raise ValueError(f'{where}: "metadata" must be an object, got {show_value(metadata)}')
-        try:
-            json.dumps(metadata, ensure_ascii=False).encode()  # it goes to reward servers and into files
-        except UnicodeEncodeError:
-            raise ValueError(f'{where}: "metadata" holds half of a surrogate pair') from None
-        records.append(PromptRecord(prompt, metadata, where))
-    return records
+# -- one row -> one record --------------------------------------------------------------------------------------------
 
 
-def read_pairs(path: str | Path) -> list[PairRecord]:
-    """Read preferences, a JSON object per line: {"chosen": text, "rejected": text}, optionally "prompt" and "margin".
-
-    Each text is a string or a list of messages; the answers are both the one or both the other. Strings are joined
-    as they are, so a space between prompt and answer belongs to one of them.
-
-    Raises: as `read_prompts`.
-    """
-    records = []
-    for where, line in read_objects(path):
-        choose_form(line, where, [("chosen", "rejected")], optional=("prompt", "margin"))
-        chosen, rejected = (check_chat_or_text(line[field], where, field) for field in ("chosen", "rejected"))
-        prompt = check_chat_or_text(line["prompt"], where, "prompt") if "prompt" in line else None
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise ValueError(f'{where}: "chosen" and "rejected" must both be text or both be messages')
-        for field, answer in (("chosen", chosen), ("rejected", rejected)):
-            if isinstance(answer, list):
-                if isinstance(prompt, str):
-                    raise ValueError(f'{where}: "prompt" is text but "{field}" is messages; write both in one way')
-                check_answered([*(prompt or []), *answer], where, field)
-        margin = line.get("margin", 0.0)
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1e38:
-            raise ValueError(f'{where}: "margin" must be a finite number, at least 0, got {show_value(margin)}')
-        records.append(PairRecord(prompt, chosen, rejected, float(margin), where))
-    return records
+def make_prompt(row: dict[str, Any], where: str) -> PromptRecord:
+    """Make a record of {"prompt": text or messages} or {"messages": [...]}, and optionally "metadata" and "tools"."""
+    form = choose_form(row, where, [("prompt",), ("messages",)], optional=("metadata", "tools"))
+    prompt = check_chat_or_text(row[form[0]], where, form[0])
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise ValueError(f'{where}: the last message of a prompt must not be the "assistant"\'s; that one is sampled')
+    metadata = row.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f'{where}: "metadata" must be an object, got {show_value(metadata)}')
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()  # it goes to reward servers and into files
+    except UnicodeEncodeError:
+        raise ValueError(f'{where}: "metadata" holds half of a surrogate pair') from None
+    except TypeError as error:  # of a table: a date, or bytes
+        raise ValueError(f'{where}: "metadata" holds what JSON cannot say ({error})') from None
+    return PromptRecord(_with_tools(row, prompt, where), metadata, where)
 
 
-def read_sft(path: str | Path) -> list[SFTRecord]:
-    """Read demonstrations: one text per line of a .txt file, otherwise one JSON object per line.
-
-    {"prompt": text or messages, "response": text}, {"messages": [...]} (the last one, the assistant's, is the
-    response) or {"text": text} (all of it is learnt).
-
-    Raises: as `read_prompts`.
-    """
-    if Path(path).suffix == ".txt":
-        return [SFTRecord(None, check_text(line, where, "text"), where) for where, line in read_lines(path)]
-    records = []
-    for where, line in read_objects(path):
-        form = choose_form(line, where, [("prompt", "response"), ("messages",), ("text",)])
-        prompt: Text | None = None
-        if form == ("messages",):
-            messages = check_messages(line["messages"], where, "messages")
-            check_answered(messages, where, "messages")
-            prompt, response = messages[:-1], messages[-1]["content"]
-        else:
-            prompt = check_chat_or_text(line["prompt"], where, "prompt") if form[0] == "prompt" else None
-            response = check_text(line[form[-1]], where, form[-1])
-        records.append(SFTRecord(prompt, response, where))
-    return records
+def make_pair(row: dict[str, Any], where: str) -> PairRecord:
+    """Make a record of {"chosen", "rejected"}, texts or messages, and optionally "prompt", "margin" and "tools"."""
+    choose_form(row, where, [("chosen", "rejected")], optional=("prompt", "margin", "tools"))
+    chosen, rejected = (check_chat_or_text(row[field], where, field) for field in ("chosen", "rejected"))
+    prompt = read_prompt(row, where)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError(f'{where}: "chosen" and "rejected" must both be text or both be messages')
+    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, list):
+            if isinstance(prompt, str):
+                raise ValueError(f'{where}: "prompt" is text but "{field}" is messages; write both in one way')
+            check_answered([*(prompt or []), *answer], where, field)
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1e38:
+        raise ValueError(f'{where}: "margin" must be a finite number, at least 0, got {show_value(margin)}')
+    if "tools" in row and prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = (_with_tools(row, answer, where) for answer in (chosen, rejected))
+    elif "tools" in row:
+        prompt = _with_tools(row, "" if prompt is None else prompt, where)
+    return PairRecord(prompt, chosen, rejected, float(margin), where)
 
 
-def read_ratings(path: str | Path) -> list[RatingRecord]:
-    """Read rated responses, a JSON object per line: {"response": text, "rating": number}, optionally "prompt".
-
-    Raises:
-      ValueError: a line is not that; the message names file, line and field.
-      FileNotFoundError: there is no such file.
-    """
-    records = []
-    for where, line in read_objects(path):
-        choose_form(line, where, [("response", "rating")], optional=("prompt",))
-        rating = line["rating"]
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
-            raise ValueError(f'{where}: "rating" must be a finite number, got {show_value(rating)}')
-        records.append(
-            RatingRecord(
-                read_prompt(line, where), check_text(line["response"], where, "response"), float(rating), where
-            )
-        )
-    return records
+def make_demonstration(row: dict[str, Any], where: str) -> SFTRecord:
+    """Make a record of {"prompt", "response"}, {"messages": [...]} or {"text"}; "tools" may go with messages."""
+    form = choose_form(row, where, [("prompt", "response"), ("messages",), ("text",)], optional=("tools",))
+    prompt: Text | None = None
+    response: str | Message
+    if form == ("messages",):
+        messages = check_messages(row["messages"], where, "messages")
+        check_answered(messages, where, "messages")
+        prompt, last = messages[:-1], messages[-1]
+        response = last if "tool_calls" in last else last["content"]
+    else:
+        prompt = check_chat_or_text(row["prompt"], where, "prompt") if form[0] == "prompt" else None
+        response = check_text(row[form[-1]], where, form[-1])
+    if "tools" in row:
+        prompt = _with_tools(row, "" if prompt is None else prompt, where)
+    return SFTRecord(prompt, response, where)
 
 
-def read_choices(path: str | Path) -> list[ChoiceRecord]:
-    """Read best of n, a JSON object per line: {"responses": [text, ...], "best": place from 0}, optionally "prompt".
+def make_rating(row: dict[str, Any], where: str) -> RatingRecord:
+    """Make a record of {"response": text, "rating": number}, and optionally "prompt"."""
+    choose_form(row, where, [("response", "rating")], optional=("prompt",))
+    rating = row["rating"]
+    if isinstance(rating, bool) or not isinstance(rating, int | float) or not _is_finite(rating):
+        raise ValueError(f'{where}: "rating" must be a finite number, got {show_value(rating)}')
+    response = check_text(row["response"], where, "response")
+    return RatingRecord(read_prompt(row, where), response, float(rating), where)
 
-    Raises: as `read_ratings`.
-    """
-    records = []
-    for where, line in read_objects(path):
-        choose_form(line, where, [("responses", "best")], optional=("prompt",))
-        responses, best = line["responses"], line["best"]
-        if not isinstance(responses, list) or len(responses) < 2:
-            raise ValueError(f'{where}: "responses" must be a list of at least 2 texts, got {show_value(responses)}')
-        texts = [check_text(text, where, f"responses[{i}]") for i, text in enumerate(responses)]
-        if isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < len(texts):
-            raise ValueError(f'{where}: "best" must be from 0 to {len(texts) - 1}, got {show_value(best)}')
-        records.append(ChoiceRecord(read_prompt(line, where), texts, best, where))
-    return records
+
+def make_choice(row: dict[str, Any], where: str) -> ChoiceRecord:
+    """Make a record of {"responses": [text, ...], "best": place from 0}, and optionally "prompt"."""
+    choose_form(row, where, [("responses", "best")], optional=("prompt",))
+    responses, best = row["responses"], row["best"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError(f'{where}: "responses" must be a list of at least 2 texts, got {show_value(responses)}')
+    texts = [check_text(text, where, f"responses[{i}]") for i, text in enumerate(responses)]
+    if isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < len(texts):
+        raise ValueError(f'{where}: "best" must be from 0 to {len(texts) - 1}, got {show_value(best)}')
+    return ChoiceRecord(read_prompt(row, where), texts, best, where)
+
+
+def _with_tools(row: dict[str, Any], text: Text, where: str) -> Text:
+    if "tools" not in row:
+        return text
+    if isinstance(text, str):
+        raise ValueError(f'{where}: "tools" are for chat messages, but this is text')
+    return put_tools(check_tools(row["tools"], where, "tools"), text)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax.data.chat import turn_end
+from ppo_jax.data.chat import read_template, turn_end
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.files import hf
 from ppo_jax.models.files.artifacts import Base
@@ -63,8 +63,11 @@ class Model(NamedTuple):
         return text[len(before) :] if before and text.startswith(before) else str(read(row))
 
 
-def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
+def load_model(path: str | Path, options: ModelOptions | None = None, template: Path | None = None) -> Model:
     """A base with its tokenizer from a Hugging Face directory, a .gguf file or a hub name, to be run as `options` say.
+
+    Args:
+      template: this file's chat template takes the place of the tokenizer's own.
 
     Raises ValueError or FileNotFoundError that name the file and what is wrong with it.
     """
@@ -72,6 +75,8 @@ def load_model(path: str | Path, options: ModelOptions | None = None) -> Model:
     options = options or ModelOptions()
     config, params = hf.load(where, options.dtype, current_mesh())
     tokenizer = load_tokenizer(where)
+    if template is not None:
+        tokenizer.chat_template = read_template(template, tokenizer)
     check_vocabulary(config, tokenizer)
     config = dataclasses.replace(config, tokenless=rows_without_token(config.vocab_size, tokenizer))
     end = turn_end(tokenizer)  # the chat template's may be no EOS of the model's files

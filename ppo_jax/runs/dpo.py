@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ppo_jax.data import EncodedPairs, PairBatch, PairRecord, TooLong, encode_pairs, pair_batches
+from ppo_jax.data.batches import Mixture
 from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.parallel.mesh import round_up_to_devices
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -61,7 +62,7 @@ def run_dpo(directory: Path, setup: OfflineSetup, screen: Screen, resume: bool |
       setup: with a DPOConfig, and `Pairs` as data.
     """
     model, dpo, train, held_out = setup.model, setup.options, setup.train, setup.held_out
-    batches = _batches(train, dpo.batch_size, setup.seed, model.pad_id)
+    batches = _batches(train, dpo.batch_size, setup.seed, model.pad_id, setup.mix)
     steps, size = dpo.num_steps(len(train.starts)), round_up_to_devices(min(dpo.micro_batch, len(held_out.starts)))
     run, base = make_measure(model.config, dpo), place_on_mesh(model.params)
     setup = setup._replace(model=model._replace(params=base))
@@ -87,6 +88,6 @@ def batch_in_order(pairs: Pairs, batch_size: int, pad_id: int) -> Iterator[Prefe
     return offline.in_order(preferences(rows, pairs.starts), batch_size)
 
 
-def _batches(pairs: Pairs, batch_size: int, seed: int, pad_id: int) -> Any:
+def _batches(pairs: Pairs, batch_size: int, seed: int, pad_id: int, mix: Mixture | None = None) -> Any:
     encoded = pairs.encoded
-    return pair_batches(encoded.chosen, encoded.rejected, encoded.margins, batch_size, seed, pad_id)
+    return pair_batches(encoded.chosen, encoded.rejected, encoded.margins, batch_size, seed, pad_id, mix)

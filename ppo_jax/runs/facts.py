@@ -130,7 +130,7 @@ def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
         "hyper": setup.hyper._asdict(),
         "loop": {name: value for name, value in dataclasses.asdict(setup.loop).items() if name != "batch_size"},
     }
-    return strict(found)
+    return strict(found | _mixture(setup))
 
 
 def offline_facts(setup: OfflineSetup, stage: str, params: PyTree) -> dict[str, Any]:
@@ -152,7 +152,12 @@ def offline_facts(setup: OfflineSetup, stage: str, params: PyTree) -> dict[str, 
         "hyper": hyper,
         "loop": dataclasses.asdict(setup.loop) | length,
     }
-    return strict(found)
+    return strict(found | _mixture(setup))
+
+
+def _mixture(setup: Setup | OfflineSetup) -> dict[str, Any]:
+    """Name how files are mixed, where they are."""
+    return {} if setup.mix is None else {"mix": {"weights": list(setup.mix.weights), "rows": _data_digest(setup.mix)}}
 
 
 def _mesh() -> str:

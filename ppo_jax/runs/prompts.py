@@ -6,7 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ppo_jax.data import PromptRecord, TooLong, encode_prompts, render
+from ppo_jax.data import DatasetOptions, PromptRecord, TooLong, encode_prompts, render
+from ppo_jax.data.batches import Mixture
+from ppo_jax.data.forms import Stage
+from ppo_jax.data.reading import read_records
 from ppo_jax.data.records import Record, identities
 from ppo_jax.models.pretrained import Model
 
@@ -18,6 +21,7 @@ class Split(NamedTuple):
     measured: list[Any]  # of which no prompt and no text is among the training ones, if `kind` is "held-out"
     kind: Literal["held-out", "training"]  # what they are; "training": there are too few to hold any out
     notice: str  # what the user has to be told; "" where as many are held out as were asked for
+    found: tuple[str, ...] = ()  # what was read: of each file how many records, of which form
 
 
 class PromptSet(NamedTuple):
@@ -26,19 +30,60 @@ class PromptSet(NamedTuple):
     rows: Sequence[Sequence[int]]
     texts: Sequence[str]
     metadata: Sequence[dict[str, Any]]
+    kept: Sequence[int] = ()  # rows[i] is of record kept[i] of those that were encoded
 
 
-def split_held_out(records: Sequence[Record], count: int, seed: int, what: str = "prompts") -> Split:
+def read_split(
+    stage: Stage, path: Path, options: DatasetOptions, held_out: int, seed: int, what: str = "prompts"
+) -> Split:
+    """Read the records of a stage from its file, and those mixed with it, and hold some out as the options say.
+
+    Args:
+      held_out: how many, where the options name neither a fraction nor a file.
+      what: what the records are called in messages.
+    """
+    files = [read_records(stage, name, options, member) for member, name in enumerate((path, *options.more))]
+    records, found = [record for file in files for record in file.records], tuple(file.notice for file in files)
+    if options.held_out_file is not None:
+        apart = read_records(stage, options.held_out_file, options)
+        return _keep_apart(records, apart.records, options.held_out_file, what)._replace(found=(*found, apart.notice))
+    if options.held_out_fraction is not None:
+        count = min(max(round(options.held_out_fraction * len(records)), 1), len(records) - 1)
+        return split_held_out(records, count, seed, what, most=count)._replace(found=found)
+    return split_held_out(records, held_out, seed, what)._replace(found=found)
+
+
+def _keep_apart(records: list[Record], measured: list[Record], path: Path, what: str) -> Split:
+    """Measure on the records of a file, but for those that share a prompt or a text with training ones."""
+    known = set().union(*map(identities, records))
+    unseen = [record for record in measured if not identities(record) & known]
+    if not unseen:
+        raise ValueError(f"{path}: each of its {what} shares a prompt or a text with the training data; give others")
+    both = len(measured) - len(unseen)
+    notice = f"{path}: {both} of {len(measured)} {what} are among the training ones and are left out" if both else ""
+    return Split(records, unseen, "held-out", notice)
+
+
+def make_mixture(options: DatasetOptions, records: Sequence[Any], kept: Sequence[int]) -> Mixture | None:
+    """Make the shares of the files in training, where the options weigh them; rows are those of records[kept[i]]."""
+    return Mixture([records[i].member for i in kept], options.weights) if options.weights else None
+
+
+def split_held_out(
+    records: Sequence[Record], count: int, seed: int, what: str = "prompts", most: int | None = None
+) -> Split:
     """Hold `count` random records out, at most a fifth; where that is none, it is measured on the training ones.
 
     Records that share a prompt or a text (`data.records.identities`) stay on one side, so none is in both.
 
     Args:
       what: what the records are called in messages.
+      most: hold out at most this many, in place of a fifth.
     """
     if count < 0:
         raise ValueError(f"--held-out {count} must not be negative")
-    groups, room = group_alike([identities(record) for record in records]), min(count, len(records) // 5)
+    groups = group_alike([identities(record) for record in records])
+    room = min(count, len(records) // 5) if most is None else most
     chosen: set[int] = set()
     for number in np.random.default_rng(seed).permutation(len(groups)):
         if len(chosen) + len(groups[number]) <= room:
@@ -92,7 +137,7 @@ def encode_prompt_set(
     if too_long == "truncate_left" and encoded.too_long:
         pairs = zip(encoded.rows, texts, strict=True)
         texts = [text if len(row) < max_length else _tail(row, text, model) for row, text in pairs]
-    return PromptSet(encoded.rows, texts, [record.metadata for record in kept]), encoded.too_long
+    return PromptSet(encoded.rows, texts, [record.metadata for record in kept], encoded.kept), encoded.too_long
 
 
 def _tail(row: Sequence[int], text: str, model: Model) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ppo_jax.data import EncodedPairs, PairBatch, pair_batches
+from ppo_jax.data.batches import Mixture
 from ppo_jax.data.encode import EncodedChoices, EncodedRatings
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files.artifacts import BEST, EXPORT, REWARD
@@ -86,7 +87,7 @@ def run_reward(directory: Path, setup: OfflineSetup, screen: Screen, resume: boo
         collect_comparisons(setup.held_out, seed, f"{measured_on} texts"),
     )
     texts = RewardTexts(model, reward, given, unseen, setup.reference, measured_on)
-    batches, steps = training_batches(setup.train, reward, seed, model.pad_id)
+    batches, steps = training_batches(setup.train, reward, seed, model.pad_id, setup.mix)
     trunk, key = reward.trunk(model.config), key_stream(seed, "reward")
 
     def begin(role: RewardRole) -> RewardRole:
@@ -236,13 +237,13 @@ def collect_comparisons(data: Data, seed: int, what: str = "texts") -> Compared:
 
 
 def training_batches(
-    data: Data, reward: RewardConfig, seed: int, pad_id: int
+    data: Data, reward: RewardConfig, seed: int, pad_id: int, mix: Mixture | None = None
 ) -> tuple[Callable[[int], Comparisons], int]:
     """Make (step -> batch, number of steps); no steps where the head alone is trained."""
     epochs = reward.epochs if reward.trains else 0
     if isinstance(data, EncodedPairs):
         per_batch = reward.batch_size // 2
-        pairs = pair_batches(data.chosen, data.rejected, data.margins, per_batch, seed, pad_id)
+        pairs = pair_batches(data.chosen, data.rejected, data.margins, per_batch, seed, pad_id, mix)
         return lambda step: compare_pairs(pairs[step]), math.ceil(epochs * len(data.chosen) / per_batch)
     rng = np.random.default_rng(seed)
     if isinstance(data, EncodedRatings):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.data.batches import Mixture
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.base import Reward
@@ -38,6 +39,7 @@ class Setup(NamedTuple):
     labels: Mapping[str, str] = {}  # what people are shown in place of a judge's name
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
     measured_on: str = "held-out"  # prompts; "training" where there were too few to hold any out
+    mix: Mixture | None = None  # the shares of several files in the prompts of an update
 
 
 class OfflineSetup(NamedTuple):
@@ -52,6 +54,7 @@ class OfflineSetup(NamedTuple):
     loop: OfflineLoop = OfflineLoop()
     config: str = ""  # as in `Setup`
     reference: Sequence[Sequence[int]] = ()  # what a reward model's scores are normalised on; none: the training texts
+    mix: Mixture | None = None  # the shares of several files in a batch
 
 
 class Result(NamedTuple):

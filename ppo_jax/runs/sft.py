@@ -27,12 +27,14 @@ def run_sft(directory: Path, setup: OfflineSetup, screen: Screen, resume: bool |
     batch has rows, and else as `runs.offline.train_offline`.
 
     Args:
-      setup: with an SFTConfig, and EncodedSFT as data.
+      setup: with an SFTConfig, and EncodedSFT or EncodedTurns as data.
     """
     model, sft, train, held_out = setup.model, setup.options, setup.train, setup.held_out
-    batches = sft_batches(train.rows, train.starts, sft.batch_size, setup.seed, model.pad_id)
+    masks, unseen_masks = (getattr(part, "masks", None) for part in (train, held_out))  # `EncodedTurns` has some
+    batches = sft_batches(train.rows, train.starts, sft.batch_size, setup.seed, model.pad_id, masks, setup.mix)
     steps, size = sft.num_steps(len(train.rows)), round_up_to_devices(min(sft.micro_batch, len(held_out.rows)))
-    unseen = _demonstrations(sft_batches(held_out.rows, held_out.starts, len(held_out.rows), 0, model.pad_id)[0])
+    whole = sft_batches(held_out.rows, held_out.starts, len(held_out.rows), 0, model.pad_id, unseen_masks)
+    unseen = _demonstrations(whole[0])
     loss, base = make_sft_loss(model.config, sft.logprob_chunk), place_on_mesh(model.params)
     setup = setup._replace(model=model._replace(params=base))
 

@@ -17,7 +17,7 @@ from ppo_jax.types import Prompts, Texts
 def prompt_batches_of(setup: Setup) -> Callable[[int], Prompts]:
     """step -> the prompts of that update, with its pretraining texts where there are some: a function of step alone."""
     rows, size, pad = setup.prompts.rows, setup.loop.batch_size, setup.model.pad_id
-    prompts = prompt_batches(rows, size, setup.seed, pad)
+    prompts = prompt_batches(rows, size, setup.seed, pad, mix=setup.mix)
     if not setup.pretrain:
         return lambda step: processes.feed(prompts[step])
     responses, seed = size * setup.ppo.group_size, setup.seed + 1  # an order of their own

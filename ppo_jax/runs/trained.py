@@ -52,7 +52,11 @@ class Trained(NamedTuple):
 
 
 def find(
-    run: str | Path, step: int | None = None, model: str | None = None, options: ModelOptions | None = None
+    run: str | Path,
+    step: int | None = None,
+    model: str | None = None,
+    options: ModelOptions | None = None,
+    template: Path | None = None,
 ) -> Trained:
     """Find the newest policy of a run, or that of update `step`, with its base.
 
@@ -61,17 +65,18 @@ def find(
     Args:
       model: the base, where the run's own name for it is no longer right.
       options: how the base is run (`runs.load_model`).
+      template: this file's chat template serves; None: that of the file that the run names, else the base's own.
 
     Raises:
       FileNotFoundError: there is no such run, no policy in it, no such step, or the base is gone.
       ValueError: a file is damaged, or the base is another one than the run's.
     """
     where = Path(run).expanduser()
-    found = _stored(where, step)
+    found, chosen = _stored(where, step), template or _named_template(where)
     if found is None:
-        return _from_checkpoint(where, step, model, options)
+        return _from_checkpoint(where, step, model, lambda name: load_model(name, options, chosen))
     try:
-        base = load_model(model or found.base, options)
+        base = load_model(model or found.base, options, chosen)
     except FileNotFoundError as error:
         if model:
             raise
@@ -83,6 +88,16 @@ def find(
     evaluation = evaluation if isinstance(evaluation, dict) else {}
     known = settings(where)
     return Trained(base, found.adapter, found.head, _updates(found), source, found.base, evaluation, known)
+
+
+def _named_template(run: Path) -> Path | None:
+    """Find the chat template that a run was given."""
+    name = settings(run).get("chat_template")
+    if not isinstance(name, str):
+        return None
+    if not Path(name).expanduser().is_file():
+        raise FileNotFoundError(f"{run / rundir.CONFIG} names the chat template {name}, which is gone; put it back")
+    return Path(name).expanduser()
 
 
 def settings(run: Path) -> dict[str, Any]:
@@ -133,10 +148,10 @@ def _updates(found: artifacts.Artifact) -> int | None:
     return done if isinstance(done, int) and not isinstance(done, bool) else None
 
 
-def _from_checkpoint(where: Path, step: int | None, model: str | None, options: ModelOptions | None) -> Trained:
+def _from_checkpoint(where: Path, step: int | None, model: str | None, load_base: Callable[..., Model]) -> Trained:
     """Read the policy of one checkpoint, or of the newest that is whole."""
     folder = where / rundir.CHECKPOINTS
-    load = functools.lru_cache(maxsize=1)(lambda name: load_model(name, options))  # once for all checkpoints of a base
+    load = functools.lru_cache(maxsize=1)(load_base)  # once for all checkpoints of a base
     if step is not None:
         return _read(where, step, model, load)
     damaged = []

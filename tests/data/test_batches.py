@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_jax.data import left_pad, pair_batches, prompt_batches, right_pad, sft_batches
+from ppo_jax.data.batches import Mixture
 
 PAD = 9
 ROWS = [[10 + i] * (1 + i % 3) for i in range(7)]  # row i holds the id 10 + i, one to three times
@@ -108,3 +109,54 @@ def test_sft_batches() -> None:
     np.testing.assert_array_equal(batch.mask[order], [[1, 1, 1, 1], [1, 1, 0, 0]])
     # Row 0: its response. Row 1: all of it but the first token, which nothing precedes; never the pads.
     np.testing.assert_array_equal(batch.loss_mask[order], [[0, 0, 1, 1], [0, 1, 0, 0]])
+
+
+# -- several files -----------------------------------------------------------------------------------------------------
+
+
+def _mixed(weights: list[float], sizes: list[int], batch_size: int, seed: int = 0):
+    members = [number for number, size in enumerate(sizes) for _ in range(size)]
+    rows = [[2 + member] for member in members]
+    mix = Mixture(members, weights)
+    return members, prompt_batches(rows, batch_size, seed, 0, mix=mix), rows, mix
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 0.5]), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 3),
+)
+@settings(max_examples=30, deadline=None)
+def test_each_file_gets_its_share_of_every_batch(files: list[tuple[float, int]], seed: int) -> None:
+    """Of the first n rows each file has its share to within a row for each file, at every batch's end."""
+    weights, sizes = [weight for weight, _ in files], [size for _, size in files]
+    members, batches, rows, _ = _mixed(weights, sizes, batch_size=1, seed=seed)
+    counts = np.zeros(len(files))
+    for step in range(60):
+        index = int(batches[step].index[0])
+        counts[members[index]] += 1
+        assert batches[step].tokens[0, 0] == rows[index][0]
+        shares = np.asarray(weights) / sum(weights) * (step + 1)
+        assert np.all(np.abs(counts - shares) < len(files) + 1e-6)
+
+
+def test_a_mixture_goes_through_every_file_in_epochs_of_its_own() -> None:
+    """By the step alone: a later one first, and again, gives what it gave."""
+    members, batches, _, _ = _mixed([3.0, 1.0], [6, 2], batch_size=4)
+    seen = [[int(i) for i in batches[step].index] for step in range(6)]
+    assert [int(i) for i in batches[4].index] == seen[4]
+    for number, size in ((0, 6), (1, 2)):
+        order = [i for batch in seen for i in batch if members[i] == number]
+        epochs = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        assert all(sorted(epoch) == [i for i, m in enumerate(members) if m == number] for epoch in epochs)
+    assert all(sum(members[i] for i in batch) == 1 for batch in seen)  # 3 to 1 in every batch of 4
+
+
+def test_a_file_without_rows_cannot_be_mixed_in() -> None:
+    with pytest.raises(ValueError, match="of file 2 of 2 there are no prompts left"):
+        prompt_batches([[1], [2]], 1, 0, 0, mix=Mixture([0, 0], [1.0, 1.0]))
+
+
+def test_masks_say_what_is_learnt() -> None:
+    batch = sft_batches([[5, 6, 7], [8, 9]], [1, 1], 2, 0, 0, masks=[[False, True, False], [False, True]])[0]
+    for row, index in zip(batch.loss_mask, batch.index, strict=True):
+        assert row.tolist() == [False, True, False], index

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
-from ppo_jax.data.chat import end_ids, render, turn_closing, turn_end, write_answer
+from ppo_jax.data.chat import end_ids, put_tools, read_template, render, turn_closing, turn_end, write_answer
 from ppo_jax.data.encode import expand_turns
+from ppo_jax.data.turns import encode_turns
 from ppo_jax.models.files import hf
 from ppo_jax.models.files.tokenizer import rows_without_token
 from ppo_jax.models.pretrained import load_model
@@ -145,3 +146,95 @@ def test_rows_without_a_token_are_known_when_a_model_is_loaded(tmp_path: Path) -
             return "a" if token_id == 1 else None
 
     assert rows_without_token(9, Gap()) == ((2, 3), (4, 5), (6, 9))
+
+
+# -- system messages, tools, templates of the user ---------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "the"}
+TOOLS = [{"type": "function", "function": {"name": "river", "parameters": {}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "river",
+        "arguments": {"x": 1}}}]}  # fmt: skip
+WITH_TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML.replace(
+    "m['content'] }}",
+    "m['content'] }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}{% endfor %}",
+)
+
+
+def test_tools_reach_a_template_that_knows_them() -> None:
+    tokenizer = chatting(WITH_TOOLS, "bytes")
+    asked = put_tools(TOOLS, ASK)
+    text = render(asked, tokenizer)
+    assert text.startswith("<|im_start|>tools\n[") and '"river"' in text and text.endswith("assistant\n")
+    assert render(put_tools([], ASK), tokenizer) == render(ASK, tokenizer)
+    before, written = write_answer(asked, CALL, tokenizer, turn_end(tokenizer))
+    assert before == text and written.startswith("<call>{") and END not in written
+    row = encode_sft([SFTRecord(asked, CALL, "f:1")], tokenizer, 999)
+    assert tokenizer.decode(row.rows[0][row.starts[0] :]) == written + END
+    told = [*asked, CALL, {"role": "tool", "content": "ri"}]
+    assert "tool\nri<|im_end|>" in render(told, tokenizer)
+    expanded = expand_turns([SFTRecord(told, "ver", "f:1")])
+    assert [r.response for r in expanded] == [CALL, "ver"] and expanded[0].prompt == asked
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (
+            CHATML,
+            put_tools(TOOLS, ASK),
+            "f:1: the tokenizer's chat template leaves the tools out; .*--chat-template FILE",
+        ),
+        (CHATML, [*ASK, CALL], "leaves the calls of tools out"),
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] != 'tool' }}"),
+            [*ASK, {"role": "tool", "content": "ri"}],
+            "leaves what a tool said out",
+        ),
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] != 'system' }}"),
+            [SYSTEM, *ASK],
+            "leaves the system message out",
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
+            [SYSTEM, *ASK],
+            "f:1: the tokenizer's chat template refuses a system message .*: no system",
+        ),
+        ("{{ raise_exception('never') }}", [SYSTEM, *ASK], "refuses these messages: never"),
+    ],
+)
+def test_what_a_template_cannot_say_is_an_error(template: str, messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(messages, chatting(template), "f:1")
+
+
+def test_a_template_of_the_users_own(tmp_path: Path) -> None:
+    """It is the tokenizer's from then on, also for what ends a turn, and goes where the model goes."""
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", END]})
+    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer))
+    hf.save(tmp_path / "model", config, random_params(config), tokenizer)
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHATML)
+    model = load_model(tmp_path / "model", template=file)
+    assert tokenizer.convert_tokens_to_ids(END) in model.stop_ids
+    assert render(ASK, model.tokenizer) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    for content, message in [(b"{% if messages %}", "line 1: "), (b"text", "no chat template"), (b"\xff", "not UTF-8")]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"--chat-template .*chat.jinja.*{message}"):
+            read_template(file, tokenizer)
+    with pytest.raises(FileNotFoundError, match="--chat-template .*none is not a file"):
+        read_template(tmp_path / "none", tokenizer)
+
+
+def test_a_template_of_transcripts_gives_them_back() -> None:
+    """HH-RLHF's: no token ends a turn, so EOS does, and the blank before an answer is the template's."""
+    tokenizer = chatting(
+        "{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}",
+        "bytes",
+    )
+    encoded = encode_sft([SFTRecord(ASK, "ri", "f:1")], tokenizer, 99)
+    assert tokenizer.decode(encoded.rows[0]) == "\n\nHuman: a\n\nAssistant: ri</s>"
+    assert pieces(tokenizer, encoded.rows[0][encoded.starts[0] :]) == ["_ri", "</s>"]
+    assert encode_turns([SFTRecord(ASK, "ri", "f:1")], tokenizer, 99).rows == encoded.rows

@@ -7,7 +7,7 @@ import pytest
 
 from ppo_jax.data import PairRecord, encode_pairs
 from ppo_jax.data.encode import encode_choices, encode_ratings
-from ppo_jax.data.records import read_choices, read_ratings
+from ppo_jax.data.reading import read_choices, read_ratings
 from tests.data.tokenizer import BOS, ids, make_tokenizer
 
 ASK = [{"role": "user", "content": "hi"}]

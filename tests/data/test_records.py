@@ -156,7 +156,7 @@ def test_wrong_files(tmp_path: Path, read: Callable[[Path], Any]) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PAR1\x15\x04\x15", "no text but a Parquet file.*read_parquet"),
+        (b"PAR1\x15\x04\x15", "no text but a Parquet file; name it FILE.parquet"),
         (b"\x1f\x8b\x08\x00\xff", "compressed by gzip.*gunzip"),
         (b"\x28\xb5\x2f\xfd\x04", "compressed by zstd.*unzstd"),
         (b"PK\x03\x04\x14\xff", "ZIP archive"),
@@ -176,13 +176,13 @@ def test_a_file_that_is_no_text_is_named_for_what_it_is(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "prompt text,answer\nHello there,x\n", "looks like a table .CSV."),
-        ("a.jsonl", "prompt,answer\nHello,x\n", "looks like a table .CSV."),
-        ("a.jsonl", '[{"prompt": "a"}]\n', "looks like one JSON array: .*jq -c"),
-        ("a.json", '[\n{"prompt": "a"}\n]\n', "looks like one JSON array: .*jq -c"),
+        ("a.jsonl", "prompt,answer\nHello,x\n", "looks like a table .CSV.: name it FILE.csv"),
+        ("a.jsonl", '[{"prompt": "a"}]\n', "looks like one JSON array: name it FILE.json"),
     ],
 )
-def test_a_table_or_an_array_is_told_how_to_become_lines(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_a_table_or_an_array_under_a_wrong_name_is_told_the_right_one(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)

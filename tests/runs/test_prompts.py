@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_jax.cli.sft import SFTSettings, split_demonstrations
-from ppo_jax.data import PairRecord, PromptRecord, SFTRecord
+from ppo_jax.data import DatasetOptions, PairRecord, PromptRecord, SFTRecord
 from ppo_jax.data.records import ChoiceRecord, RatingRecord, identities
-from ppo_jax.runs.prompts import group_alike, split_held_out
+from ppo_jax.runs.prompts import group_alike, make_mixture, read_split, split_held_out
 
 ASK = [{"role": "user", "content": "a"}]
 ANSWER = [{"role": "assistant", "content": "b"}]
@@ -107,3 +107,38 @@ def test_all_turns_of_conversations_that_begin_alike_are_on_one_side(tmp_path: P
     assert len(last.training) == 16 and len(every.training) == 32
     assert every.measured == last.measured and len(every.measured) == 4  # each without its "hi"
     assert not set().union(*map(identities, every.training)) & set().union(*map(identities, every.measured))
+
+
+# -- as the options say ------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, *texts: str) -> Path:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+def test_a_fraction_is_held_out(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", *map(str, range(10)))
+    split = read_split("prompts", path, DatasetOptions(held_out_fraction=0.5), 64, 0)
+    assert (len(split.training), len(split.measured), split.kind, split.notice) == (5, 5, "held-out", "")
+    assert split.found == (f"{path}: 10 prompts, ppo_jax form",)
+    assert len(read_split("prompts", path, DatasetOptions(held_out_fraction=0.01), 64, 0).measured) == 1
+
+
+def test_a_file_is_held_out_but_for_what_is_trained_on(tmp_path: Path) -> None:
+    path, apart = _write(tmp_path / "a.jsonl", "a", "b"), _write(tmp_path / "b.jsonl", "b", "c")
+    split = read_split("prompts", path, DatasetOptions(held_out_file=apart), 64, 0)
+    assert [r.prompt for r in split.training] == ["a", "b"] and [r.prompt for r in split.measured] == ["c"]
+    assert split.kind == "held-out" and "1 of 2 prompts are among the training ones and are left out" in split.notice
+    with pytest.raises(ValueError, match="each of its prompts shares a prompt or a text"):
+        read_split("prompts", path, DatasetOptions(held_out_file=path), 64, 0)
+
+
+def test_several_files_are_read_one_behind_the_other(tmp_path: Path) -> None:
+    one, two = _write(tmp_path / "a.jsonl", *"abcd"), _write(tmp_path / "b.jsonl", *"efgh")
+    options = DatasetOptions(more=(two,), weights=(3.0, 1.0), max_samples=3)
+    split = read_split("prompts", one, options, 0, 0)
+    assert [(r.prompt, r.member) for r in split.training] == [(t, 0) for t in "abc"] + [(t, 1) for t in "efg"]
+    mix = make_mixture(options, split.training, [0, 2, 5])
+    assert mix is not None and mix.members == [0, 0, 1] and mix.weights == (3.0, 1.0)
+    assert make_mixture(DatasetOptions(more=(two,)), split.training, [0]) is None

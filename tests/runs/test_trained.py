@@ -97,7 +97,7 @@ def test_the_base_is_read_once_for_all_checkpoints(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(trained, "load_model", lambda *args: loaded.append(args) or real(*args))
     with pytest.warns(UserWarning, match="damaged checkpoint"):
         found = trained.find(run)
-    assert found.source == "checkpoints/2" and loaded == [(str(tmp_path / "model"), None)]
+    assert found.source == "checkpoints/2" and loaded == [(str(tmp_path / "model"), None, None)]
 
 
 def test_an_artifact_alone(whole: Path) -> None:

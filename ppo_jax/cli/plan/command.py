@@ -18,9 +18,9 @@ from rich.table import Table
 
 from ppo_jax.cli.plan.chips import GIB, Topology, bound, topology
 from ppo_jax.cli.plan.programs import PlanSettings, Program, check, micro_rows
+from ppo_jax.data.extras import install_line
 from ppo_jax.models.config import Remat
 from ppo_jax.runs.output import config
-from ppo_jax.runs.output.extras import install_line
 
 Report = dict[str, Any]
 Compile = Callable[[Program, PlanSettings], Report]

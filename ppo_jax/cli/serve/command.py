@@ -1,7 +1,7 @@
 """`ppo-jax serve-reward`. The server itself needs the packages of the extra `serve`."""
 
 from ppo_jax.cli.serve.settings import ServeSettings
-from ppo_jax.runs.output.extras import install_line
+from ppo_jax.data.extras import install_line
 
 
 def serve_reward(settings: ServeSettings) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
+from ppo_jax.data.extras import install_line
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.extras import install_line
 from ppo_jax.runs.output.screen import Screen
 
 Writer = Callable[[int, str, Mapping[str, float]], object]
