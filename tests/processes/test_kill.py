@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import soak
+from experiments import soak_report
 from ppo_jax.cli.main import PREEMPTED
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.runs.checkpoints import store
@@ -45,7 +45,7 @@ def test_it_was_killed_in_every_place_and_went_on_from_checkpoints(folder: Path,
 
 
 def test_the_killed_run_is_the_quiet_one(folder: Path):
-    compared = soak.compare(folder / "killed", folder / "quiet")
+    compared = soak_report.compare(folder / "killed", folder / "quiet")
     updates = store.latest_step(folder / "killed" / rundir.CHECKPOINTS)
     assert compared[f"state at update {updates} (CRC-32 of every array)"]
     manifest = store.read_manifest(folder / "killed" / rundir.CHECKPOINTS)
@@ -56,4 +56,4 @@ def test_the_killed_run_is_the_quiet_one(folder: Path):
 
 
 def test_the_same_seed_gives_the_same_run_twice(folder: Path):
-    soak.compare(folder / "again", folder / "quiet")
+    soak_report.compare(folder / "again", folder / "quiet")

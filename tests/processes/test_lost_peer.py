@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from experiments import soak
+from experiments import soak_report
 from ppo_jax.cli import main as cli
 from ppo_jax.parallel.launch import DistributedConfig, is_runtime_error
 from ppo_jax.parallel.launch import start as join
@@ -85,7 +85,7 @@ def test_a_pair_of_which_each_was_killed_leaves_what_a_quiet_pair_leaves(tmp_pat
     for name in ("killed", "quiet"):
         with forks.ending(start_both(tmp_path / name, last)) as both:
             assert [process.wait() for process in both] == [0, 0], forks.logs(both)
-    soak.compare(killed / "run", tmp_path / "quiet" / "run")
+    soak_report.compare(killed / "run", tmp_path / "quiet" / "run")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.soak import compare
+from experiments.soak_report import compare
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
 from ppo_jax.runs import ppo as runs

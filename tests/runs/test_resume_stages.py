@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.soak import timeless
+from experiments.soak_report import timeless
 from ppo_jax.data import EncodedPairs, EncodedSFT
 from ppo_jax.data.encode import EncodedRatings
 from ppo_jax.data.jsonl import read_jsonl
