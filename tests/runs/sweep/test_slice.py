@@ -45,6 +45,7 @@ def check_whole(directory: Path, updates: int = UPDATES) -> None:
             assert [r["step"] for r in records(path, "eval")] == [s for s in range(updates + 1) if s % 3 == 0]
             assert store.latest_step(path / rundir.CHECKPOINTS) == updates
             assert (path / EXPORT / "policy").is_dir() and (path / rundir.CONFIG).exists()
+            assert rundir.read_facts(path)["sessions"][0]["commit"] and (path / "README.txt").exists()
 
 
 class Swept:
