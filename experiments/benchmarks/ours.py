@@ -45,10 +45,11 @@ def model_of(work: Workload) -> ModelConfig:
 def options_of(work: Workload) -> PPOConfig:
     whole = AdapterConfig(kind="full")
     return PPOConfig(
-        sampling=Sampling(response_length=work.response, stop_ids=tuple(range(work.stops))),
+        sampling=Sampling(response_length=work.response, stop_ids=tuple(range(work.stops)), slots=work.slots),
         epochs=work.epochs,
         num_minibatches=1,
         accumulate=work.micro_batches,
+        length_buckets=work.length_buckets,
         critic=CriticConfig(own=True, adapter=whole) if work.own_critic else CriticConfig(),
     )
 

@@ -51,7 +51,7 @@ PEERS = {
 class SideBySide:
     """What is measured."""
 
-    workloads: tuple[str, ...] = ("T", "T-critic", "T-rule", "C", "V")
+    workloads: tuple[str, ...] = ("T", "T-critic", "T-rule", "C", "V", "V-ragged")
     """Workloads of experiments.benchmarks.workloads."""
     iterations: int = 6
     """Iterations of each process, the first included."""

@@ -44,6 +44,8 @@ class Workload:
     own_critic: bool = False
     reward: Literal["model", "rule"] = "model"  # a model of the same size, or a sum over tokens
     stops: int = 0  # so many token ids end a response; 0: every response has its whole length
+    slots: int = 0  # ours alone: responses drawn at a time
+    length_buckets: int = 1  # ours alone: lengths that micro-batches are cut to
 
     @property
     def tokens(self) -> int:
@@ -53,7 +55,7 @@ class Workload:
         """Multiplications and additions of the update that cannot be done without: reference pass, then the epochs.
 
         A pass over n tokens takes 2 n (products + scores of attention) and the unembedding on response positions; its
-        backward pass twice that, or once where the weights are frozen.
+        backward pass twice that, or once where the weights are frozen. Padding behind short responses counts as work.
         """
         shape, rows = self.shape, self.batch * self.response
         attention = 2 * shape.layers * (self.prompt + self.response) * shape.heads * shape.head_width
@@ -74,6 +76,9 @@ WORKLOADS = {
     "T-rule": Workload(FOUR, batch=16, prompt=32, response=64, epochs=4, own_critic=True, reward="rule"),
     "C": Workload(dataclasses.replace(FOUR, vocabulary=32_000), batch=8, prompt=32, response=64, epochs=2),
     "V": Workload(FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=4, stops=32),
+    "V-ragged": Workload(
+        FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=4, stops=32, slots=16, length_buckets=4
+    ),
     "S": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4),
     "S-lora": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, adapter="lora"),
     "S-critic": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, own_critic=True),
@@ -86,7 +91,8 @@ def find_workload(name: str) -> Workload:
     if not name.startswith("tiny:"):
         return whole
     small = Shape(vocabulary=64, width=64, layers=2, heads=1, kv_heads=1, mlp=64)
-    return dataclasses.replace(whole, shape=small, batch=max(4, whole.micro_batches), prompt=4, response=6)
+    batch, slots = max(4, whole.micro_batches), min(whole.slots, 2)
+    return dataclasses.replace(whole, shape=small, batch=batch, prompt=4, response=6, slots=slots)
 
 
 class Clock:
