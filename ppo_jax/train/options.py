@@ -121,6 +121,9 @@ class PPOConfig:
     """An epoch has this many optimizer steps, a divisor of the responses of a batch."""
     accumulate: int = 1
     """An optimizer step has this many micro-batches, a divisor of the minibatch. It changes memory, not the result."""
+    length_buckets: Annotated[int, Off(1)] = 1
+    """Micro-batches hold responses of similar length, cut to the first that fits of this many: T, T / 2, T / 4, ...; 1
+    is off. It changes seconds, not the result, and compiles the loss so many times."""
     advantage: Advantage = "gae"
     """Advantages come from gae, which needs the critic, or from rloo, grpo, dr_grpo (grpo without the std), reinforce
     (running baseline) or reinforce++, which need none."""
@@ -149,12 +152,17 @@ class PPOConfig:
     """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "num_minibatches", "accumulate", "group_size"):
+        for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         check_choices(
             self, advantage=Advantage, aggregation=Aggregation, behaviour=Literal["ignore", "importance", "filtered"]
         )
+        if self.length_buckets > 1 and self.aggregation == "constant":
+            raise ValueError(
+                f"length_buckets={self.length_buckets} cuts responses, and aggregation=constant counts their whole "
+                "length; leave length_buckets at 1, or choose another aggregation"
+            )
         if self.logprob_chunk < 0:
             raise ValueError(f"logprob_chunk={self.logprob_chunk} must be 0 (off) or positive")
         if not 0 <= self.ema_decay < 1:
