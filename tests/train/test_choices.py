@@ -128,7 +128,7 @@ def test_the_loss_in_the_log_is_weighed_by_tokens():
     assert abs(found - np.mean(losses)) > 1e-4
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", [pytest.param("k2", marks=pytest.mark.long), "k3"])
 def test_a_token_that_leaves_the_filter_spoils_no_gradient(estimator):
     """Its log-prob is -1e30, whose exponential in k3 has no finite gradient."""
     kl = KLConfig(estimator=estimator, place="loss")
@@ -348,7 +348,7 @@ def test_reinforce_plus_plus_whitens_rewards_to_go():
     np.testing.assert_allclose(np.asarray(result.batch.advantages)[mask], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "reinforce", "reinforce++"])
+@pytest.mark.parametrize("advantage", ["rloo", "reinforce", pytest.param("reinforce++", marks=pytest.mark.long)])
 def test_without_a_critic_nothing_of_it_moves_or_is_logged(advantage):
     ppo = PPOConfig(
         sampling=toy.SAMPLING, advantage=advantage, group_size=2 if advantage == "rloo" else 1, num_minibatches=2
