@@ -14,10 +14,12 @@ from ppo_jax.cli import main as cli
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.models.files import artifacts
 from ppo_jax.runs.checkpoints import store
+from tests.processes import forks
 from tests.processes.running import make_world, options
 from tests.processes.world import free_port
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "experiments" / "launch" / "one_machine.sh"
 SCRIPTS = sorted((ROOT / "experiments" / "launch").glob("*.sh"))
 
 
@@ -28,15 +30,27 @@ def start(folder: Path, command: list[str], **more: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder after the run of two processes."""
-    folder = tmp_path_factory.mktemp("launch")
+@pytest.fixture(scope="module", params=["forks", pytest.param("script", marks=pytest.mark.long)])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder after the run of two processes: forks that get what the script gives, and the script itself."""
+    folder, port = tmp_path_factory.mktemp("launch"), str(free_port())
     make_world(folder)
     (folder / "private").mkdir()
-    script = ROOT / "experiments" / "launch" / "one_machine.sh"
-    joined = [str(script), *options("two"), "--mesh.fsdp", "2"]
-    start(folder, joined, PROCESSES="2", PORT=str(free_port()), CALLS=str(folder / "two-calls-"))
+    words, calls = [*options("two"), "--mesh.fsdp", "2"], str(folder / "two-calls-")
+    if request.param == "script":
+        start(folder, [str(SCRIPT), *words], PROCESSES="2", PORT=port, CALLS=calls)
+        return folder
+    environment = {"TMPDIR": str(folder / "private"), "CALLS": calls}
+    joined = ["ppo", *words, "--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2"]
+    with forks.ending(
+        [
+            forks.start(
+                forks.command, [*joined, "--distributed.process", str(i)], folder=folder, environment=environment
+            )
+            for i in range(2)
+        ]
+    ) as both:
+        assert [process.wait() for process in both] == [0, 0], forks.logs(both)
     return folder
 
 
@@ -75,6 +89,21 @@ def test_two_processes_leave_what_one_leaves(world: Path, monkeypatch: pytest.Mo
     policies = [artifacts.load(world / name / "export" / "policy", "policy").adapter for name in ("one", "two")]
     for left, right in zip(*map(jax.tree.leaves, policies), strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_script_starts_every_process_and_fails_with_the_first_that_fails(tmp_path: Path, code: int) -> None:
+    """The command replaced by a recorder: the script's own logic is run."""
+    recorder = tmp_path / "ppo-jax"
+    recorder.write_text(f'#!/bin/sh\necho "$JAX_PLATFORMS $JAX_NUM_CPU_DEVICES $@" > said-$$\nexit {code}\n')
+    recorder.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PROCESSES": "2", "PORT": "7", "DEVICES": "3"}
+    done = subprocess.run([str(SCRIPT), "--run-dir", "x y"], cwd=tmp_path, env=environment, check=False, timeout=60)
+    assert done.returncode == code
+    said = sorted(path.read_text() for path in tmp_path.glob("said-*"))
+    joined = "--distributed.coordinator 127.0.0.1:7 --distributed.processes 2 --distributed.process"
+    expected = [f"cpu 3 ppo --run-dir x y {joined} {i}\n" for i in range(2)]
+    assert said == expected if not code else set(said) <= set(expected)
 
 
 def test_the_scripts_are_shell() -> None:

@@ -33,7 +33,7 @@ def test_the_full_estimator_is_the_kl_over_the_vocabulary():
     np.testing.assert_allclose(np.asarray(experience(ppo).kl)[mask], np.asarray(expected)[mask], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+@pytest.mark.parametrize("estimator", [pytest.param("k2", marks=pytest.mark.long), "k3", "full"])
 def test_a_kl_in_the_loss_leaves_the_reward_alone_and_adds_its_gradient(estimator):
     """Against the gradient of the same mean, written out from logits."""
     ppo = dataclasses.replace(toy.ONCE, kl=KLConfig(estimator=estimator, place="loss"), whiten_advantages=False)
@@ -232,7 +232,6 @@ def test_rewards_of_single_tokens_add_to_the_score():
 def test_whitened_rewards(how):
     plain = experience(FOUR)
     mask = np.asarray(plain.batch.loss_mask)
-    whitened = experience(dataclasses.replace(toy.ONCE, score=ScoreConfig(whiten_rewards=how), whiten_advantages=False))
     # With gamma = 1 the first return is A + V; lambda mixes, so compare the rewards that GAE must have read at lam = 1.
     exact = OFF._replace(lam=1.0)
     ppo = dataclasses.replace(toy.ONCE, score=ScoreConfig(whiten_rewards=how), whiten_advantages=False)
@@ -314,7 +313,7 @@ def test_reinforce_subtracts_the_mean_of_earlier_returns():
     assert float(after.baseline.count) == 2 * toy.B
 
 
-@pytest.mark.parametrize("whiten", ["scale", "shift"])
+@pytest.mark.parametrize("whiten", [pytest.param("scale", marks=pytest.mark.long), "shift"])
 def test_the_baseline_of_reinforce_is_on_the_scale_of_what_it_is_subtracted_from(whiten: str):
     """Scores far from 0 with whitened rewards: after one batch the advantages of an equal batch have mean 0."""
     ppo = PPOConfig(

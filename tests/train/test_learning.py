@@ -76,7 +76,7 @@ def test_learns_to_say_one_token(method: str) -> None:
     assert np.mean(rewards[-4:]) > 0.9
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", pytest.param("rloo", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("ppo", "rloo"))])
 def test_learns_to_copy_the_prompt(method: str) -> None:
     rewards = learn(method, copied, length=P, responses=256, iterations=40, rate=6e-3)
     assert rewards[0] < 0.25
