@@ -347,7 +347,9 @@ def test_reinforce_plus_plus_whitens_rewards_to_go():
     np.testing.assert_allclose(np.asarray(result.batch.advantages)[mask], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "reinforce", pytest.param("reinforce++", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "advantage", ["rloo", *(pytest.param(name, marks=pytest.mark.long) for name in ("reinforce", "reinforce++"))]
+)
 def test_without_a_critic_nothing_of_it_moves_or_is_logged(advantage):
     ppo = PPOConfig(
         sampling=toy.SAMPLING, advantage=advantage, group_size=2 if advantage == "rloo" else 1, num_minibatches=2
