@@ -57,7 +57,7 @@ def make_evaluator(
     count = len(tokens)
     size = min(setup.loop.batch_size, count)
     key = key_stream(setup.seed, "evaluation")
-    said: dict[int, Responses] = {}  # of the last evaluations, by step: a full disk leaves their file behind
+    said: dict[int, Responses] = {}  # of the last evaluations, by step
 
     def evaluate(step: int, state: RunState) -> dict[str, float] | None:
         pieces: list[Columns] = []
@@ -76,11 +76,8 @@ def make_evaluator(
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         values = summarise(columns)
-        last = max((at for at in said if at < step), default=None)
-        before = read_responses(directory, step) if last is None else said[last]
+        before = earlier_responses(directory, step, said)
         said[step] = dict(enumerate(responses[:SAMPLES]))
-        for old in sorted(said)[:-2]:
-            del said[old]
         if (same := count_unchanged(before, said[step])) is not None:
             values["unchanged"] = same
         evaluations[step] = values
@@ -112,8 +109,15 @@ def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") 
     return found
 
 
-def read_responses(directory: Path, step: int) -> Responses:
-    """Read the responses of the last evaluation before `step` from samples.jsonl, as a run that goes on does."""
+def earlier_responses(directory: Path, step: int, said: dict[int, Responses]) -> Responses:
+    """Find the responses of the last evaluation before `step`: in `said`, whose older ones go, or in samples.jsonl.
+
+    A run that goes on finds them in the file, which is not there yet while the disk is full.
+    """
+    for old in sorted(at for at in said if at < step)[:-1]:
+        del said[old]
+    if any(at < step for at in said):
+        return said[min(said)]
     try:
         found = [(s["step"], s["index"], s["response"]) for s in read_jsonl(directory / rundir.SAMPLES)]
     except (OSError, ValueError, KeyError):

@@ -35,8 +35,15 @@ def meet_for_ever() -> None:
             print("have met", flush=True)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGSTOP, 0),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.long),
+    ],
+)
 def test_the_other_of_two_ends_with_1_and_says_that_it_was_left(
     tmp_path: Path, number: signal.Signals, victim: int
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from experiments import smoke
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
-from ppo_jax.runs.evaluation import collect_columns, count_unchanged, make_evaluator, read_responses, summarise
+from ppo_jax.runs.evaluation import collect_columns, count_unchanged, earlier_responses, make_evaluator, summarise
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.evaluate import Evaluation
@@ -79,7 +79,7 @@ def test_responses_that_no_update_changes_are_counted(tmp_path: Path) -> None:
     """Against the evaluation before, of the samples that are kept; one at the same step, done again, is not before."""
 
     def count(step: int, responses: str) -> float | None:
-        return count_unchanged(read_responses(tmp_path, step), dict(enumerate(responses)))
+        return count_unchanged(earlier_responses(tmp_path, step, {}), dict(enumerate(responses)))
 
     assert count(0, "ab") is None
     for step, responses in ((0, ["a", "b", "c", "d"]), (4, ["a", "x", "c", "y"])):
