@@ -45,7 +45,7 @@ class Sampling:
     repetition_penalty: Annotated[float, Off(1.0)] = 1.0
     """Positive logits of tokens in prompt or response are divided by this, negative ones multiplied; 1 is off."""
     slots: Annotated[int, Off(0)] = 0
-    """So many responses are drawn at a time, and one that has ended makes room for the next; 0 draws all together."""
+    """So many responses are drawn at a time, and one that has ended makes room for the next; 0 is off."""
     gather_weights: bool = False
     """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()

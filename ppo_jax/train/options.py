@@ -122,8 +122,8 @@ class PPOConfig:
     accumulate: int = 1
     """An optimizer step has this many micro-batches, a divisor of the minibatch. It changes memory, not the result."""
     length_buckets: Annotated[int, Off(1)] = 1
-    """Micro-batches hold responses of similar length, cut to the first that fits of this many: T, T / 2, T / 4, ...; 1
-    is off. It changes seconds, not the result, and compiles the loss so many times."""
+    """Micro-batches hold responses of similar length, cut to the first that fits of this many: T, T / 2, T / 4, ...
+    1 is off. It changes seconds, not the result, and compiles the loss so many times."""
     advantage: Advantage = "gae"
     """Advantages come from gae, which needs the critic, or from rloo, grpo, dr_grpo (grpo without the std), reinforce
     (running baseline) or reinforce++, which need none."""
