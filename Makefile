@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
-	$(PY) -m experiments.sentiment --preset demo $(ARGS)
+	PPO_JAX_CALLER="make demo" $(PY) -m experiments.sentiment --preset demo $(ARGS)
 
 test: $(DEV)
 	$(PYTEST) $(ARGS)

@@ -9,6 +9,7 @@ from ppo_jax.cli.common import (
     RunSettings,
     begin_report,
     describe_run,
+    next_commands,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -127,6 +128,13 @@ def _ppo(settings: PPOSettings) -> None:
         write_model(exported, model, result.policy.adapter)
         path = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(f"the model is at {exported}; report: {path}")
+        run = settings.run_dir
+        screen.message(
+            next_commands(
+                (f'ppo-jax generate {run} --prompt "..."', "what it writes now"),
+                (f"ppo-jax export {run} --to my-model", "a Hugging Face directory with a model card"),
+            )
+        )
 
 
 def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, str, int]:
