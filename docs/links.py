@@ -1,4 +1,5 @@
-"""A hook of mkdocs: links to files of the repository outside docs/ become their names, after a look that they exist."""
+"""Hooks of mkdocs: the order of the pages; links to files of the repository outside docs/ become their names, after a
+look that they exist."""
 
 import re
 from pathlib import Path
@@ -7,6 +8,16 @@ from typing import Any
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 # Pages of other branches: linked once they are there.
 PENDING = {"data.md"}
+# These come first; all others follow by their names.
+FIRST = ("index", "getting-started", "data", "hyperparameters", "troubleshooting", "health", "accelerators")
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages in order."""
+    names = [path.stem for path in Path(config.docs_dir).glob("*.md")]
+    order = [name for name in FIRST if name in names] + sorted(name for name in names if name not in FIRST)
+    config.nav = [f"{name}.md" for name in order]
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

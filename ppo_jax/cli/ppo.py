@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.cli.choices import OPEN, fill_in
 from ppo_jax.cli.common import (
     RunSettings,
     begin_report,
@@ -42,7 +43,7 @@ from ppo_jax.runs.prompts import check_room, encode_prompt_set, split_held_out, 
 from ppo_jax.runs.setup import Result, Setup, with_stops
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.options import PPOConfig, check_hyper, check_micro_batches, check_scalars_of
+from ppo_jax.train.options import PPOConfig, ScoreConfig, check_hyper, check_micro_batches, check_scalars_of
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
@@ -71,9 +72,9 @@ class PPOSettings(RunSettings):
     """These options say how the reward is called, and what a sum weighs."""
     policy: AdapterConfig = AdapterConfig()
     """These options say what of the policy is trained."""
-    ppo: PPOConfig = PPOConfig()
+    ppo: PPOConfig = PPOConfig(score=ScoreConfig(normalise="auto"))
     """These choices of the algorithm are compiled in. sampling.stop_ids add to those of model and tokenizer."""
-    hyper: Hyper = Hyper()
+    hyper: Hyper = Hyper(learning_rate=OPEN, value_clip=OPEN)
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig()
     """These options say how long the run is, and what happens when."""
@@ -115,11 +116,12 @@ def _ppo(settings: PPOSettings) -> None:
     model = load_model(settings.model, settings.compute)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
+    settings, told = fill_in(settings, model.config.hidden_size, chosen)
     setup, notice, long = make_setup(settings, model, chosen)
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
-        for line in (notice, *chosen.notices):
+        for line in (notice, told, *chosen.notices):
             tell(screen, line)
         summary = summarise(settings, setup)
         begin_report(directory, summary)
@@ -181,6 +183,7 @@ def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
 
 def check_settings(settings: PPOSettings) -> None:
     """Raise ValueError for choices that do not go together, before anything is loaded."""
+    settings, _ = fill_in(settings)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
     check_scalars_of(settings.ppo, check_hyper(settings.hyper))
@@ -202,7 +205,7 @@ def sweep_task() -> Task:
     def setup(settings: PPOSettings) -> Setup:
         model, scoring = load(settings.model, settings.compute), to_yaml(settings.scoring)
         chosen = choose(settings.reward, scoring, settings.model, settings.compute, settings.ppo.sampling)
-        return make_setup(settings, model, chosen)[0]
+        return make_setup(fill_in(settings, model.config.hidden_size, chosen)[0], model, chosen)[0]
 
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
         write_report(directory, summarise(settings, setup), before=result.before, after=result.after)
