@@ -71,8 +71,9 @@ class KLConfig:
 class ScoreConfig:
     """What happens to scores before they become rewards: normalised, clipped (hyper.score_clip), penalised."""
 
-    normalise: Literal["off", "scale", "shift"] = "off"
-    """Scores are divided by the running std of all scores so far (scale); shift also subtracts their mean."""
+    normalise: Literal["auto", "off", "scale", "shift"] = "off"
+    """Scores are divided by the running std of all scores so far (scale); shift also subtracts their mean. With auto
+    `ppo-jax ppo` takes scale, unless one reward model gives them with std 1; elsewhere auto does nothing."""
     missing_eos: Literal["off", "subtract", "replace"] = "off"
     """The score of a response cut by length loses hyper.missing_eos (subtract), or becomes minus that (replace)."""
     whiten_rewards: Literal["off", "scale", "shift"] = "off"
@@ -82,7 +83,8 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         three = Literal["off", "scale", "shift"]
-        check_choices(self, normalise=three, whiten_rewards=three, missing_eos=Literal["off", "subtract", "replace"])
+        check_choices(self, normalise=Literal["auto", "off", "scale", "shift"], whiten_rewards=three)
+        check_choices(self, missing_eos=Literal["off", "subtract", "replace"])
 
 
 @dataclasses.dataclass(frozen=True)
