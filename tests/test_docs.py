@@ -11,7 +11,7 @@ import pytest
 from ppo_jax.cli.main import COMMANDS
 from ppo_jax.cli.parse import find_options, parse
 from ppo_jax.data import read_pairs, read_prompts, read_sft
-from ppo_jax.data.records import read_choices, read_ratings
+from ppo_jax.data.reading import read_choices, read_ratings
 from ppo_jax.rewards.importing import load_function
 from ppo_jax.runs.health import CHECKS
 
