@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.demo import command as demo
-from ppo_jax.cli.parse import Brief, parse
+from ppo_jax.cli.parse import HELP, Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
 from ppo_jax.cli.serve import settings as serving
@@ -131,7 +131,7 @@ def _run_command(args: Sequence[str] | None) -> int:
         print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
         return MISTAKE
     command, prog = COMMANDS[name], f"ppo-jax {name}"
-    resumable = hasattr(command.settings, "resume")
+    resumable = hasattr(command.settings, "resume") and not HELP.intersection(options)
     parsed = partial(parse, command.settings, options, prog=prog, brief=command.brief)
     return exit_code(prog, lambda: command.run(parsed()), resumable)
 

@@ -14,7 +14,7 @@ from ppo_jax.runs.output.config import C, FieldError, dotted_fields, from_plain,
 from ppo_jax.runs.output.plain_yaml import ConfigError
 from ppo_jax.types import Off
 
-_HELP = {"-h", "--help", "--help-all"}
+HELP = {"-h", "--help", "--help-all"}
 
 
 class Brief(NamedTuple):
@@ -48,7 +48,7 @@ def parse(
     presets = presets or {}
     try:
         args = write_out(args, find_options(cls, ["--config", *(["--preset"] if presets else [])]))
-        wanted = _HELP & set(args)
+        wanted = HELP & set(args)
         base = _starting_point(cls, args, presets, read_file=not wanted)
     except (ConfigError, FileNotFoundError) as error:
         _fail(prog, str(error))

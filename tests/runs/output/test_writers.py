@@ -108,8 +108,7 @@ def events(folder: Path) -> list:
 def test_tensorboard_events_are_readable_and_a_resume_purges(tmp_path: Path):
     code = """if True:
         import math, sys
-        from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output import writers as metrics
+        from ppo_jax.runs.output import writers as metrics
         first = metrics.tensorboard_writer(sys.argv[1])
         first(1, "ppo", {"reward": 0.5, "kl": math.nan})
         first(2, "ppo", {"reward": 0.25})
