@@ -83,18 +83,19 @@ def test_as_many_slots_as_rows_are_all_rows_together(together: Rollout) -> None:
 @pytest.mark.parametrize("stacked", [True, False])
 def test_rows_of_a_cache_have_lengths_of_their_own(stacked: bool) -> None:
     """A row put into a cache in which others are further on reads what it reads alone."""
+    read_tokens = jax.jit(apply, static_argnums=2, static_argnames="fresh")
     tokens, mask = PROMPTS.tokens[:3], PROMPTS.mask[:3]
     positions = positions_from_mask(mask)
     decoder = (BASE, {}) if stacked else unstack(BASE, {}, CONFIG)
 
     def read(rows: jax.Array) -> tuple:
         cache = init_cache(CONFIG, len(rows), P + (4 if stacked else 0))
-        _, cache = apply(BASE, {}, CONFIG, tokens[rows], positions[rows], cache=cache, fresh=True)
+        _, cache = read_tokens(BASE, {}, CONFIG, tokens[rows], positions[rows], cache=cache, fresh=True)
         return cache if stacked else unstacked(cache, P + 4)
 
     def step(cache: tuple, rows: jax.Array, at: int) -> tuple:
         token, place = jnp.full((len(rows), 1), 7), positions[rows, -1:] + 1 + at
-        return apply(*decoder, CONFIG, token, place, cache=cache)
+        return read_tokens(*decoder, CONFIG, token, place, cache=cache)
 
     alone, _ = step(read(jnp.array([2])), jnp.array([2]), 0)
     cache = read(jnp.array([0, 1]))
@@ -102,7 +103,7 @@ def test_rows_of_a_cache_have_lengths_of_their_own(stacked: bool) -> None:
     _, cache = step(cache, jnp.array([0, 1]), 0)
     cache = replace_rows(cache, jnp.array([1]), read(jnp.array([2])))
     assert cache.length.tolist() == [P + 1, P]
-    mixed, cache = apply(
+    mixed, cache = read_tokens(
         *decoder, CONFIG, jnp.full((2, 1), 7), jnp.stack([positions[0, -1:] + 2, positions[2, -1:] + 1]), cache=cache
     )
     np.testing.assert_allclose(mixed[1], alone[0], atol=2e-5)

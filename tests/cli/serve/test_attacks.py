@@ -287,7 +287,6 @@ def test_malformed_http_is_refused_in_json(plain: Scorer, said: bytes) -> None:
     ("said", "status"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: ", 400),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n", 404),  # of the router, before any body
         (head(2**40), 413),
     ],
 )
@@ -300,9 +299,9 @@ def test_who_goes_on_speaking_reads_the_answer_first(plain: Scorer, said: bytes,
                 time.sleep(0.02)
             assert answer_of(client)[0] == status
         with peer(url, said) as client, contextlib.suppress(ConnectionError):
-            for _ in range(10_000):
+            for _ in range(1000):
                 client.sendall(b"x" * 100_000)
-            pytest.fail("a gigabyte was read")
+            pytest.fail("a hundred megabytes were read")
 
 
 @pytest.mark.parametrize("path", [f"{OURS}/", f"{THEIRS}/", "/health/", "//health", "/"])

@@ -42,8 +42,7 @@ def test_scores_over_http_are_the_local_ones_under_load_and_to_the_end(world: Pa
         result = asyncio.run(serve_load.load(url, table, 250, 16, process.pid))
         assert (result.answered, result.failed, result.swapped, result.inexact) == (250, 0, 0, 0)
         assert result.rows > 500 and result.worst_error < 1e-5
-        half = len(result.megabytes) // 2  # until then programs are still compiled
-        assert result.megabytes[-1] - result.megabytes[half] < 20, result.megabytes
+        assert result.megabytes[-1] - result.megabytes[2] < 60, result.megabytes  # of these 40 for programs
         counts = metrics_of(url)
         assert counts['ppo_jax_responses_total{status="200"}'] == 250 and counts["ppo_jax_rows_total"] == result.rows
         assert counts["ppo_jax_batches_total"] < 250, "requests were batched"
