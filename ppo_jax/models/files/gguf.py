@@ -14,23 +14,26 @@ from jax.sharding import Mesh
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.files import gguf_container, weights
-from ppo_jax.models.files.families import LARGEST, Dtype, token_ids
+from ppo_jax.models.files.families import Dtype
+from ppo_jax.models.files.fields import LARGEST, token_ids
+from ppo_jax.models.files.names import Stored
+from ppo_jax.models.layout import tensors
 from ppo_jax.types import PyTree
 
-# Hugging Face module -> GGUF tensor, without ".weight" or ".bias".
+# Our array, without "_bias" -> GGUF tensor, without ".weight" or ".bias".
 NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+    "embedding": "token_embd",
+    "final_norm": "output_norm",
+    "unembedding": "output",
+    "attention_norm": "blk.{}.attn_norm",
+    "mlp_norm": "blk.{}.ffn_norm",
+    "q": "blk.{}.attn_q",
+    "k": "blk.{}.attn_k",
+    "v": "blk.{}.attn_v",
+    "o": "blk.{}.attn_output",
+    "gate": "blk.{}.ffn_gate",
+    "up": "blk.{}.ffn_up",
+    "down": "blk.{}.ffn_down",
 }
 # Metadata of the architecture that `_config` understands, after "llama."; another field is refused.
 FIELDS = {
@@ -56,22 +59,22 @@ def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tupl
       ValueError: the file is damaged or is of another architecture; the message names the file and the field.
     """
     try:
-        metadata, tensors = gguf_container.read(path)
-        stored = tensors.pop(ROPE_FACTORS, None)
+        metadata, found = gguf_container.read(path)
+        stored = found.pop(ROPE_FACTORS, None)
         if stored is not None and math.prod(stored.shape) > LARGEST_ROPE:
             raise ValueError(f"tensor {ROPE_FACTORS} has shape {stored.shape}; at most {LARGEST_ROPE} values are read")
         factors = None if stored is None else gguf_container.dequantize(ROPE_FACTORS, stored)
-        config = read_config(metadata, tensors, factors, dtype)
+        config = read_config(metadata, found, factors, dtype)
 
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
 
         def read(name: str) -> np.ndarray:
-            array = gguf_container.dequantize(name, tensors[name])
+            array = gguf_container.dequantize(name, found[name])
             module = name.split(".")[-2]
             return unpermute(array, heads[module]) if module in heads else array
 
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        params = weights.gather(config, shapes, read, _gguf_name, mesh)
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        params = weights.gather(config, shapes, read, _stored(config), mesh)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params
@@ -197,11 +200,12 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     )
 
 
-def _gguf_name(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
-    parts = name.split(".")
-    theirs = f"{NAMES[parts[-2]]}.{parts[-1]}"
-    return f"blk.{parts[2]}.{theirs}" if parts[1] == "layers" else theirs
+def _stored(config: ModelConfig) -> list[Stored]:
+    """The tensors of the file."""
+    return [
+        Stored(f"{NAMES[one.name.removesuffix('_bias')]}.{one.hf_name.rpartition('.')[2]}", (one,), one.transposed)
+        for one in tensors(config)
+    ]
 
 
 def _rope_scaling(

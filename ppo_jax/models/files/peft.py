@@ -15,6 +15,7 @@ import numpy as np
 from ppo_jax.models.adapters import first_layer
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
+from ppo_jax.models.files.names import module
 from ppo_jax.models.layout import tensors
 from ppo_jax.parallel.processes import pieces
 from ppo_jax.types import PyTree
@@ -79,16 +80,16 @@ def _entries(adapter: PyTree, config: ModelConfig) -> list[tensor_file.Entry]:
     for name, lora in adapter["lora"].items():
         for side, stack in (("A", lora.a), ("B", lora.b)):
             for i in range(stack.shape[0]):
-                module = "base_model.model." + _module(name, config).format(first + i)
+                there = "base_model.model." + _module(name, config).format(first + i)
                 read = functools.partial(lambda stack, i: pieces(stack[i].astype(jnp.float32).T), stack, i)
                 shape = tuple(stack.shape[:0:-1])
-                entries.append(tensor_file.Entry(f"{module}.lora_{side}.weight", np.dtype(np.float32), shape, read))
+                entries.append(tensor_file.Entry(f"{there}.lora_{side}.weight", np.dtype(np.float32), shape, read))
     return tensor_file.in_order(entries)
 
 
 def _module(name: str, config: ModelConfig) -> str:
     """`q` -> `model.layers.{}.self_attn.q_proj`."""
-    return next(tensor.hf_name for tensor in tensors(config) if tensor.name == name).removesuffix(".weight")
+    return module(config, next(tensor for tensor in tensors(config) if tensor.name == name))
 
 
 def _check(adapter: PyTree) -> None:
