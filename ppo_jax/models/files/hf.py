@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ppo_jax.data.disk import is_out_of_memory, keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, fields, foreign, gguf, names, tensor_file, weights
+from ppo_jax.models.files import families, fields, foreign, gguf, names, peft_reading, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 from ppo_jax.models.files.names import Stored
@@ -35,7 +35,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
     """Reads a model.
 
     Args:
-      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub.
+      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub. A directory of
+        the peft library is its base with the adapter merged in (`peft_reading`).
       dtype: of the parameters that are returned, whatever the file holds.
       mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
 
@@ -56,6 +57,9 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         return gguf.load(where, dtype, mesh)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
+    if peft_reading.is_adapter(where) and not foreign.has_value_head(where):
+        config, params = load(peft_reading.base_of(where), dtype, mesh)
+        return config, peft_reading.merge_into(config, params, where)
     if not (where / "config.json").is_file() and (what := foreign.describe_directory(where)):
         raise FileNotFoundError(what)
     config = read_config(where, dtype)
