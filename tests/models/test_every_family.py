@@ -69,7 +69,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 def alone(model: Any) -> list[np.ndarray]:
     """The logits of each row without its padding."""
-    return [torch_logits(model, TOKENS[i : i + 1, ~MASK[i] @ np.ones(PROMPT + NEW, int) :])[0] for i in range(2)]
+    return [torch_logits(model, TOKENS[i : i + 1, MASK[i]])[0] for i in range(2)]
 
 
 def ours(params: PyTree, adapter: PyTree, config: ModelConfig) -> list[np.ndarray]:
@@ -192,7 +192,7 @@ def test_sequence_classifiers(name: str, case: Callable[[str], Case], tmp_path: 
         )
         with torch.no_grad():
             expected = there.float().eval()(torch.tensor(tokens)).logits[0, 0].item()
-        scores = full_scores(FullReward(found.params, found.head), found.config, tokens, jnp.asarray(mask), None)
+        scores = full_scores(FullReward(found.params, found.head), found.config, jnp.asarray(tokens), jnp.asarray(mask))
         assert float(scores[0]) == pytest.approx(expected, rel=1e-4, abs=1e-5), where
 
 

@@ -240,7 +240,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": next(name for name, ours in family_fields.ACTIVATIONS.items() if ours == config.activation),
+        "hidden_act": family_fields.name_of(config.activation, family.silent.get("hidden_act", "silu")),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope.write(config.rope_scaling),
@@ -248,6 +248,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos_field(config),
+        "pad_token_id": None,  # of the tokenizer, where there is one
         "dtype": config.dtype,
         "torch_dtype": config.dtype,  # the name of `dtype` in transformers 4
     }

@@ -57,6 +57,11 @@ def activation(name: Any) -> Activation:
     return ACTIVATIONS[name]
 
 
+def name_of(wanted: Activation, usual: str) -> str:
+    """What `hidden_act` calls an activation: the family's usual name for it, where there are several."""
+    return usual if ACTIVATIONS[usual] == wanted else next(n for n, ours in ACTIVATIONS.items() if ours == wanted)
+
+
 def _read_gemma(raw: Mapping[str, Any], hidden: int) -> dict[str, Any]:
     caps = {name: raw.get(f"{name}_softcapping") for name in ("attn_logit", "final_logit")}
     given = {name: None if cap is None else number({name: cap}, name) for name, cap in caps.items()}
