@@ -26,7 +26,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ from experiments.rating_model import Wanted
 from ppo_jax.cli.common import next_commands
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
-from ppo_jax.data import assets
+from ppo_jax.data import assets, gemma
 from ppo_jax.data.disk import replace_file
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
@@ -70,18 +70,17 @@ TOY_TASK = (
     "policy. It shows that everything runs, and nothing else."
 )
 TASK = (
-    "People rated film-review sentences. A reward model learned their preferences, and PPO taught SmolLM2-135M to "
+    "People rated film-review sentences. A reward model learned their preferences, and PPO taught {base} to "
     "continue the first words of unseen sentences so that this reward rises while the KL to the base stays small. "
     "VADER and a second reward model, which PPO never saw, judge the result."
 )
-# Pairwise accuracy on held-out sentences, measured apart from this run.
 REFERENCES = {"one human rater": 0.886, "linear probe, frozen SmolLM2": 0.769, "bag-of-words ridge": 0.728}
 LABELS = {"vader": "VADER", "judge": "the second reward model"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SentimentConfig:
-    """Teach SmolLM2-135M by PPO to continue film reviews positively; the fields repeat a run."""
+    """Teach a small model by PPO to continue film reviews positively; the fields repeat a run."""
 
     run_dir: Path = Path("runs/sentiment")
     """All results of the run go into this directory."""
@@ -89,8 +88,10 @@ class SentimentConfig:
     """This number seeds data, sampling and initialisation."""
     data_seed: int | None = None
     """This number seeds data and reward models alone, so that runs differ in the rest; by default it is seed."""
+    base: Literal["smollm2-135m", "gemma3-270m"] = "smollm2-135m"
+    """This model is taught; the terms of use of Gemma are shown before its 253 MB are fetched."""
     smoke: bool = False
-    """Take a toy grammar and a random model in place of SmolLM2 and the ratings."""
+    """Take a toy grammar and a random model in place of the base and the ratings."""
     reward_texts: int = 2000
     """The reward model is trained on this many sentences; 0 means all 5,000."""
     judge_texts: int = 1200
@@ -104,8 +105,7 @@ class SentimentConfig:
     reward: RewardConfig = RewardConfig(depth=18, lora_layers=4)
     """These options describe the reward model and its training."""
     scorer: tuple[str, ...] = ()
-    """The reward comes from here instead, as by `--reward` of `ppo-jax ppo`: directory, URL or function; several are
-    summed."""
+    """The reward comes from these instead, as by `--reward` of `ppo-jax ppo`: directories, URLs or functions."""
     scoring: RewardOptions = RewardOptions()
     """These options say how the scorer is called, and what a sum weighs."""
     judge: RewardConfig = RewardConfig(depth=18, lora_layers=0)
@@ -306,7 +306,7 @@ def summarise(
 ) -> page.Summary:
     """What the report is told before there are results. Nothing of SmolLM2 or of people where neither took part."""
     toy = settings.smoke
-    task = TOY_TASK if toy else TASK
+    task = TOY_TASK if toy else TASK.format(base=settings.base)
     vader = movie_reviews.all_pairs_accuracy([vader_score(r.text) for r in test], [r.rating for r in test])
     summary = {
         "title": "Smoke run of PPO on film-review sentiment" if toy else "PPO on film-review sentiment",
@@ -329,19 +329,19 @@ def summarise(
 def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     """The base model, and the rated sentences in disjoint parts."""
     if not settings.smoke:
-        model = load_model(assets.smollm2(), settings.compute)
+        where = gemma.gemma3() if settings.base == "gemma3-270m" else assets.smollm2()
+        model = load_model(where, settings.compute)
         return model, movie_reviews.splits(movie_reviews.load(), settings.drawn_by)
     toy = smoke.model(settings.drawn_by)
     params = jax.tree.map(lambda x: x.astype(settings.compute.dtype), toy.params)
     toy = toy._replace(config=settings.compute.of(toy.config), params=params)
-    return toy, movie_reviews.splits(
-        smoke.reviews(seed=settings.drawn_by), settings.drawn_by, test=40, prompts=40, judge_train=40
-    )
+    reviews = smoke.reviews(seed=settings.drawn_by)
+    return toy, movie_reviews.splits(reviews, settings.drawn_by, test=40, prompts=40, judge_train=40)
 
 
 def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:
     """Token ids that end a response: those given, with the model's; else special ones and all with a line break."""
-    line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if "\u010a" in token]  # byte-level BPE
+    line_breaks = [index for token, index in model.tokenizer.get_vocab().items() if {"\u010a", "\n"} & {*token}]
     ends = tuple(sorted({*model.stop_ids, *model.tokenizer.all_special_ids, *line_breaks}))
     return with_stops(sampling, model).stop_ids if sampling and sampling.stop_ids else ends
 

@@ -10,19 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.cache import Cache, init_cache, replace_rows, unstacked
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
 from ppo_jax.models.placement import gathered
-from ppo_jax.models.transformer import (
-    Cache,
-    apply,
-    finish_logits,
-    init_cache,
-    positions_from_mask,
-    replace_rows,
-    unstack,
-    unstacked,
-)
+from ppo_jax.models.transformer import apply, finish_logits, positions_from_mask, unstack
 from ppo_jax.ops.logprobs import token_logprobs, unembed
 from ppo_jax.ops.sampling import penalise_repetition, sample
 from ppo_jax.parallel.members import any_row

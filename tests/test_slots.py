@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.transformer import apply, init_cache, positions_from_mask, replace_rows, unstack, unstacked
+from ppo_jax.models.cache import init_cache, replace_rows, unstacked
+from ppo_jax.models.transformer import apply, positions_from_mask, unstack
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.types import Prompts, Rollout
 from tests.models.tiny import CONFIG

@@ -16,10 +16,11 @@ import numpy as np
 
 from ppo_jax.data import assets, left_pad
 from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig, ModelOptions
 from ppo_jax.models.heads import ValueHead
 from ppo_jax.models.pretrained import load_model
-from ppo_jax.models.transformer import apply, init_cache, positions_from_mask
+from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.types import Policy, Prompts, PyTree

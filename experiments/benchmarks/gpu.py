@@ -24,9 +24,10 @@ import numpy as np
 from experiments.benchmarks.ours import HYPER, least_seconds, model_of, options_of, prompts_of, scorer_of, start
 from experiments.benchmarks.workloads import Clock, Shape, Workload
 from ppo_jax.models.attention import attend_cached, flash
+from ppo_jax.models.cache import init_cache, unstacked
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layout import init_params
-from ppo_jax.models.transformer import apply, init_cache, logits, positions_from_mask, unstack, unstacked
+from ppo_jax.models.transformer import apply, logits, positions_from_mask, unstack
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.ppo import make_host_iteration
 from ppo_jax.types import PyTree, Rollout, Scores

@@ -39,7 +39,7 @@ class AdapterConfig:
     alpha: float = 16.0
     """A LoRA update is scaled by alpha / rank."""
     targets: tuple[str, ...] = LINEARS
-    """These linear maps carry LoRA."""
+    """These linear maps carry LoRA; where all are named, those that the model has (GPT-2's MLP has no gate)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "top_k", "full"):
@@ -88,6 +88,9 @@ def init_lora(
     if not 0 <= first_layer < config.num_layers:
         raise ValueError(f"first_layer={first_layer} must lie in [0, {config.num_layers})")
     sizes = linear_shapes(config)
+    targets = tuple(name for name in targets if name in sizes or set(targets) != set(LINEARS))
+    if absent := [name for name in targets if name not in sizes]:
+        raise ValueError(f"LoRA targets {absent}: a {config.family} model has no such map; it has {', '.join(sizes)}")
     count = config.num_layers - first_layer
     lora = {}
     for name, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):

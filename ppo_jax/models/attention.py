@@ -1,4 +1,4 @@
-"""Rotary positions, and causal grouped-query attention over three implementations.
+"""Causal grouped-query attention over three implementations.
 
 `xla` works everywhere and is what the others are tested against. The kernels never hold the [S, S] scores, but know
 causality by slot, not by position. For a pass over whole rows (`aligned`) the two agree once padding is out of the
@@ -8,7 +8,7 @@ tokens moved to the front and their number. What a padding slot gets back differ
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +17,21 @@ from jax.extend.backend import get_backend
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ppo_jax.models.config import Attention, ModelConfig, RopeScaling
+from ppo_jax.models.config import Attention
 
 # A finite stand-in for minus infinity: a row with nothing to attend to stays finite (and is masked later).
 MASKED = -1e30
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    """Radians per position of each rotary pair: theta^(-2i/H), stretched by the checkpoint's scaling.
+class Rule(NamedTuple):
+    """How the scores q k' of a layer become weights, beside causality."""
 
-    RoPE: Su et al. 2021, section 3.4. The `llama3` rule: The Llama 3 Herd of Models, and the released configs.
-    """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    return _llama3(frequency, scaling)
+    scale: float | None = None  # of the scores; None: 1 / sqrt(H)
+    cap: float | None = None  # scores become cap * tanh(scores / cap)
+    window: int | Array | None = None  # a token sees this many positions, its own included
 
 
-def _llama3(frequency: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
-    # turns: how often a pair rotates within the original context; few turns = low frequency = divided by factor.
-    turns = scaling.original_max_positions * frequency / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return keep * frequency + (1 - keep) * frequency / scaling.factor
-
-
-def rotary(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Array, Array]:
-    """cos and sin [B, S, 1, H/2] of the rotation angles, float32."""
-    angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "B S N H"], cos: Array, sin: Array) -> Float[Array, "B S N H"]:
-    """Rotates the pairs (x_i, x_{i+H/2}): Hugging Face's half-split layout, not the interleaved one."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+PLAIN = Rule()
 
 
 def attend(
@@ -66,6 +42,7 @@ def attend(
     k_positions: Int[Array, "B C"],
     implementation: Attention = "xla",
     aligned: bool = False,
+    rule: Rule = PLAIN,
 ) -> Float[Array, "B S N H"]:
     """softmax(q k' / sqrt(H)) v over the keys with 0 <= k_position <= q_position; softmax in float32.
 
@@ -76,13 +53,16 @@ def attend(
         serve these shapes raises ValueError. Passes that are not `aligned` (decoding with a cache) are always `xla`.
       aligned: query slot i is key slot i (whole rows, or the prefill of an empty cache), and positions grow along the
         slots of each row, padding (-1) left out.
+      rule: another scale than 1 / sqrt(H), a cap, or a window: 0 <= q_position - k_position < window.
     """
-    chosen = implementation_for(q, k, implementation) if aligned and q.shape[1] > 1 else "xla"
+    chosen = implementation_for(q, k, implementation, rule) if aligned and q.shape[1] > 1 else "xla"
+    if chosen != "xla" and rule.scale is not None:  # the kernels know 1 / sqrt(H) alone
+        q = q * jnp.asarray(rule.scale * math.sqrt(q.shape[-1]), q.dtype)
     if chosen == "splash":
         return splash(q, k, v, q_positions)
     if chosen == "cudnn":
         return flash(q, k, v, q_positions)
-    return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), q_positions, k_positions)
+    return attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), q_positions, k_positions, rule)
 
 
 def attend_cached(
@@ -91,25 +71,33 @@ def attend_cached(
     v: Float[Array, "B K C H"],
     q_positions: Int[Array, "B S"],
     k_positions: Int[Array, "B C"],
+    rule: Rule = PLAIN,
 ) -> Float[Array, "B S N H"]:
     """`attend` by XLA over keys and values as the cache holds them: read where they lie, heads of a group together."""
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bskgh,bkch->bkgsc", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+    scores = jnp.einsum("bskgh,bkch->bkgsc", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(width) if rule.scale is None else scores * rule.scale
+    if rule.cap is not None:
+        scores = rule.cap * jnp.tanh(scores / rule.cap)
     visible = (k_positions[:, None, :] >= 0) & (k_positions[:, None, :] <= q_positions[:, :, None])
+    if rule.window is not None:
+        visible &= k_positions[:, None, :] > q_positions[:, :, None] - rule.window
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgsc,bkch->bskgh", weights, v).reshape(batch, queries, heads, width)
 
 
 def implementation_for(
-    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], wanted: Attention
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], wanted: Attention, rule: Rule = PLAIN
 ) -> Literal["xla", "cudnn", "splash"]:
     """What computes an aligned pass of these shapes and dtypes on the default platform (see `attend`)."""
     platform = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
     chosen = platform if wanted == "auto" else wanted
     problem = {"splash": _splash_problem, "cudnn": _cudnn_problem}.get(chosen, lambda q, k: None)(q, k)
+    if chosen != "xla" and (rule.cap is not None or rule.window is not None):
+        problem = "this model caps its scores, or has windows shorter than the rows, which only 'xla' computes here"
     if problem and wanted != "auto":
         raise ValueError(f"attention={wanted!r} cannot be used: {problem}; choose 'auto' or 'xla'")
     return "xla" if problem else chosen  # type: ignore[return-value]

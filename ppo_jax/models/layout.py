@@ -4,7 +4,7 @@ Random parameters, the checks of given ones, shardings, loading, saving, LoRA an
 array that a new family brings is one row here, with its condition on `ModelConfig`; an axis of another length is one
 row of LENGTHS, and its place on the mesh one row of `parallel.sharding.RULES`. A file that names or stores the same
 arrays otherwise (permuted or quantised in a GGUF file, several fused into one) is translated in `models.files`; the
-names here are those of Llama's files.
+names here are those of Llama's files, and of its relatives' for what Llama does not have.
 """
 
 import math
@@ -20,7 +20,7 @@ from ppo_jax.parallel.mesh import AXES, MeshConfig
 from ppo_jax.parallel.sharding import RULES
 from ppo_jax.types import PyTree
 
-# Logical axis -> fields of ModelConfig whose product is its length; the mesh cuts the first of them.
+# Logical axis -> numbers of ModelConfig whose product is its length; the mesh cuts the first of them.
 LENGTHS: dict[str, tuple[str, ...]] = {
     "layers": ("num_layers",),
     "embed": ("hidden_size",),
@@ -29,6 +29,9 @@ LENGTHS: dict[str, tuple[str, ...]] = {
     "heads": ("num_heads", "head_dim"),
     "mlp": ("intermediate_size",),
     "vocab": ("vocab_size",),
+    "q_norm": ("q_norm_width",),
+    "k_norm": ("k_norm_width",),
+    "positions": ("max_positions",),
 }
 NORMAL, ONES, ZEROS = jax.nn.initializers.normal(0.02), jax.nn.initializers.ones, jax.nn.initializers.zeros
 
@@ -72,30 +75,60 @@ class Tensor(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
-_ATTN, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+def _before(config: ModelConfig) -> bool:
+    return config.norm_place != "after"
+
+
+def _after(config: ModelConfig) -> bool:
+    return config.norm_place != "before"
+
+
+def _layer_norms(config: ModelConfig) -> bool:
+    return config.norm == "layer"
+
+
+def _head_norms(config: ModelConfig) -> bool:
+    return config.qk_norm != "none"
+
+
+_LAYER = "model.layers.{}."
+_ATTN, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
+_NORM, _Q, _K, _MLP_AXIS = ("layers", "norm"), ("layers", "heads"), ("layers", "kv_heads"), ("layers", "mlp")
 
 # In the order of the file.
 TENSORS = (
     Tensor("embedding", ("vocab", "embed"), NORMAL, "model.embed_tokens.weight"),
-    Tensor("layers.attention_norm", ("layers", "norm"), ONES, "model.layers.{}.input_layernorm.weight"),
+    Tensor("positions", ("positions", "embed"), NORMAL, "model.embed_positions.weight",
+           exists=lambda c: c.learned_positions),
+    Tensor("layers.attention_norm", _NORM, ONES, _LAYER + "input_layernorm.weight", exists=_before),
+    Tensor("layers.attention_norm_bias", _NORM, ZEROS, _LAYER + "input_layernorm.bias",
+           exists=lambda c: _before(c) and _layer_norms(c)),
     Tensor("layers.q", ("layers", "embed", "heads"), NORMAL, _ATTN + "q_proj.weight", transposed=True),
-    Tensor("layers.q_bias", ("layers", "heads"), ZEROS, _ATTN + "q_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.q_bias", _Q, ZEROS, _ATTN + "q_proj.bias", exists=lambda c: c.attention_bias),
     Tensor("layers.k", ("layers", "embed", "kv_heads"), NORMAL, _ATTN + "k_proj.weight", transposed=True),
-    Tensor("layers.k_bias", ("layers", "kv_heads"), ZEROS, _ATTN + "k_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.k_bias", _K, ZEROS, _ATTN + "k_proj.bias", exists=lambda c: c.attention_bias),
     Tensor("layers.v", ("layers", "embed", "kv_heads"), NORMAL, _ATTN + "v_proj.weight", transposed=True),
-    Tensor("layers.v_bias", ("layers", "kv_heads"), ZEROS, _ATTN + "v_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.v_bias", _K, ZEROS, _ATTN + "v_proj.bias", exists=lambda c: c.attention_bias),
+    Tensor("layers.q_norm", ("layers", "q_norm"), ONES, _ATTN + "q_norm.weight", exists=_head_norms),
+    Tensor("layers.k_norm", ("layers", "k_norm"), ONES, _ATTN + "k_norm.weight", exists=_head_norms),
     Tensor("layers.o", ("layers", "heads", "embed"), NORMAL, _ATTN + "o_proj.weight", transposed=True),
-    Tensor("layers.o_bias", ("layers", "norm"), ZEROS, _ATTN + "o_proj.bias", exists=lambda c: c.output_bias),
-    Tensor("layers.gate", ("layers", "embed", "mlp"), NORMAL, _MLP + "gate_proj.weight", transposed=True),
-    Tensor("layers.gate_bias", ("layers", "mlp"), ZEROS, _MLP + "gate_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.o_bias", _NORM, ZEROS, _ATTN + "o_proj.bias", exists=lambda c: c.output_bias),
+    Tensor("layers.attention_post_norm", _NORM, ONES, _LAYER + "post_self_attn_layernorm.weight", exists=_after),
+    Tensor("layers.gate", ("layers", "embed", "mlp"), NORMAL, _MLP + "gate_proj.weight", transposed=True,
+           exists=lambda c: c.gated),
+    Tensor("layers.gate_bias", _MLP_AXIS, ZEROS, _MLP + "gate_proj.bias", exists=lambda c: c.gated and c.mlp_bias),
     Tensor("layers.up", ("layers", "embed", "mlp"), NORMAL, _MLP + "up_proj.weight", transposed=True),
-    Tensor("layers.up_bias", ("layers", "mlp"), ZEROS, _MLP + "up_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.up_bias", _MLP_AXIS, ZEROS, _MLP + "up_proj.bias", exists=lambda c: c.mlp_bias),
     Tensor("layers.down", ("layers", "mlp", "embed"), NORMAL, _MLP + "down_proj.weight", transposed=True),
-    Tensor("layers.down_bias", ("layers", "norm"), ZEROS, _MLP + "down_proj.bias", exists=lambda c: c.mlp_bias),
-    Tensor("layers.mlp_norm", ("layers", "norm"), ONES, "model.layers.{}.post_attention_layernorm.weight"),
+    Tensor("layers.down_bias", _NORM, ZEROS, _MLP + "down_proj.bias", exists=lambda c: c.mlp_bias),
+    Tensor("layers.mlp_norm", _NORM, ONES, _LAYER + "post_attention_layernorm.weight", exists=_before),
+    Tensor("layers.mlp_norm_bias", _NORM, ZEROS, _LAYER + "post_attention_layernorm.bias",
+           exists=lambda c: _before(c) and _layer_norms(c)),
+    Tensor("layers.mlp_post_norm", _NORM, ONES, _LAYER + "post_feedforward_layernorm.weight", exists=_after),
     Tensor("final_norm", ("norm",), ONES, "model.norm.weight"),
+    Tensor("final_norm_bias", ("norm",), ZEROS, "model.norm.bias", exists=_layer_norms),
     Tensor("unembedding", ("vocab", "embed"), NORMAL, "lm_head.weight", exists=lambda c: not c.tie_embeddings),
-)
+)  # fmt: skip
 
 
 def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
@@ -110,12 +143,14 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def init_params(key: Array, config: ModelConfig) -> PyTree:
-    """Random parameters: N(0, 0.02) matrices, unit norms, zero biases. `key` is consumed."""
+    """Random parameters: N(0, 0.02) matrices, norms that multiply by 1, zero biases. `key` is consumed."""
     keys = _split_key(key)
-    return nest({
-        tensor.key: tensor.init(keys.get(tensor.key, key), tensor.shape(config), config.dtype)
-        for tensor in tensors(config)
-    })  # fmt: skip
+
+    def init(tensor: Tensor) -> Array:
+        draw = ZEROS if tensor.init is ONES and config.norm_offset else tensor.init
+        return draw(keys.get(tensor.key, key), tensor.shape(config), config.dtype)
+
+    return nest({tensor.key: init(tensor) for tensor in tensors(config)})
 
 
 def _split_key(key: Array) -> dict[str, Array]:

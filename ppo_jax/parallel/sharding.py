@@ -32,6 +32,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "layers": (),  # stacked, and scanned one by one
     "norm": (),
+    "q_norm": (),
+    "k_norm": (),
+    "positions": (),
     "rank": (),
     "slots": (),
     "width": (),

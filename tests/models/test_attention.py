@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.attention import attend, rope_frequencies, rotary, rotate
+from ppo_jax.models.attention import attend
 from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.rotary import rope_frequencies, rotary, rotate
 from tests.models.tiny import CONFIG
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

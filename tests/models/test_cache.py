@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.adapters import init_lora, init_top_k
-from ppo_jax.models.transformer import Cache, apply, init_cache, positions_from_mask, unstack, unstacked
+from ppo_jax.models.cache import Cache, init_cache, unstacked
+from ppo_jax.models.transformer import apply, positions_from_mask, unstack
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, random_params
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from ppo_jax.models.adapters import init_lora, merge, unembedding
+from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import hf
-from ppo_jax.models.transformer import apply, init_cache, positions_from_mask
+from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, LLAMA3, equal, random_params
 

@@ -12,10 +12,11 @@ import transformers
 
 from ppo_jax.data import assets
 from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import hf
 from ppo_jax.models.files.tokenizer import check_vocabulary, load_tokenizer
-from ppo_jax.models.transformer import apply, init_cache, positions_from_mask
+from ppo_jax.models.transformer import apply, positions_from_mask
 from ppo_jax.types import PyTree
 from tests.models.tiny import equal
 

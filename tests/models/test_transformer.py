@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ppo_jax.models.adapters import init_lora
+from ppo_jax.models.block import rms_norm
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import apply, logits, positions_from_mask, rms_norm
+from ppo_jax.models.transformer import apply, logits, positions_from_mask
 from ppo_jax.types import PyTree
 from tests.models.tiny import CONFIG, LLAMA3, random_params
 

@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_lora
+from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import check_model
 from ppo_jax.models.placement import constrain_params, create, create_on_mesh, shardings
 from ppo_jax.models.pretrained import Model
-from ppo_jax.models.transformer import init_cache
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward

@@ -123,7 +123,8 @@ def model_config(settings: PlanSettings) -> ModelConfig:
     if options.attention == "auto":  # of the planned platform, not of the one that plans
         chip = topology(settings.topology).chip
         parts = settings.mesh.tensor
-        fits = config.head_dim % 64 == 0 and config.num_kv_heads % parts == 0
+        fits = config.head_dim % 64 == 0 and config.num_kv_heads % parts == 0 and config.attention_cap is None
+        fits &= config.window is None or config.window >= settings.prompt_length + settings.response_length
         options = dataclasses.replace(options, attention="splash" if chip and fits else "xla")
     return options.of(config)
 

@@ -28,6 +28,7 @@ from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.adapters import LINEARS, Lora
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
+from ppo_jax.models.files.facts import complete_facts, model_facts
 from ppo_jax.models.files.hub import LARGEST_JSON
 from ppo_jax.models.heads import RewardHead, ValueHead
 from ppo_jax.models.layout import tensors
@@ -42,9 +43,6 @@ BEST, CRITIC, EMA = "best", "critic", "ema"
 FORMAT = 1
 ARRAYS, DESCRIPTION = "arrays.safetensors", "artifact.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-# Fields of a ModelConfig that say how it is run or where it stops, not what its weights compute.
-_CHOICES = ("dtype", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids", "tokenless")
-
 Kind = Literal["policy", "reward"]
 
 
@@ -190,7 +188,7 @@ def load(path: str | Path, kind: Kind | None = None) -> Artifact:
 
 def check_base(artifact: Artifact, base_fingerprint: str, config: ModelConfig) -> None:
     """Raises ValueError unless the artifact was trained on this very base: same shapes, same weights."""
-    ours, theirs = model_facts(config), artifact.model
+    ours, theirs = model_facts(config), complete_facts(artifact.model)
     different = [
         f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
         for name in sorted(ours.keys() | theirs.keys())
@@ -240,12 +238,6 @@ def problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, lay
     if actual_shapes != shapes and (kind == "reward" or head):
         wrong.append(f"a {kind}'s head needs {shapes}, got {actual_shapes}")
     return wrong
-
-
-def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """What of a ModelConfig decides the function that its weights compute, as JSON values."""
-    facts = dataclasses.asdict(config)
-    return {name: value for name, value in facts.items() if name not in _CHOICES}
 
 
 def flatten(adapter: PyTree, head: PyTree) -> dict[str, Any]:

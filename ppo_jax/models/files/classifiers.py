@@ -27,13 +27,19 @@ from safetensors.numpy import save_file
 from ppo_jax.data.disk import is_out_of_memory, replaced_directory
 from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, foreign, hf, tensor_file, weights
+from ppo_jax.models.files import families, foreign, hf, names, tensor_file, weights
 from ppo_jax.models.files.hub import read_json, resolve
 from ppo_jax.parallel import processes
 from ppo_jax.types import PyTree
 
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
-ARCHITECTURES = {name: family.architecture.replace(CAUSAL, CLASSIFIER) for name, family in families.FAMILIES.items()}
+# GPT-2's class has a name of its own, and Gemma 3's is of its text model.
+_OWN = {"gpt2": "GPT2ForSequenceClassification", "gemma3_text": "Gemma3TextForSequenceClassification"}
+ARCHITECTURES = {
+    name: _OWN.get(name, family.architecture.replace(CAUSAL, CLASSIFIER))
+    for name, family in families.FAMILIES.items()
+    if family.classifies
+}
 BIAS, META = "ppo_jax_bias", "ppo_jax_meta"  # our fields of config.json
 _BASE, _SCORE = "model-base.safetensors", "model-score.safetensors"
 
@@ -52,10 +58,10 @@ class SequenceClassifier(NamedTuple):
 def is_sequence_classifier(path: str | Path) -> bool:
     """Whether `path` is a directory whose config.json names an architecture `...ForSequenceClassification`."""
     try:
-        names = read_json(Path(path) / "config.json").get("architectures")
+        classes = read_json(Path(path) / "config.json").get("architectures")
     except (OSError, ValueError):
         return False
-    return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
+    return isinstance(classes, list) and any(str(name).endswith(CLASSIFIER) for name in classes)
 
 
 def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None = None) -> SequenceClassifier:
@@ -81,7 +87,7 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         raise ValueError(f"{file}: {error}") from error
     config = dataclasses.replace(config, tie_embeddings=True)
     source = _find_tensors(hf.weight_files(where))
-    source.pop("lm_head.weight", None)  # a leftover of the language model that it was trained from
+    source.pop(names.unembedding_name(config), None)  # a leftover of the language model that it was trained from
     head_file = source.pop("score.weight", None)
     if head_file is None:
         raise ValueError(
@@ -93,7 +99,7 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         raise ValueError(
             f"{head_file}: score.weight has shape {score.shape}, a reward model has (1, {config.hidden_size})"
         )
-    shapes = {name: _shape(shard, name) for name, shard in source.items() if not name.endswith("rotary_emb.inv_freq")}
+    shapes = {name: _shape(shard, name) for name, shard in source.items() if not names.is_buffer(name)}
     try:
         params = weights.gather(
             config,
@@ -145,6 +151,11 @@ def save(
       ValueError: parameters and configuration do not fit, or the tokenizer has neither pad nor EOS token.
     """
     path = Path(path)
+    if config.family not in ARCHITECTURES:
+        raise ValueError(
+            f"transformers has no sequence classifier for {config.family} models; keep the reward model as the "
+            "directory of its run"
+        )
     processes.first_writes(lambda _: _check_target(path, overwrite))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -199,8 +210,8 @@ def _check_kind(raw: Mapping[str, Any]) -> None:
     expected = ARCHITECTURES.get(str(raw.get("model_type")))
     if classes[0] != expected:
         raise ValueError(f"architectures={classes!r} contradicts model_type={raw.get('model_type')!r}")
-    names = raw.get("id2label")
-    labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)  # transformers' default is 2
+    labelled = raw.get("id2label")
+    labels = raw.get("num_labels", len(labelled) if isinstance(labelled, dict) else 2)  # transformers' default is 2
     if labels != 1:
         raise ValueError(f"num_labels={labels!r} is not supported: a reward model has 1 label, the score")
 
@@ -228,10 +239,10 @@ def _find_tensors(files: list[Path]) -> dict[str, Path]:
     return files_by_name
 
 
-def _seen(names: Mapping[str, Path]) -> str:
+def _seen(present: Mapping[str, Path]) -> str:
     """What stands there in place of score.weight, where that can be told."""
-    other = next((name for name in names if name.endswith(".score.weight")), None)
-    return f" (the file has it as {other})" if other else foreign.describe_value_head(names)
+    other = next((name for name in present if name.endswith(".score.weight")), None)
+    return f" (the file has it as {other})" if other else foreign.describe_value_head(present)
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:

@@ -13,6 +13,11 @@ WRAPPERS = {
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory, beside an adapter or a model
 
 
+def has_value_head(where: Path) -> bool:
+    """Whether LLaMA-Factory left the value head of a reward model here."""
+    return any((where / name).is_file() for name in VALUE_HEADS)
+
+
 def describe_directory(where: Path) -> str:
     """Say what a directory holds that is no model of `transformers` by itself; "" where nothing is known."""
     head = next((name for name in VALUE_HEADS if (where / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""Reads a GGUF file (llama.cpp): configuration, dequantised weights and tokenizer.
+"""Reads a GGUF file (llama.cpp): configuration and dequantised weights.
 
 Quantised tensors are expanded to float32; nothing is claimed about the weights from before the quantisation.
 """
@@ -14,64 +14,74 @@ from jax.sharding import Mesh
 
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.files import gguf_container, weights
-from ppo_jax.models.files.families import LARGEST, Dtype, token_ids
+from ppo_jax.models.files.families import FAMILIES, Dtype
+from ppo_jax.models.files.fields import LARGEST, token_ids
+from ppo_jax.models.files.names import Stored
+from ppo_jax.models.layout import tensors
 from ppo_jax.types import PyTree
 
-# Hugging Face module -> GGUF tensor, without ".weight" or ".bias".
+# Our array, without "_bias" -> GGUF tensor, without ".weight" or ".bias".
 NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+    "embedding": "token_embd",
+    "final_norm": "output_norm",
+    "unembedding": "output",
+    "attention_norm": "blk.{}.attn_norm",
+    "mlp_norm": "blk.{}.ffn_norm",
+    "q": "blk.{}.attn_q",
+    "k": "blk.{}.attn_k",
+    "v": "blk.{}.attn_v",
+    "o": "blk.{}.attn_output",
+    "gate": "blk.{}.ffn_gate",
+    "up": "blk.{}.ffn_up",
+    "down": "blk.{}.ffn_down",
+    "q_norm": "blk.{}.attn_q_norm",
+    "k_norm": "blk.{}.attn_k_norm",
+    "attention_post_norm": "blk.{}.post_attention_norm",
+    "mlp_post_norm": "blk.{}.post_ffw_norm",
 }
-# Metadata of the architecture that `_config` understands, after "llama."; another field is refused.
+LLAMA, GEMMA3 = "llama", "gemma3"  # values of general.architecture
+# Metadata of the architecture that `read_config` understands, after its name; another field is refused.
 FIELDS = {
     *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type"),
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear"),
-    *("expert_count", "expert_used_count"),
+    *("expert_count", "expert_used_count", "attention.sliding_window"),
 }
 ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, expanded into one divisor per frequency
 LARGEST_ROPE = 2**16  # of these; a head has some 64
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
-    """Reads configuration and weights of a GGUF file of architecture `llama`.
+    """Reads configuration and weights of a GGUF file of architecture `llama` or `gemma3`.
 
-    llama.cpp rotates the neighbours (2j, 2j+1) of a head where Hugging Face and we rotate (j, j + H/2), so its
-    converter permutes the rows of the q and k projections; that is undone here. On a mesh a stacked array is expanded
+    llama.cpp rotates the neighbours (2j, 2j+1) of a head in `llama`, where Hugging Face and we rotate (j, j + H/2), so
+    its converter permutes the rows of the q and k projections; and it stores the norms of `gemma3` with the 1 that
+    they are less here. Both are undone. On a mesh a stacked array is expanded
     whole on the host, and each device receives its shard.
 
     Raises:
       ValueError: the file is damaged or is of another architecture; the message names the file and the field.
     """
     try:
-        metadata, tensors = gguf_container.read(path)
-        stored = tensors.pop(ROPE_FACTORS, None)
+        metadata, found = gguf_container.read(path)
+        stored = found.pop(ROPE_FACTORS, None)
         if stored is not None and math.prod(stored.shape) > LARGEST_ROPE:
             raise ValueError(f"tensor {ROPE_FACTORS} has shape {stored.shape}; at most {LARGEST_ROPE} values are read")
         factors = None if stored is None else gguf_container.dequantize(ROPE_FACTORS, stored)
-        config = read_config(metadata, tensors, factors, dtype)
+        config = read_config(metadata, found, factors, dtype)
 
-        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
 
         def read(name: str) -> np.ndarray:
-            array = gguf_container.dequantize(name, tensors[name])
+            array = gguf_container.dequantize(name, found[name])
             module = name.split(".")[-2]
+            if config.norm_offset and module.endswith("norm"):
+                return array - 1
             return unpermute(array, heads[module]) if module in heads else array
 
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        params = weights.gather(config, shapes, read, _gguf_name, mesh)
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        params = weights.gather(config, shapes, read, _stored(config), mesh)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params
@@ -92,27 +102,28 @@ def read_config(
     rope_factors: np.ndarray | None,
     dtype: Dtype,
 ) -> ModelConfig:
-    """The metadata of a `llama` GGUF file as a `ModelConfig`. ValueError names a field that is not supported."""
-    if (name := metadata.get("general.architecture")) != "llama":
-        raise ValueError(f"general.architecture={name!r} is not supported; supported: llama")
-    unknown = sorted(k for k in metadata if k.startswith("llama.") and k.removeprefix("llama.") not in FIELDS)
+    """The metadata of a GGUF file as a `ModelConfig`. ValueError names a field that is not supported."""
+    if (name := metadata.get("general.architecture")) not in (LLAMA, GEMMA3):
+        raise ValueError(f"general.architecture={name!r} is not supported; supported: {LLAMA}, {GEMMA3}")
+    own = FIELDS - ({"attention.sliding_window"} if name == LLAMA else set())
+    unknown = sorted(k for k in metadata if k.startswith(f"{name}.") and k.removeprefix(f"{name}.") not in own)
     if unknown:
         raise ValueError(f"metadata {unknown[0]}={reprlib.repr(metadata[unknown[0]])} is not supported")
-    if metadata.get("llama.expert_count"):
-        raise ValueError(f"llama.expert_count={metadata['llama.expert_count']}: mixtures of experts are not supported")
+    if experts := metadata.get(f"{name}.expert_count"):
+        raise ValueError(f"{name}.expert_count={experts}: mixtures of experts are not supported")
     heads, width = _count(metadata, "attention.head_count"), _count(metadata, "embedding_length")
     head_dim = _count(metadata, "attention.key_length", width // heads)
     for field in ("attention.value_length", "rope.dimension_count"):
         if (value := _count(metadata, field, head_dim)) != head_dim:
-            raise ValueError(f"llama.{field}={value} differs from the head width {head_dim}, which is not supported")
-    theta = _number(metadata, "rope.freq_base", 10_000.0)
+            raise ValueError(f"{name}.{field}={value} differs from the head width {head_dim}, which is not supported")
+    theta, layers = _number(metadata, "rope.freq_base", 10_000.0), _count(metadata, "block_count")
     embedding = tensors.get("token_embd.weight")
     bos, eos, eot = (token_ids(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "eot"))
     return ModelConfig(
         vocab_size=_count(metadata, "vocab_size", None if embedding is None else embedding.shape[0]),
         hidden_size=width,
         intermediate_size=_count(metadata, "feed_forward_length"),
-        num_layers=_count(metadata, "block_count"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=_count(metadata, "attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -127,92 +138,43 @@ def read_config(
         dtype=dtype,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(dict.fromkeys(eos + eot)),
+        **(_gemma3(metadata, layers, width, heads, head_dim) if name == GEMMA3 else {}),
     )
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The byte-level BPE tokenizer in the file's metadata, as a transformers tokenizer with its chat template.
-
-    Raises:
-      ValueError: the file is damaged, or its tokenizer is of another kind.
-    """
-    try:
-        metadata, _ = gguf_container.read(path)
-        return _tokenizer(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _tokenizer(metadata: Mapping[str, Any]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or split not in ("smollm", "gpt-2"):
-        raise ValueError(
-            f"tokenizer.ggml.model={kind!r} with tokenizer.ggml.pre={split!r} is not supported (supported: gpt2 with "
-            "smollm or gpt-2); take the tokenizer from the model's Hugging Face directory"
-        )
-    tokens, merges = (_texts(metadata, f"tokenizer.ggml.{field}") for field in ("tokens", "merges"))
-    if bad := [merge for merge in merges if merge.count(" ") != 1]:
-        raise ValueError(f"tokenizer.ggml.merges: {bad[0]!r} is not a pair of tokens")
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
-    except MemoryError:
-        raise
-    except Exception as error:  # the Rust side has no class of its own
-        raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from error
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # SmolLM splits numbers into single digits first, then into words as GPT-2 does.
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise ValueError(f"tokenizer.chat_template={template!r} is not text")
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type is not a list with one number for each of {len(tokens)} tokens")
-    for token, token_kind in zip(tokens, kinds, strict=False):
-        if token_kind in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=token_kind == CONTROL, normalized=False)])
-    special = {}
-    for role, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        for token_id in token_ids(metadata, f"tokenizer.ggml.{field}_token_id"):
-            if token_id >= len(tokens):
-                raise ValueError(f"tokenizer.ggml.{field}_token_id={token_id} is beyond the {len(tokens)} tokens")
-            special[f"{role}_token"] = tokens[token_id]
-    if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, tokens.index(bos))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=template,
-        model_max_length=_count(metadata, "context_length"),
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+def _gemma3(metadata: Mapping[str, Any], layers: int, width: int, heads: int, head_dim: int) -> dict[str, Any]:
+    """The flags of Gemma 3, and what llama.cpp knows of it without being told."""
+    family = FAMILIES["gemma3_text"]
+    scalar = width // heads if layers == 62 else head_dim  # 27B alone divides its scores otherwise
+    return dict(family.flags) | {
+        "family": "gemma3_text",
+        "activation": "gelu_tanh",
+        "embedding_scale": width**0.5,
+        "attention_scale": scalar**-0.5,
+        "window": _count(metadata, "attention.sliding_window"),
+        "windowed": tuple(layer for layer in range(layers) if (layer + 1) % 6),
+        "window_theta": family.window_theta,
+    }
 
 
-def _gguf_name(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
-    parts = name.split(".")
-    theirs = f"{NAMES[parts[-2]]}.{parts[-1]}"
-    return f"blk.{parts[2]}.{theirs}" if parts[1] == "layers" else theirs
+def _stored(config: ModelConfig) -> list[Stored]:
+    """The tensors of the file."""
+    return [
+        Stored(f"{NAMES[one.name.removesuffix('_bias')]}.{one.hf_name.rpartition('.')[2]}", (one,), one.transposed)
+        for one in tensors(config)
+    ]
 
 
 def _rope_scaling(
     metadata: Mapping[str, Any], theta: float, head_dim: int, divisors: np.ndarray | None
 ) -> RopeScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
+    name = metadata["general.architecture"]
+    kind = metadata.get(f"{name}.rope.scaling.type", "none")
     factor = _number(metadata, "rope.scaling.factor", _number(metadata, "rope.scale_linear", 1.0))
     if divisors is None:
-        if kind == "linear" or (kind == "none" and factor == 1.0) or "llama.rope.scale_linear" in metadata:
+        if kind == "linear" or (kind == "none" and factor == 1.0) or f"{name}.rope.scale_linear" in metadata:
             return None if factor == 1.0 else RopeScaling("linear", factor)
-        raise ValueError(f"llama.rope.scaling.type={kind!r} is not supported; supported: none, linear")
+        raise ValueError(f"{name}.rope.scaling.type={kind!r} is not supported; supported: none, linear")
     # The converter has expanded the llama3 rule; recover its parameters and require that they explain every divisor.
     original = _count(metadata, "rope.scaling.original_context_length", 8192)
     if divisors.shape != (head_dim // 2,):  # before as many are computed
@@ -234,22 +196,17 @@ def _llama3_divisors(theta: float, head_dim: int, scaling: RopeScaling) -> np.nd
     return 1 / ((1 - smooth) / scaling.factor + smooth)
 
 
-def _texts(metadata: Mapping[str, Any], field: str) -> list[str]:
-    value = metadata.get(field)
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{field} is not a list of strings")
-    return value
-
-
 def _count(metadata: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = metadata.get(f"llama.{field}", default)
+    name = f"{metadata['general.architecture']}.{field}"
+    value = metadata.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
-        raise ValueError(f"llama.{field}={reprlib.repr(value)} is not a positive integer of 32 bits")
+        raise ValueError(f"{name}={reprlib.repr(value)} is not a positive integer of 32 bits")
     return value
 
 
 def _number(metadata: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = metadata.get(f"llama.{field}", default)
+    name = f"{metadata['general.architecture']}.{field}"
+    value = metadata.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-37 < value < 1e38:
-        raise ValueError(f"llama.{field}={reprlib.repr(value)} is not a positive number of single precision")
+        raise ValueError(f"{name}={reprlib.repr(value)} is not a positive number of single precision")
     return float(str(np.float32(value)))  # stored as float32: the shortest decimal that means the same

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from ppo_jax.data.disk import is_out_of_memory, keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, foreign, gguf, tensor_file, weights
+from ppo_jax.models.files import families, fields, foreign, gguf, names, peft_reading, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
+from ppo_jax.models.files.names import Stored
 from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
-from ppo_jax.models.layout import Tensor, check_params, leaf, tensors
+from ppo_jax.models.layout import check_params, leaf
 from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
@@ -34,7 +35,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
     """Reads a model.
 
     Args:
-      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub.
+      path: a Hugging Face directory (config.json and safetensors), a `.gguf` file, or a name on the hub. A directory of
+        the peft library is its base with the adapter merged in (`peft_reading`).
       dtype: of the parameters that are returned, whatever the file holds.
       mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
 
@@ -55,6 +57,9 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         return gguf.load(where, dtype, mesh)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
+    if peft_reading.is_adapter(where) and not foreign.has_value_head(where):
+        config, params = load(peft_reading.base_of(where), dtype, mesh)
+        return config, peft_reading.merge_into(config, params, where)
     if not (where / "config.json").is_file() and (what := foreign.describe_directory(where)):
         raise FileNotFoundError(what)
     config = read_config(where, dtype)
@@ -67,25 +72,24 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
                 if name in source:
                     raise ValueError(f"{shard}: tensor {name} is also in {source[name][0].name}")
                 source[name] = (shard, handle)
+        prefix, head = names.missing_prefix(config, source), names.unembedding_name(config)
         shapes = {
-            name: tuple(handle.get_slice(name).get_shape())
+            prefix + name: tuple(handle.get_slice(name).get_shape())
             for name, (_, handle) in source.items()
-            if not name.endswith("rotary_emb.inv_freq")  # old files carry these; the config says the same
+            if not names.is_buffer(name)
         }
-        repeated = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
+        repeated = shapes.pop(prefix + head, None) if config.tie_embeddings else None
+
+        def read(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+            there = name.removeprefix(prefix)
+            return _read_tensor(*source[there], there, part)
+
         try:
-            params = weights.gather(
-                config,
-                shapes,
-                lambda name: _read_tensor(*source[name], name),
-                mesh=mesh,
-                read_part=lambda name, part: _read_tensor(*source[name], name, part),
-            )
+            params = weights.gather(config, shapes, read, mesh=mesh, read_part=read)
         except ValueError as error:
             raise ValueError(f"{shards[0] if len(shards) == 1 else where / INDEX}: {error}") from error
         if repeated is not None:
-            file, handle = source["lm_head.weight"]
-            _check_repeated(lambda p: _read_tensor(file, handle, "lm_head.weight", p), params["embedding"], where)
+            _check_repeated(config, lambda part: read(prefix + head, part), params["embedding"], where)
     return config, params
 
 
@@ -187,7 +191,7 @@ def read_config(where: Path, dtype: Dtype = "float32") -> ModelConfig:
     if not generation.is_file():
         return config
     try:
-        ids = families.token_ids(read_json(generation), "eos_token_id")
+        ids = fields.token_ids(read_json(generation), "eos_token_id")
     except ValueError as error:
         raise ValueError(f"{generation}: {error}") from error
     return dataclasses.replace(config, eos_token_ids=ids or config.eos_token_ids)
@@ -238,13 +242,16 @@ def _read_tensor(file: Path, handle: Any, name: str, part: tuple[slice, ...] | N
     return handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
 
 
-def _check_repeated(head: Callable[[tuple[slice, ...]], np.ndarray], embedding: jax.Array, where: Path) -> None:
+def _check_repeated(
+    config: ModelConfig, head: Callable[[tuple[slice, ...]], np.ndarray], embedding: jax.Array, where: Path
+) -> None:
     """A tied model's file may repeat the embedding as lm_head.weight, but may not hold another matrix."""
     for shard in embedding.addressable_shards:
         part = tuple(slice(*s.indices(size)[:2]) for s, size in zip(shard.index, embedding.shape, strict=True))
         if shard.replica_id == 0 and not np.array_equal(head(part).astype(embedding.dtype), np.asarray(shard.data)):
+            first = names.stored_tensors(config)[0].name
             raise ValueError(
-                f"{where}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+                f"{where}: {names.unembedding_name(config)} differs from {first}, but config.json has "
                 "tie_word_embeddings=true; set it to false if the model is not tied"
             )
 
@@ -254,24 +261,24 @@ def _split_into_files(
 ) -> dict[str, list[tensor_file.Entry]]:
     """{name of a file: what is in it}, each with at most `max_bytes`."""
 
-    def read(tensor: Tensor, layer: int) -> tensor_file.Pieces:
-        array = merge_one(params, adapter, tensor.key, layer).astype(leaf(dtypes, tensor.key))
-        return pieces(array.T if tensor.transposed else array)
+    def read(stored: Stored, layer: int) -> tensor_file.Pieces:
+        parts = [merge_one(params, adapter, t.key, layer).astype(leaf(dtypes, t.key)) for t in stored.parts]
+        return pieces(stored.join(config, parts))
 
     files: list[list[tensor_file.Entry]] = [[]]
     used = 0
-    for tensor in tensors(config):
-        dtype, shape = leaf(dtypes, tensor.key), tensor.hf_shape(config)
-        for layer in range(config.num_layers if tensor.stacked else 1):
-            read_layer = functools.partial(read, tensor, layer)
-            entry = tensor_file.Entry(tensor.hf_name.format(layer), dtype, shape, read_layer)
+    for stored in names.stored_tensors(config):
+        dtype, shape = leaf(dtypes, stored.parts[0].key), stored.shape(config)
+        for layer in range(config.num_layers if stored.stacked else 1):
+            read_layer = functools.partial(read, stored, layer)
+            entry = tensor_file.Entry(stored.name.format(layer), dtype, shape, read_layer)
             if files[-1] and used + entry.nbytes > max_bytes:
                 files.append([])
                 used = 0
             files[-1].append(entry)
             used += entry.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    return dict(zip(names if len(files) > 1 else [SINGLE], map(tensor_file.in_order, files), strict=True))
+    shards = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    return dict(zip(shards if len(files) > 1 else [SINGLE], map(tensor_file.in_order, files), strict=True))
 
 
 def _write_texts(where: Path, config: ModelConfig, raw: dict[str, Any], tokenizer: Any) -> None:

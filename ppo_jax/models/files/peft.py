@@ -1,25 +1,30 @@
-"""A LoRA adapter in the format of the `peft` library: adapter_config.json and adapter_model.safetensors.
+"""LoRA in the format of the `peft` library, in and out: adapter_config.json and adapter_model.safetensors.
 
 peft computes W x + (lora_alpha / r) B A x with A [r, in] and B [out, r]; ours is W + scale * a @ b with a [in, r] and
-b [r, out], so A = a', B = b' and lora_alpha = scale * r.
+b [r, out], so A = a', B = b' and lora_alpha = scale * r. Where a family's files hold several of our maps in one, their
+updates are one too: the a's side by side, and each b at the outputs of its map (the rank is the sum of the ranks).
 """
 
 import functools
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from ppo_jax.models.adapters import first_layer
+from ppo_jax.models.adapters import Lora, first_layer
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import tensor_file
-from ppo_jax.models.layout import tensors
+from ppo_jax.models.files.names import NAMES, Stored, module, stored_tensors
 from ppo_jax.parallel.processes import pieces
 from ppo_jax.types import PyTree
 
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 def save(path: str | Path, adapter: PyTree, config: ModelConfig, base: str) -> None:
@@ -43,11 +48,14 @@ def save(path: str | Path, adapter: PyTree, config: ModelConfig, base: str) -> N
 def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
     """The content of adapter_config.json."""
     _check(adapter)
-    names = {name: _module(name, config).rpartition(".")[2] for name in adapter["lora"]}
-    ranks = {names[name]: int(lora.a.shape[-1]) for name, lora in adapter["lora"].items()}
-    alphas = {names[name]: float(lora.scale) * lora.a.shape[-1] for name, lora in adapter["lora"].items()}
+    maps = {_module(one, config): _parts(one, adapter) for one in _adapted(adapter, config)}
+    names = _short_names(maps)
+    ranks = {names[m]: sum(int(lora.a.shape[-1]) for lora in parts.values()) for m, parts in maps.items()}
+    scales = {names[m]: float(next(iter(parts.values())).scale) for m, parts in maps.items()}
+    alphas = {name: scale * ranks[name] for name, scale in scales.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     first = first_layer(adapter, config)
+    layers = next(iter(maps)).partition(".{}")[0].rpartition(".")[2]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,10 +69,10 @@ def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
         "target_modules": sorted(names.values()),
         # Without this peft would look for (and make) adapters in every layer.
         "layers_to_transform": list(range(first, config.num_layers)) if first else None,
-        "layers_pattern": "layers" if first else None,
+        "layers_pattern": layers if first else None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": config.family in NAMES and NAMES[config.family].conv1d,
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
@@ -72,23 +80,58 @@ def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
     }
 
 
+def _adapted(adapter: PyTree, config: ModelConfig) -> Iterator[Stored]:
+    """The maps of the file that the adapter touches, in its order."""
+    for name in adapter["lora"]:
+        one = next(s for s in stored_tensors(config) if any(part.name == name for part in s.parts))
+        if next(part.name for part in one.parts if part.name in adapter["lora"]) == name:
+            yield one
+
+
+def _parts(one: Stored, adapter: PyTree) -> dict[str, Lora]:
+    return {part.name: adapter["lora"][part.name] for part in one.parts if part.name in adapter["lora"]}
+
+
+def _module(one: Stored, config: ModelConfig) -> str:
+    """`model.layers.{}.self_attn.q_proj`"""
+    return module(config, one.parts[0])
+
+
+def _short_names(modules: Any) -> dict[str, str]:
+    """What tells a module among those of a layer: its last name, or its last two (GPT-2 has two `c_proj`)."""
+    last = Counter(name.rpartition(".")[2] for name in modules)
+    return {name: ".".join(name.split(".")[-1 if last[name.rpartition(".")[2]] == 1 else -2 :]) for name in modules}
+
+
 def _entries(adapter: PyTree, config: ModelConfig) -> list[tensor_file.Entry]:
     """What is in adapter_model.safetensors: one matrix of one layer at a time, float32."""
     _check(adapter)
     first, entries = first_layer(adapter, config), []
-    for name, lora in adapter["lora"].items():
-        for side, stack in (("A", lora.a), ("B", lora.b)):
-            for i in range(stack.shape[0]):
-                module = "base_model.model." + _module(name, config).format(first + i)
-                read = functools.partial(lambda stack, i: pieces(stack[i].astype(jnp.float32).T), stack, i)
-                shape = tuple(stack.shape[:0:-1])
-                entries.append(tensor_file.Entry(f"{module}.lora_{side}.weight", np.dtype(np.float32), shape, read))
+    for one in _adapted(adapter, config):
+        parts = _parts(one, adapter)
+        rank = sum(lora.a.shape[-1] for lora in parts.values())
+        count, inputs = next(iter(parts.values())).a.shape[:2]
+        shapes = {"A": (rank, inputs), "B": (sum(one.widths(config)), rank)}
+        for side, shape in shapes.items():
+            for i in range(count):
+                name = f"{PREFIX}{_module(one, config).format(first + i)}.lora_{side}.weight"
+                read = functools.partial(_read_side, config, one, parts, side, i)
+                entries.append(tensor_file.Entry(name, np.dtype(np.float32), shape, read))
     return tensor_file.in_order(entries)
 
 
-def _module(name: str, config: ModelConfig) -> str:
-    """`q` -> `model.layers.{}.self_attn.q_proj`."""
-    return next(tensor.hf_name for tensor in tensors(config) if tensor.name == name).removesuffix(".weight")
+def _read_side(config: ModelConfig, one: Stored, parts: dict[str, Lora], side: str, i: int) -> tensor_file.Pieces:
+    """A or B of one layer."""
+    if side == "A":
+        return pieces(jnp.concatenate([lora.a[i].astype(jnp.float32) for lora in parts.values()], axis=-1).T)
+    if len(one.parts) == 1:
+        return pieces(next(iter(parts.values())).b[i].astype(jnp.float32).T)
+    scale, rows = next(iter(parts.values())).scale, []
+    for name, lora in parts.items():
+        at = one.outputs(config, next(part for part in one.parts if part.name == name))
+        whole: Array = jnp.zeros((lora.b.shape[1], sum(one.widths(config))), jnp.float32)
+        rows.append(whole.at[:, at].set(lora.b[i].astype(jnp.float32) * (lora.scale / scale)))
+    return pieces(jnp.concatenate(rows).T)
 
 
 def _check(adapter: PyTree) -> None:

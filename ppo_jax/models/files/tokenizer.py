@@ -8,7 +8,7 @@ from typing import Any
 
 from ppo_jax.data.disk import is_out_of_memory
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import gguf
+from ppo_jax.models.files import gguf_tokenizer, peft_reading
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 
 
@@ -16,9 +16,11 @@ def load_tokenizer(path: str | Path) -> Any:
     """The transformers tokenizer of a Hugging Face directory, a `.gguf` file or a name on the hub."""
     where = resolve(path)
     if where.suffix == ".gguf":
-        return gguf.load_tokenizer(where)
+        return gguf_tokenizer.load_tokenizer(where)
     from transformers import AutoTokenizer  # slow to import, and not needed to load weights
 
+    if peft_reading.is_adapter(where) and not (where / "tokenizer_config.json").is_file():
+        return load_tokenizer(peft_reading.base_of(where))
     if not where.is_dir() or not any((where / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json")):
         raise FileNotFoundError(f"{where} has no tokenizer.json or tokenizer_config.json")
     for file in where.iterdir():

@@ -1,6 +1,7 @@
-"""Builds the parameter tree from the tensors of a file, by the table of `models.layout`."""
+"""Builds the parameter tree from the tensors of a file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files.foreign import describe_names, describe_value_head
-from ppo_jax.models.layout import Tensor, check_model, nest, tensors
+from ppo_jax.models.files.names import Stored, stored_tensors
+from ppo_jax.models.layout import Tensor, check_model, nest
 from ppo_jax.models.placement import parameter_sharding
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import AXES, MeshConfig
@@ -23,7 +25,7 @@ def gather(
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
-    rename: Callable[[str], str] = str,
+    stored: Sequence[Stored] | None = None,
     mesh: Mesh | None = None,
     read_part: ReadPart | None = None,
 ) -> PyTree:
@@ -32,9 +34,9 @@ def gather(
     Args:
       config: shapes and dtype of the result.
       shapes: of every tensor in the file, by its name there; they are compared before anything is read.
-      read: name in the file -> the tensor, in Hugging Face's layout. Called once per tensor, so that the host never
+      read: name in the file -> the tensor. Called once per tensor and array of ours in it, so that the host never
         holds more than one of our arrays and one of theirs.
-      rename: Hugging Face name -> name in the file.
+      stored: what is in the file; None: what the family's Hugging Face files have.
       mesh: where the arrays go, as `models.placement` says; by default to the default device.
       read_part: reads part of a tensor, for a mesh: the host then holds one shard of one of our arrays at a time, and
         a process reads what its own devices need. Without it a tensor is read whole, and cut.
@@ -44,11 +46,11 @@ def gather(
     """
     if mesh is not None:
         check_model(config, MeshConfig(*(mesh.shape.get(axis, 1) for axis in AXES)))
-    surplus = set(shapes)
-    for tensor in tensors(config):
-        shape = tensor.hf_shape(config)
-        for layer in range(config.num_layers if tensor.stacked else 1):
-            name = rename(tensor.hf_name.format(layer))
+    stored, surplus = stored_tensors(config) if stored is None else stored, set(shapes)
+    for one in stored:
+        shape = one.shape(config)
+        for layer in range(config.num_layers if one.stacked else 1):
+            name = one.name.format(layer)
             if name not in shapes:
                 raise ValueError(f"tensor {name} {shape} is missing{describe_names(name, shapes)}")
             if shapes[name] != shape:
@@ -58,14 +60,15 @@ def gather(
         some = ", ".join(sorted(surplus)[:5]) + (", ..." if len(surplus) > 5 else "")
         more = describe_value_head(surplus)
         raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}{more}")
-    return nest({tensor.key: _read_array(config, tensor, read, rename, mesh, read_part) for tensor in tensors(config)})
+    pairs = [(one, tensor) for one in stored for tensor in one.parts]
+    return nest({tensor.key: _read_array(config, one, tensor, read, mesh, read_part) for one, tensor in pairs})
 
 
 def _read_array(
     config: ModelConfig,
+    stored: Stored,
     tensor: Tensor,
     read: Callable[[str], np.ndarray],
-    rename: Callable[[str], str],
     mesh: Mesh | None,
     read_part: ReadPart | None,
 ) -> jax.Array:
@@ -78,12 +81,9 @@ def _read_array(
         inner = index[1:] if tensor.stacked else index
         stack = np.empty((len(layers), *(s.stop - s.start for s in inner)), jnp.dtype(config.dtype))
         for i, layer in enumerate(layers):
-            name = rename(tensor.hf_name.format(layer))
-            if cut and read_part is not None:
-                array = read_part(name, inner[::-1] if tensor.transposed else inner)
-            else:
-                array = read(name)
-            stack[i] = array.T if tensor.transposed else array
+            name = stored.name.format(layer)
+            from_file = partial(read_part, name) if cut and read_part is not None else read(name).__getitem__
+            stack[i] = stored.read(config, tensor, inner, from_file)
         return stack if tensor.stacked else stack[0]
 
     everything = tuple(slice(0, n) for n in shape)

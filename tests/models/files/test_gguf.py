@@ -360,4 +360,6 @@ def test_the_gguf_package_reads_the_same(good: Path) -> None:
 
 
 def test_every_array_of_a_model_has_a_name_in_a_file() -> None:
-    assert set(gguf.NAMES) == {tensor.hf_name.split(".")[-2] for tensor in TENSORS}
+    """But for what neither Llama nor Gemma has: learned positions, and biases, which have their array's name."""
+    named = {tensor.name for tensor in TENSORS if not tensor.name.endswith("_bias")}
+    assert named - {"positions"} == set(gguf.NAMES)
