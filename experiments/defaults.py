@@ -23,8 +23,10 @@ from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.runs.exports import write_model
 
 ROOT = Path("runs/defaults")
-TAILS = ("very", "really", "quite", "very great and", "very dull and", "quite lovely and", "really bad and")
-TAILS = (*TAILS, "very boring and", "really superb and", "quite a")
+TAILS = (
+    *("very", "really", "quite", "very great and", "very dull and", "quite lovely and", "really bad and"),
+    *("very boring and", "really superb and", "quite a"),
+)
 LARGE = "experiments.defaults:count_times_20"  # a reward of another scale
 
 

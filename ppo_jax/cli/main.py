@@ -120,8 +120,8 @@ def _run_command(args: Sequence[str] | None) -> int:
     if name == "sweep":
         stages = [command.removeprefix("sweep ") for command in COMMANDS if command.startswith("sweep ")]
         if not options or options[0] not in stages:
-            near = nearest(options[0], stages) if options else None
-            hint = f"; did you mean {near}?" if near else ""
+            alike = nearest(options[0], stages) if options else None
+            hint = f"; did you mean {alike}?" if alike else ""
             print(f"ppo-jax sweep: name what is swept: {', '.join(stages)}{hint}", file=sys.stderr)
             return MISTAKE
         name, *options = f"sweep {options[0]}", *options[1:]

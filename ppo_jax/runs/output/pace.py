@@ -24,10 +24,10 @@ def count_compiling() -> Callable[[], float]:
     """Begin to count; return seconds() that this process has spent since on tracing, lowering and compiling."""
     total = 0.0
 
-    def note(event: str, seconds: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal total
         if event.startswith(COMPILING):
-            total += seconds
+            total += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return lambda: total
