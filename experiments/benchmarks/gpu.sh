@@ -19,7 +19,7 @@ fi
 out=${OUT:-runs/benchmarks/gpu}
 mkdir -p "$out"
 python=${PYTHON:-python3}
-if [[ -d $wheels ]]; then # a wheel is a zip file that Python reads as it is; what the machine has comes first
+if [[ -d $wheels ]]; then # a wheel is a zip file: unpacked, it comes before what the machine has
     unpacked=$(mktemp -d)
     trap 'rm -rf "$unpacked"' EXIT
     for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$unpacked"; done
@@ -27,7 +27,7 @@ if [[ -d $wheels ]]; then # a wheel is a zip file that Python reads as it is; wh
 else
     export PYTHONPATH=$PWD
 fi
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/programs} XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 
 failed=0
 longer=1

@@ -77,7 +77,7 @@ WORKLOADS = {
     "C": Workload(dataclasses.replace(FOUR, vocabulary=32_000), batch=8, prompt=32, response=64, epochs=2),
     "V": Workload(FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=4, stops=32),
     "V-ragged": Workload(
-        FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=4, stops=32, slots=16, length_buckets=4
+        FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=8, stops=32, slots=24, length_buckets=4
     ),
     "S": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4),
     "S-lora": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, adapter="lora"),

@@ -18,7 +18,7 @@ from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
 
 Values = Mapping[str, float]
-COMPILING = "compiling (once, about a minute)"
+COMPILING = "compiling {} (once, about a minute)"
 
 
 class TakenOver(RuntimeError):
@@ -90,7 +90,8 @@ class Hooks:
 
     def go_on(self) -> None:
         """Show that training goes on, whose first step in this process compiles."""
-        self.stage.screen.doing("" if self.asked.unsaved else COMPILING, self.stage.phase)
+        phase = self.stage.phase
+        self.stage.screen.doing("" if self.asked.unsaved else COMPILING.format(phase), phase)
 
     def evaluate_left(self, state: Any) -> Any:
         """Make the evaluation that a run was stopped before; the state that knows of it. Raises `Interrupted`."""
@@ -176,7 +177,6 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
     notify = stage.screen.message
     checkpoints = stage.directory / rundir.CHECKPOINTS
     write_config(stage)
-    stage.screen.begin(stage.phase)
     with (
         stop_requests(notify) as asked,
         saver(checkpoints, stage.loop, meta, notify, start.last, lambda: best.step) as keep,

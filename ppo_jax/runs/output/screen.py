@@ -38,6 +38,8 @@ SHOWN = {
     "kl_coef": ("KL coefficient", "{:.3g}"),
     "loss": ("loss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "heldout_loss": ("held-out loss", "{:.4f}"),
+    "heldout_perplexity": ("held-out perplexity", "{:.2f}"),
     "heldout_accuracy": ("held-out accuracy", "{:.3f}"),
     "entropy": ("entropy", "{:.3f}"),
     "value_loss": ("value loss", "{:.3f}"),
