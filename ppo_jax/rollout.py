@@ -161,6 +161,9 @@ def _draw(given: _Given, loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
     """Token `step` of every living row, from the hidden state before it."""
     t, sampling, temperature = loop.step, given.sampling, given.temperature
     logits = constrain(finish_logits(given.config, unembed(hidden, given.table)), "logits")
+    if given.config.logit_divisor != 1 or given.config.logit_cap is not None:
+        # XLA computes them anew where they are used, rounds otherwise there, and the largest is then no logit's.
+        logits = jax.lax.optimization_barrier(logits)
     keys = jax.vmap(jax.random.fold_in, (0, None))(given.keys, t)
     offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
     tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
