@@ -328,15 +328,14 @@ def summarise(
 
 def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
     """The base model, and the rated sentences in disjoint parts."""
+    seed = settings.drawn_by
     if not settings.smoke:
         where = gemma.gemma3() if settings.base == "gemma3-270m" else assets.smollm2()
-        model = load_model(where, settings.compute)
-        return model, movie_reviews.splits(movie_reviews.load(), settings.drawn_by)
-    toy = smoke.model(settings.drawn_by)
+        return load_model(where, settings.compute), movie_reviews.splits(movie_reviews.load(), seed)
+    toy = smoke.model(seed)
     params = jax.tree.map(lambda x: x.astype(settings.compute.dtype), toy.params)
     toy = toy._replace(config=settings.compute.of(toy.config), params=params)
-    reviews = smoke.reviews(seed=settings.drawn_by)
-    return toy, movie_reviews.splits(reviews, settings.drawn_by, test=40, prompts=40, judge_train=40)
+    return toy, movie_reviews.splits(smoke.reviews(seed=seed), seed, test=40, prompts=40, judge_train=40)
 
 
 def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:

@@ -183,6 +183,9 @@ def _sample(
     """tokens, whether they stop, log-probs under what they were drawn from and under the policy, values of states."""
     sampling, temperature = given.sampling, given.temperature
     logits = constrain(finish_logits(given.config, unembed(hidden, given.table)), "logits")
+    if given.config.logit_divisor != 1 or given.config.logit_cap is not None:
+        # XLA computes them anew where they are used, rounds otherwise there, and the largest is then no logit's.
+        logits = jax.lax.optimization_barrier(logits)
     offered = logits if seen is None else penalise_repetition(logits, seen, sampling.repetition_penalty)
     tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
         keys, offered

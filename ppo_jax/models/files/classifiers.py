@@ -151,11 +151,7 @@ def save(
       ValueError: parameters and configuration do not fit, or the tokenizer has neither pad nor EOS token.
     """
     path = Path(path)
-    if config.family not in ARCHITECTURES:
-        raise ValueError(
-            f"transformers has no sequence classifier for {config.family} models; keep the reward model as the "
-            "directory of its run"
-        )
+    _check_family(config)
     processes.first_writes(lambda _: _check_target(path, overwrite))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -186,6 +182,14 @@ def save(
 
     processes.first_writes(write, files.source())
     return path
+
+
+def _check_family(config: ModelConfig) -> None:
+    if config.family not in ARCHITECTURES:
+        raise ValueError(
+            f"transformers has no sequence classifier for {config.family} models; keep the reward model as the "
+            "directory of its run"
+        )
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

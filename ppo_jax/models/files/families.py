@@ -4,6 +4,7 @@ A field that would change what the model computes is either understood or refuse
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -173,8 +174,9 @@ def config_from_hf(raw: Mapping[str, Any], dtype: Dtype = "float32") -> ModelCon
     try:
         return _read(ours, name, family, dtype)
     except ValueError as error:  # it names Llama's field
-        field, _, rest = str(error).partition("=")
-        raise ValueError(f"{family.renamed[field]}={rest}" if field in family.renamed else str(error)) from error
+        said = re.match(r"(\w+)(.*)", str(error), re.DOTALL)
+        known = said is not None and said[1] in family.renamed
+        raise ValueError(f"{family.renamed[said[1]]}{said[2]}" if said and known else str(error)) from error
 
 
 def _read(raw: Mapping[str, Any], name: str, family: Family, dtype: Dtype) -> ModelConfig:

@@ -81,7 +81,7 @@ def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tupl
             return unpermute(array, heads[module]) if module in heads else array
 
         shapes = {name: tensor.shape for name, tensor in found.items()}
-        params = weights.gather(config, shapes, read, _stored(config), mesh)
+        params = weights.gather(config, shapes, read, gguf_tensors(config), mesh)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params
@@ -157,7 +157,7 @@ def _gemma3(metadata: Mapping[str, Any], layers: int, width: int, heads: int, he
     }
 
 
-def _stored(config: ModelConfig) -> list[Stored]:
+def gguf_tensors(config: ModelConfig) -> list[Stored]:
     """The tensors of the file."""
     return [
         Stored(f"{NAMES[one.name.removesuffix('_bias')]}.{one.hf_name.rpartition('.')[2]}", (one,), one.transposed)

@@ -1,0 +1,143 @@
+"""Adapters that the peft library has written, read: the model that they make, and what is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
+
+from ppo_jax.models.files import hf, peft
+from ppo_jax.models.files.fingerprint import fingerprint_of
+from ppo_jax.models.files.tokenizer import load_tokenizer
+from ppo_jax.models.transformer import apply, logits
+from tests.data.tokenizer import make_tokenizer
+from tests.models.families import torch_model
+from tests.models.test_parity import error, torch_logits
+
+TOKENS = np.random.default_rng(0).integers(3, 67, (2, 9))
+FOUR = ["q_proj", "v_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict]] = {
+    "plain": ("qwen3", {"target_modules": FOUR}),
+    "rslora": ("qwen3", {"target_modules": FOUR, "use_rslora": True}),
+    "dora": ("qwen3", {"target_modules": FOUR, "use_dora": True}),
+    "dora on fused maps": ("phi3", {"target_modules": ["qkv_proj", "down_proj"], "use_dora": True}),
+    "patterns": (
+        "qwen3",
+        {"target_modules": FOUR, "rank_pattern": {"q_proj": 5, r"layers\.1\.mlp\.up_proj": 2},
+         "alpha_pattern": {"v_proj": 1.0, r"layers\.2\.self_attn\.q_proj": 9.0}},
+    ),
+    "some layers": ("qwen3", {"target_modules": r".*layers\.(0|2)\.self_attn\.q_proj"}),
+    "fused": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    where = tmp_path_factory.mktemp("bases")
+
+    def base(family: str) -> Path:
+        if not (where / family).is_dir():
+            torch_model(family).save_pretrained(where / family)
+            make_tokenizer().save_pretrained(where / family)
+        return where / family
+
+    return base
+
+
+def adapter_on(base: Path, where: Path, **settings: object) -> torch.nn.Module:
+    """A random adapter, saved by peft."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(**({"r": 3, "lora_alpha": 4.0, "task_type": "CAUSAL_LM"} | settings)))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1.0 + 0.3 * torch.rand_like(parameter))
+            elif "lora_" in name:
+                parameter.normal_(0.0, 0.2)
+    adapted.save_pretrained(where)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_merged_model_is_what_peft_computes(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    family, settings = CASES[name]
+    base = bases(family)
+    theirs = torch_logits(adapter_on(base, tmp_path, **settings), TOKENS)
+    config, params = hf.load(tmp_path)
+    positions = jnp.tile(jnp.arange(TOKENS.shape[1]), (2, 1))
+    found = np.asarray(logits(params, {}, config, apply(params, {}, config, jnp.asarray(TOKENS), positions)))
+    assert error(found, theirs) < 1e-4
+    assert config == hf.load(base)[0]
+
+
+def test_the_adapter_has_a_fingerprint_and_a_tokenizer(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("qwen3")
+    for name in ("one", "other"):
+        adapter_on(base, tmp_path / name, target_modules=FOUR, lora_alpha=4.0 if name == "one" else 5.0)
+    prints = {fingerprint_of(where) for where in (base, tmp_path / "one", tmp_path / "other")}
+    assert len(prints) == 3
+    assert load_tokenizer(tmp_path / "one").get_vocab() == load_tokenizer(base).get_vocab()
+
+
+@pytest.fixture
+def adapter(bases: Callable[[str], Path], tmp_path: Path) -> Path:
+    adapter_on(bases("qwen3"), tmp_path, target_modules=FOUR)
+    return tmp_path
+
+
+def test_a_base_beside_the_adapter_is_found(bases: Callable[[str], Path], adapter: Path) -> None:
+    edit(adapter, base_model_name_or_path="qwen3")
+    with pytest.raises(FileNotFoundError, match="qwen3"):
+        hf.load(adapter)
+    (adapter.parent / "qwen3").symlink_to(bases("qwen3"))
+    assert hf.load(adapter)[0].family == "qwen3"
+
+
+def edit(where: Path, **fields: object) -> None:
+    file = where / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported. Merge .*merge_and_unload"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"use_dora": True}, "use_dora=True contradicts the magnitudes"),
+        ({"r": 4}, "has rank 3, but adapter_config.json says 4"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern has a key that is no regular expression"),
+        ({"lora_alpha": "x"}, "lora_alpha='x' is not a positive number"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path=None does not name the base"),
+    ],
+)
+def test_what_is_not_supported_is_named(fields: dict, message: str, adapter: Path) -> None:
+    edit(adapter, **fields)
+    with pytest.raises(ValueError, match=message):
+        hf.load(adapter)
+
+
+def test_tensors_without_a_place_are_named(bases: Callable[[str], Path], adapter: Path) -> None:
+    arrays = load_file(adapter / peft.ARRAYS)
+    save_file(arrays | {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, adapter / peft.ARRAYS)
+    with pytest.raises(ValueError, match="1 tensors have no place in a qwen3 model: base_model.model.lm_head.weight"):
+        hf.load(adapter)
+    narrow = {name: array[..., :-1] if "lora_A" in name else array for name, array in arrays.items()}
+    save_file(narrow, adapter / peft.ARRAYS)
+    with pytest.raises(ValueError, match="Is this its base"):
+        hf.load(adapter)
+    (adapter / peft.ARRAYS).write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        hf.load(adapter)
+    (adapter / peft.ARRAYS).unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="is missing .adapter_model.bin is a pickle"):
+        hf.load(adapter)
