@@ -42,6 +42,10 @@ TOKENS = np.where(MASK, np.random.default_rng(0).integers(3, 67, MASK.shape), 66
 POSITIONS = positions_from_mask(jnp.asarray(MASK))
 MORE = [name for name in CASES if name not in FAMILIES]
 EVERY = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+# To trace an update takes a second: the three that share least.
+PLANNED = [
+    pytest.param(name, marks=() if name in ("gemma3", "gpt2", "gpt_neox") else pytest.mark.long) for name in CASES
+]
 compute = jax.jit(
     lambda params, adapter, config, tokens, positions: logits(
         params, adapter, config, apply(params, adapter, config, tokens, positions)
@@ -137,6 +141,8 @@ def test_gradients(name: str, case: Callable[[str], Case]) -> None:
     model.zero_grad()
     torch.sin(model(torch.tensor(TOKENS)).logits).mean().backward()
     theirs = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    if config.family == "gpt_neox":  # transformers 5 renames it when it reads and writes
+        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
     model.zero_grad()
     checked = 0
     for one in stored_tensors(config):
@@ -213,7 +219,7 @@ def test_eight_devices(name: str, case: Callable[[str], Case]) -> None:
     assert worst([found[i][MASK[i]] for i in range(2)], ours(params, {}, config)) < 1e-5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PLANNED)
 def test_the_planner_lowers_its_programs(name: str, case: Callable[[str], Case]) -> None:
     """From config.json alone, for a mesh: an update, and what weights and optimizer hold on a device."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
