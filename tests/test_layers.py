@@ -23,7 +23,7 @@ FLOORS = (
     ("experiments",),
 )
 # Inside these packages some modules lie below the others: (package, the lower ones).
-LOWER_INSIDE = {"ppo_jax.runs": ("output", "checkpoints"), "ppo_jax.cli": ("common", "parse")}
+LOWER_INSIDE = {"ppo_jax.runs": ("output", "checkpoints"), "ppo_jax.cli": ("choices", "common", "parse")}
 OPS_MAY_IMPORT = {"jax", "chex", "jaxtyping", "typing", "collections", "functools", "math"}
 # HTTP, checkpoints, screens and options stay out of the arithmetic, the network and the algorithms.
 OUTSIDE = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "yaml"}
