@@ -55,7 +55,7 @@ def fill_in(settings: S, width: int = 0, reward: Reward | None = None) -> tuple[
         why = "scores of this reward model have std 1" if how == "off" else "by the std of the scores so far"
         told.append(f"ppo.score.normalise {how} ({'as before' if known else why})")
     filled = dataclasses.replace(settings, hyper=hyper, ppo=dataclasses.replace(settings.ppo, score=score))
-    return filled, f"chosen: {', '.join(told)} (docs/hyperparameters.md)" if told else ""
+    return filled, f"chosen: {', '.join(told)}; docs/hyperparameters.md says why" if told else ""
 
 
 def has_unit_scale(reward: Reward | None) -> bool:

@@ -29,7 +29,7 @@ def built(cls: type, **given: object) -> object:
         (lambda: built(KLConfig, place="score"), "place='score' must be one of reward, loss"),
         (lambda: KLConfig(estimator="k1", place="loss"), "kl.estimator=k1 cannot be a term of the loss.*Choose k2"),
         (lambda: KLConfig(estimator="abs", place="loss"), "kl.estimator=abs cannot be a term of the loss"),
-        (lambda: built(ScoreConfig, normalise="zscore"), "normalise='zscore' must be one of off, scale, shift"),
+        (lambda: built(ScoreConfig, normalise="zscore"), "normalise='zscore' must be one of auto, off, scale, shift"),
         (lambda: built(ScoreConfig, missing_eos="drop"), "missing_eos='drop' must be one of off, subtract, replace"),
         (lambda: built(PPOConfig, advantage="vtrace"), r"advantage='vtrace' must be one of gae, rloo, .*reinforce\+\+"),
         (

@@ -190,11 +190,12 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
             run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
             known.add(phase)
         named = {f"{phase}/{name}": float(value) for name, value in values.items() if not math.isnan(value)}
+        tables: dict[str, Any] = {}
         if phase == "eval" and (samples := read_samples(run_dir, step)):
-            columns = list(samples[0])
+            columns: list[Any] = list(samples[0])
             rows = [[sample.get(name) for name in columns] for sample in samples]
-            named["samples"] = wandb.Table(columns=columns, data=rows)
-        run.log({**named, f"{phase}/step": int(step)})
+            tables["samples"] = wandb.Table(columns=columns, data=rows)
+        run.log({**named, **tables, f"{phase}/step": int(step)})
 
     return write
 
