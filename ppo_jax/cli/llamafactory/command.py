@@ -24,11 +24,11 @@ class LlamaFactorySettings:
     file: Annotated[Path, tyro.conf.Positional]
     """This is the training file, .yaml or .json; its paths are seen from the working directory, as there."""
     set: tuple[str, ...] = ()
-    """These arguments of LLaMA-Factory, NAME=VALUE, take the place of those in the file."""
+    """Each of these, NAME=VALUE, is an argument of LLaMA-Factory in place of the one in the file."""
     dry_run: bool = False
     """Print the translation as a file for --config of our command, and do nothing else."""
     devices: int = 1
-    """The file was written for this many devices: a batch is this many times as large, and they share the work."""
+    """A batch is this many times as large: the file is meant for so many devices, which share the work here too."""
     resume: Resume = "auto"
     """Go on with the run that is in output_dir; auto starts one where there is none. `overwrite_output_dir` of the file
     means no."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ppo_jax.data.chat import put_tools, use_date
 from ppo_jax.data.llamafactory import registry, rows
@@ -170,3 +172,41 @@ def test_rows_that_it_drops_are_counted() -> None:
         "talks: 4 demonstrations, ShareGPT form, 2 skipped: questions and answers do not take turns (first at "
         f"{DATA}/talks.json, row 3)"
     )
+
+
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["human", "gpt", "{}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["from", "value", "name"]), inner),
+    max_leaves=8,
+)
+FIELDS = ("instruction", "input", "output", "history", "system", "conversations", "tools", "chosen", "rejected")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    row=st.dictionaries(st.sampled_from(FIELDS), ANY),
+    form=st.sampled_from(["alpaca", "sharegpt"]),
+    ranking=st.booleans(),
+)
+def test_a_row_of_anything_is_a_record_or_a_value_error(
+    row: dict[str, Any], form: str, ranking: bool, tmp_path: Path
+) -> None:
+    columns = {
+        "prompt": "instruction", "query": "input", "response": "output", "messages": "conversations",
+        **{name: name for name in ("history", "system", "tools", "chosen", "rejected")},
+    }  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps([row], allow_nan=True))
+    entry = {"file_name": "rows.json", "formatting": form, "ranking": ranking, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"it": entry}))
+    for stage in ("preference pairs",) if ranking else ("demonstrations", "prompts"):
+        try:
+            found = read_records(stage, f"{tmp_path}/dataset_info.json:it").records
+        except ValueError as error:
+            assert "rows.json" in str(error) or "dataset_info.json" in str(error)
+        else:
+            assert len(found) == 1 and json.dumps(found[0].prompt)
