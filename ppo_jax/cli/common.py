@@ -14,7 +14,10 @@ from typing import Any, TypeVar, cast
 from ppo_jax.data import DatasetOptions, TooLong
 from ppo_jax.data.chat import use_date
 from ppo_jax.data.disk import replace_file
+from ppo_jax.data.llamafactory.encoding import Encoder, list_stops, make_encoder
+from ppo_jax.data.options import TemplateOptions
 from ppo_jax.models.config import ModelOptions
+from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.agreement import of_first
 from ppo_jax.parallel.launch import DistributedConfig
@@ -28,7 +31,7 @@ from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.prompts import Split
 from ppo_jax.train.offline import OfflineConfig
 
-SHOWN = ("columns", "max_samples", "more", "weights")  # of the options of data, in --help
+SHOWN_OF_DATASET = ("columns", "max_samples", "more", "weights")  # of the options of data, in --help
 S = TypeVar("S", bound=Any)
 
 
@@ -42,7 +45,8 @@ class RunSettings:
     seed: int = 0
     """This number seeds the order of the data, sampling and initialisation."""
     too_long: TooLong = "error"
-    """A text longer than allowed is an error, is truncated from the left, or is dropped."""
+    """A text longer than allowed is an error, is truncated from the left, or is dropped; share cuts prompt and answer
+    on the right as LLaMA-Factory does, with a template of it."""
     chat_template: Path | None = None
     """This file's chat template (Jinja) takes the place of the tokenizer's own, also in what is exported."""
     dataset: DatasetOptions = DatasetOptions()
@@ -57,6 +61,30 @@ class RunSettings:
     """This day, as 2026-11-28, is the date that chat templates write; by default it is the day when the run began."""
     overwrite: bool = False
     """Delete the run that is in run_dir and start anew."""
+
+    @property
+    def base(self) -> tuple[str, ModelOptions, Path | None, TemplateOptions]:
+        """What `load_base` takes."""
+        return self.model, self.compute, self.chat_template, self.dataset.template
+
+    def __post_init__(self) -> None:
+        if self.too_long == "share" and not self.dataset.template.name:
+            raise ValueError("too_long=share is the way of LLaMA-Factory and goes with --dataset.template.name")
+
+
+def load_base(
+    name: str, compute: ModelOptions, chat_template: Path | None, template: TemplateOptions
+) -> tuple[Model, Encoder | None]:
+    """Load the model that a stage starts from, with the template of LLaMA-Factory that its data are encoded by, if any.
+
+    That template says what ends an answer, of the exported tokenizer too.
+    """
+    model = load_model(name, compute, chat_template)
+    if not template.name:
+        return model, None
+    encoder = make_encoder(template, model.tokenizer)
+    stops = {*model.config.eos_token_ids, *list_stops(encoder.template, model.tokenizer)}
+    return model._replace(config=dataclasses.replace(model.config, eos_token_ids=tuple(sorted(stops)))), encoder
 
 
 @contextlib.contextmanager
@@ -164,5 +192,5 @@ def tell_found(screen: Screen, split: Split) -> None:
 def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:
     """Say how many texts were too long and what was done with them."""
     if count:
-        done = "dropped" if too_long == "drop" else "truncated from the left"
+        done = {"drop": "dropped", "share": "cut by shares"}.get(too_long, "truncated from the left")
         screen.message(f"{count} texts were longer than {limit} tokens and were {done}")

@@ -9,7 +9,6 @@ from ppo_jax.cli.parse import Brief
 from ppo_jax.data import DatasetOptions
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dpo import encode, run_dpo
@@ -57,7 +56,7 @@ BRIEF = Brief(
             *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
             *("chat_template", "dataset", "compute", "adapter", "dpo", "loop", "resume"),
         ),
-        DatasetOptions: common.SHOWN,
+        DatasetOptions: common.SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         DPOConfig: ("epochs", "batch_size", "accumulate", "learning_rate", "beta"),
@@ -74,10 +73,10 @@ def dpo(settings: DPOSettings) -> None:
 
 
 def _dpo(settings: DPOSettings) -> None:
-    model = load_model(settings.model, settings.compute, settings.chat_template)
+    model, encoder = common.load_base(*settings.base)
     split = read_split("preference pairs", settings.pairs, settings.dataset, settings.held_out, settings.seed, "pairs")
     train, held_out = (
-        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        encode(part, encoder or model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
     sides = (train.encoded.chosen, train.encoded.rejected, held_out.encoded.chosen, held_out.encoded.rejected)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.demo import command as demo
+from ppo_jax.cli.llamafactory import command as llamafactory
 from ppo_jax.cli.parse import HELP, Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
@@ -46,6 +47,12 @@ def _sweep(name: str, stage: Any, settings: type, *examples: str) -> Command:
     return Command(made, lambda given: sweep.sweep(given, stage.sweep_task), brief)
 
 
+STAGES: dict[str, llamafactory.Stage] = {
+    "sft": (sft.SFTSettings, sft.sft),
+    "reward": (reward.RewardSettings, reward.reward),
+    "dpo": (dpo.DPOSettings, dpo.dpo),
+    "ppo": (ppo.PPOSettings, ppo.ppo),
+}
 COMMANDS = {
     "demo": Command(demo.DemoSettings, demo.demo, demo.BRIEF),
     "sft": Command(sft.SFTSettings, sft.sft, sft.BRIEF),
@@ -55,6 +62,9 @@ COMMANDS = {
     "report": Command(report.ReportSettings, report.report, report.BRIEF),
     "export": Command(export.ExportSettings, export.export, export.BRIEF),
     "dpo": Command(dpo.DPOSettings, dpo.dpo, dpo.BRIEF),
+    "llamafactory": Command(
+        llamafactory.LlamaFactorySettings, lambda given: llamafactory.run_file(given, STAGES), llamafactory.BRIEF
+    ),
     "plan": Command(programs.PlanSettings, plan, programs.BRIEF),
     "export-reward": Command(reward.ExportRewardSettings, reward.export_reward, reward.BRIEF_EXPORT),
     "serve-reward": Command(serving.ServeSettings, serve_reward, serving.BRIEF),

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.cli.common import (
-    SHOWN,
+    SHOWN_OF_DATASET,
     RunSettings,
     begin_report,
     describe_run,
+    load_base,
     next_commands,
     open_directory,
     repeatable_yaml,
@@ -21,11 +22,12 @@ from ppo_jax.cli.common import (
 )
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import DatasetOptions, encode_sft, read_sft
+from ppo_jax.data.llamafactory.encoding import Encoder
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT, MODEL
 from ppo_jax.models.placement import create_on_mesh
-from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
@@ -95,7 +97,7 @@ BRIEF = Brief(
             *("model", "prompts", "reward", "run_dir", "max_prompt", "seed", "resume", "overwrite"),
             *("chat_template", "dataset", "compute", "policy", "ppo", "hyper", "loop"),
         ),
-        DatasetOptions: SHOWN,
+        DatasetOptions: SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         PPOConfig: ("sampling", "epochs", "num_minibatches", "accumulate", "advantage", "group_size"),
@@ -116,11 +118,11 @@ def ppo(settings: PPOSettings) -> None:
 
 
 def _ppo(settings: PPOSettings) -> None:
-    model = load_model(settings.model, settings.compute, settings.chat_template)
+    model, encoder = load_base(*settings.base)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
     settings, told = fill_in(settings, model.config.hidden_size, chosen)
-    setup, split, long = make_setup(settings, model, chosen)
+    setup, split, long = make_setup(settings, model, chosen, encoder)
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
@@ -143,12 +145,14 @@ def _ppo(settings: PPOSettings) -> None:
         )
 
 
-def make_setup(settings: PPOSettings, model: Model, reward: Reward) -> tuple[Setup, Split, int]:
+def make_setup(
+    settings: PPOSettings, model: Model, reward: Reward, encoder: Encoder | None = None
+) -> tuple[Setup, Split, int]:
     """Read, cut and encode what a run is about; also return what was read, and how many were too long."""
     sampling = with_stops(settings.ppo.sampling, model)
     split = read_split("prompts", settings.prompts, settings.dataset, settings.held_out, settings.seed)
     (prompts, long), (held_out, long_too) = (
-        encode_prompt_set(part, model, settings.max_prompt, settings.too_long)
+        encode_prompt_set(part, model, settings.max_prompt, settings.too_long, encoder)
         for part in (split.training, split.measured)
     )
     check_room(model, [*prompts.rows, *held_out.rows], sampling.response_length, "--ppo.sampling.response-length")
@@ -197,21 +201,18 @@ def check_settings(settings: PPOSettings) -> None:
 def sweep_task() -> Task:
     """Describe `ppo-jax ppo` to a sweep: base and reward are loaded once for all runs that name the same."""
 
-    @functools.lru_cache(maxsize=2)
-    def load(name: str, compute: ModelOptions, template: Path | None) -> Model:
-        return load_model(name, compute, template)
+    load = functools.lru_cache(maxsize=2)(load_base)
 
     @functools.lru_cache(maxsize=2)
     def choose(reward: tuple[str, ...], scoring: str, load_from: tuple[Any, ...], sampling: Sampling) -> Reward:
-        model = load(*load_from)
+        model, _ = load(*load_from)
         options = from_yaml(RewardOptions, scoring)
         return choose_reward(reward, options, model, with_stops(sampling, model).stop_ids)
 
     def setup(settings: PPOSettings) -> Setup:
-        where = (settings.model, settings.compute, settings.chat_template)
-        model, scoring = load(*where), to_yaml(settings.scoring)
-        chosen = choose(settings.reward, scoring, where, settings.ppo.sampling)
-        return make_setup(fill_in(settings, model.config.hidden_size, chosen)[0], model, chosen)[0]
+        model, encoder = load(*settings.base)
+        chosen = choose(settings.reward, to_yaml(settings.scoring), settings.base, settings.ppo.sampling)
+        return make_setup(fill_in(settings, model.config.hidden_size, chosen)[0], model, chosen, encoder)[0]
 
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
         write_report(directory, summarise(settings, setup), before=result.before, after=result.after)

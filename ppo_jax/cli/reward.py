@@ -14,10 +14,12 @@ from ppo_jax.data.batches import Mixture
 from ppo_jax.data.disk import make_directory
 from ppo_jax.data.encode import encode_choices, encode_ratings
 from ppo_jax.data.forms import Stage
+from ppo_jax.data.llamafactory.encoding import Encoder
+from ppo_jax.data.llamafactory.rows import encode_preferences
 from ppo_jax.data.locks import hold_target
 from ppo_jax.data.records import RatingRecord
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.rewards import loading
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -89,7 +91,7 @@ BRIEF = Brief(
             *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
             *("overwrite", "chat_template", "dataset", "compute", "reward", "loop", "resume"),
         ),
-        DatasetOptions: common.SHOWN,
+        DatasetOptions: common.SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
         RewardConfig: ("kind", "depth", "lora_layers", "rank", "batch_size", "epochs", "learning_rate"),
         OfflineLoop: ("eval_every", "checkpoint_every"),
@@ -118,9 +120,9 @@ def reward(settings: RewardSettings) -> None:
 
 
 def _reward(settings: RewardSettings) -> None:
-    model = load_model(settings.model, settings.compute, settings.chat_template)
+    model, encoder = common.load_base(*settings.base)
     settings.reward.trunk(model.config)  # raises before the directory is touched
-    train, held_out, split, where, mix = _data(settings, model)
+    train, held_out, split, where, mix = _data(settings, model, encoder)
     reference = _reference(settings, model)
     for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
         check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
@@ -178,11 +180,16 @@ class _Data(NamedTuple):
     mix: Mixture | None
 
 
-def _data(settings: RewardSettings, model: Model) -> _Data:
-    """Read the file and encode both parts. No row has an EOS: a reward reads a response's text, however that ended."""
+def _data(settings: RewardSettings, model: Model, encoder: Encoder | None) -> _Data:
+    """Read the file and encode both parts. No row has an EOS: a reward reads a response's text, however that ended.
+
+    By a template of LLaMA-Factory rows do end with what it writes there.
+    """
+    if encoder is not None and settings.pairs is None:
+        raise ValueError("--dataset.template is for --pairs")
     encode: Callable[..., Any]
     if settings.pairs is not None:
-        path, encode = settings.pairs, partial(encode_pairs, eos=False)
+        path, encode = settings.pairs, encode_preferences if encoder else partial(encode_pairs, eos=False)
         split = _split("preference pairs", path, "pairs", settings)
     elif settings.ratings is not None:
         path, encode = settings.ratings, encode_ratings
@@ -192,7 +199,7 @@ def _data(settings: RewardSettings, model: Model) -> _Data:
         path, encode = settings.choices, encode_choices
         split = _split("choices", path, "choices", settings)
     training, measured = (
-        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        encode(part, encoder or model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
     kept = training.kept if isinstance(training, EncodedPairs) else ()

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ppo_jax.cli.common import (
-    SHOWN,
+    SHOWN_OF_DATASET,
     RunSettings,
     begin_report,
     describe_micro_batch,
     describe_run,
+    load_base,
     next_commands,
     open_directory,
     repeatable_yaml,
@@ -23,11 +25,11 @@ from ppo_jax.cli.common import (
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import DatasetOptions, encode_sft
 from ppo_jax.data.encode import expand_turns
+from ppo_jax.data.llamafactory.rows import encode_demonstrations
 from ppo_jax.data.records import identities
 from ppo_jax.data.turns import encode_turns
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.config import ModelOptions
-from ppo_jax.models.pretrained import load_model
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
@@ -76,7 +78,7 @@ BRIEF = Brief(
             *("model", "data", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
             *("chat_template", "dataset", "compute", "adapter", "sft", "loop", "resume"),
         ),
-        DatasetOptions: SHOWN,
+        DatasetOptions: SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
         AdapterConfig: ("kind", "layers", "rank"),
         SFTConfig: ("epochs", "batch_size", "accumulate", "learning_rate"),
@@ -106,11 +108,13 @@ def split_demonstrations(settings: SFTSettings) -> Split:
 
 
 def _sft(settings: SFTSettings) -> None:
-    model = load_model(settings.model, settings.compute, settings.chat_template)
+    model, encoder = load_base(*settings.base)
     split = split_demonstrations(settings)
     encode: Callable[..., Any] = encode_turns if settings.turns == "together" else encode_sft
+    if encoder is not None:
+        encode = partial(encode_demonstrations, last=settings.turns != "together")
     train, held_out = (
-        encode(part, model.tokenizer, settings.max_length, settings.too_long)
+        encode(part, encoder or model.tokenizer, settings.max_length, settings.too_long)
         for part in (split.training, split.measured)
     )
     check_room(model, [*train.rows, *held_out.rows])

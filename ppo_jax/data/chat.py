@@ -58,6 +58,11 @@ def use_date(day: str) -> Iterator[None]:
         _moments.pop()
 
 
+def current_moment() -> datetime:
+    """Give the moment of `use_date`, else the clock's."""
+    return _moments[-1] if _moments else datetime.now()
+
+
 def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: bool = True) -> str:
     """Render chat messages as the string that the model was trained on (the tokenizer's template); plain text as it is.
 

@@ -12,7 +12,7 @@ from ppo_jax.data.lines import Message, Text
 from ppo_jax.data.records import ChoiceRecord, PairRecord, RatingRecord, SFTRecord
 from ppo_jax.data.tokens import leading_bos, token_rows, tokenise, with_bos, without_ends
 
-TooLong = Literal["error", "truncate_left", "drop"]
+TooLong = Literal["error", "truncate_left", "drop", "share"]  # share: with a template (`data.llamafactory.rows`)
 
 
 class EncodedRatings(NamedTuple):
@@ -183,6 +183,8 @@ def limit_rows(lengths: list[int], max_length: int, too_long: TooLong, names: Se
     """Choose which rows to keep, and count those that were too long."""
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long={too_long!r}; allowed: {', '.join(get_args(TooLong))}")
+    if too_long == "share":
+        raise ValueError("--too-long share is the way of LLaMA-Factory and goes with --dataset.template.name")
     if max_length < 2:
         raise ValueError(f"max_length={max_length} must be at least 2")
     long = [i for i, length in enumerate(lengths) if length > max_length]

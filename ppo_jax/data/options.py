@@ -3,9 +3,38 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from ppo_jax.data.llamafactory.templates import TEMPLATES
+from ppo_jax.types import Off
+
+AUTO = "auto"  # the template that the tokenizer's own chat template is read as
+ToolFormatName = Literal["", "default", "llama3", "mistral", "qwen"]
 FormName = Literal["auto", "ppo_jax", "alpaca", "sharegpt", "messages", "trl", "hh", "ultrafeedback", "kto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateOptions:
+    """A template of LLaMA-Factory, in place of the tokenizer's chat template."""
+
+    name: Annotated[str, Off("")] = ""
+    """Messages become tokens by this template, piece by piece as LLaMA-Factory does it; auto is the tokenizer's own,
+    read in that way; "" is off."""
+    system: str | None = None
+    """This is the system message of conversations without one, in place of the template's own."""
+    tools: ToolFormatName = ""
+    """Tools and calls are written in this format, in place of the template's own; "" is that."""
+    thinking: bool | None = True
+    """Empty thoughts before answers without any are learnt, in templates that have them; else they are of the
+    prompt."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("", AUTO, *TEMPLATES):
+            raise ValueError(
+                f"name={self.name!r} is no template that is known; there are: {AUTO}, {', '.join(TEMPLATES)}"
+            )
+        if not self.name and (self.system is not None or self.tools or self.thinking is not True):
+            raise ValueError("system, tools and thinking are of a template; give its name too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +57,8 @@ class DatasetOptions:
     """This fraction of the rows is kept apart to measure on, in place of the number that held_out gives."""
     held_out_file: Path | None = None
     """The rows of this file are what is measured on, and none is taken from the training files."""
+    template: TemplateOptions = TemplateOptions()
+    """These options choose a template of LLaMA-Factory."""
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.renamed]

@@ -11,6 +11,7 @@ from ppo_jax.data.converters import Skip
 from ppo_jax.data.disk import parse_json
 from ppo_jax.data.forms import Stage
 from ppo_jax.data.lines import check_text, read_lines, show_value
+from ppo_jax.data.llamafactory import registry
 from ppo_jax.data.options import DatasetOptions
 from ppo_jax.data.records import (
     ChoiceRecord,
@@ -52,6 +53,11 @@ class _Counts(NamedTuple):
     forms: Counter[str]
     skipped: Counter[str]
     first: dict[str, str]  # reason: where it was met first
+
+    def skip(self, reason: Skip, where: str) -> None:
+        """Count a row that teaches nothing."""
+        self.skipped[str(reason)] += 1
+        self.first.setdefault(str(reason), where)
 
 
 def read_records(stage: Stage, path: str | Path, options: DatasetOptions = _OWN, member: int = 0) -> Found:
@@ -127,6 +133,9 @@ def read_choices(path: str | Path, options: DatasetOptions = _OWN) -> list[Choic
 
 def _read_rows(stage: Stage, path: str | Path, options: DatasetOptions, counts: _Counts) -> Iterator[Any]:
     make = MAKERS[stage]
+    if named := registry.split_name(path):
+        yield from _read_named(stage, path, registry.read_entry(*named), options, counts)
+        return
     if Path(path).suffix == ".txt" and stage in ("prompts", "demonstrations"):
         field = "prompt" if stage == "prompts" else "text"
         for where, line in islice(read_lines(path), options.max_samples):
@@ -139,13 +148,28 @@ def _read_rows(stage: Stage, path: str | Path, options: DatasetOptions, counts: 
             own = [row] if form is None else form.convert(row, where)
             records = [make(one, where) for one in own]  # a row without a form is refused here
         except Skip as reason:
-            counts.skipped[str(reason)] += 1
-            counts.first.setdefault(str(reason), where.removeprefix(f"{path}").lstrip(":, "))
+            counts.skip(reason, where.removeprefix(f"{path}").lstrip(":, "))
         except ValueError as error:
             raise ValueError(f"{error}{_hint(row, stage, options)}") from error
         else:
             counts.forms[forms.TITLES["ppo_jax" if form is None else form.name]] += 1
             yield from records
+
+
+def _read_named(
+    stage: Stage, path: str | Path, entry: registry.Entry, options: DatasetOptions, counts: _Counts
+) -> Iterator[Any]:
+    """Read a data set of dataset_info.json, which says itself what its columns are."""
+    if options.columns or options.form != "auto":
+        raise ValueError(f"{path}: its entry says what form and columns are; leave --dataset.columns and form out")
+    for where, make in registry.read_rows(entry, stage, options.max_samples):
+        try:
+            record = make()
+        except Skip as reason:
+            counts.skip(reason, where)
+        else:
+            counts.forms[forms.TITLES[entry.form]] += 1
+            yield record
 
 
 def _hint(row: Row, stage: Stage, options: DatasetOptions) -> str:

@@ -1,9 +1,10 @@
 """Reward models on disk: what a directory holds, how PPO uses it, and the same model as a plain scorer of texts.
 
-Two kinds of directory are understood, also inside a run directory of `ppo-jax reward` (its export/reward):
+Kinds of directory that are understood, also inside a run directory of `ppo-jax reward` (its export/reward):
 
     artifact.json                               LoRA and head on a base (`ppo_jax.artifacts`)
     config.json, ...ForSequenceClassification   a model of its own (`models.seqcls`), ours or anybody's
+    value_head.safetensors                      LLaMA-Factory's: beside a PEFT adapter on the policy's base, or a model
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 from ppo_jax.data.chat import end_ids
 from ppo_jax.data.tokens import leading_bos, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import artifacts, classifiers
+from ppo_jax.models.files import artifacts, classifiers, value_heads
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
 from ppo_jax.models.files.foreign import describe_directory
 from ppo_jax.models.files.hub import resolve
@@ -60,9 +61,12 @@ def load_reward(
         found = artifacts.load(where, "reward")
         artifacts.check_base(found, policy_model.fingerprint, policy_model.config)
         reading = choose_reading(str(path), at, policy_model.tokenizer, ours=True)
-        device = adapter_reward(found.trunk(policy_model.config), stop_ids, reading.closing)
+        ends = () if reading.sampled else stop_ids
+        device = adapter_reward(found.trunk(policy_model.config), ends, reading.closing)
         role = RewardRole(found.adapter, found.head)
         return _told(Reward(device, params=role, layers=found.layers, metadata=found.meta), reading)
+    if value_heads.is_adapter(where):
+        return _load_their_adapter(where, str(path), policy_model, stop_ids, at)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
     check_vocabulary(model.config, tokenizer)
@@ -71,8 +75,10 @@ def load_reward(
         micro_batch = -(-micro_batch // parts) * parts
     reading = choose_reading(str(path), at, tokenizer, model.ours, model.pad_id)
     if same_tokens(policy_model.tokenizer, tokenizer):
-        device = model_reward(model.config, stop_ids, micro_batch, reading.closing)
+        device = model_reward(model.config, () if reading.sampled else stop_ids, micro_batch, reading.closing)
         return _told(Reward(device, params=FullReward(model.params, model.head), metadata=model.meta), reading)
+    if reading.sampled:
+        raise ValueError(f"--scoring.at sampled: the reward model {path} has another tokenizer, so it reads text alone")
     notice = (
         f"the reward model {path} has another tokenizer than {policy_model.name}: responses are scored as text, which "
         "is tokenised again. A chat template's markers in the prompts reach it as the text that they are"
@@ -81,6 +87,15 @@ def load_reward(
     rows = row_scorer(model.params, RewardRole({}, model.head), model.config, length, (micro_batch,))
     host = text_reward(rows, _scorer(str(path), tokenizer, length, rows, {}, reading).encode)
     return _told(Reward(host=host, notices=(notice,), metadata=model.meta), reading)
+
+
+def _load_their_adapter(where: Path, name: str, policy_model: Model, stop_ids: tuple[int, ...], at: At) -> Reward:
+    """Load LLaMA-Factory's adapter with a value head, on the policy's base."""
+    config = policy_model.config
+    role = RewardRole(value_heads.load_adapter(where, config), value_heads.load_head(where, config.hidden_size))
+    reading = choose_reading(name, at, policy_model.tokenizer, ours=False)
+    device = adapter_reward(config, () if reading.sampled else stop_ids, reading.closing)
+    return _told(Reward(device, params=role), reading)
 
 
 def _told(reward: Reward, reading: Reading) -> Reward:
@@ -161,6 +176,13 @@ def load_scorer(
     Raises: as `load_reward`; also ValueError for a `max_length` beyond the model's.
     """
     where = find_reward(path)
+    if at == "sampled":
+        raise ValueError("at=sampled is for the responses of PPO; texts are read at last-text or end-token")
+    if value_heads.is_adapter(where):
+        raise ValueError(
+            f"{where} is an adapter of LLaMA-Factory with a value head, which is read in PPO alone; merge it into its "
+            "base (`llamafactory-cli export`)"
+        )
     if not (where / artifacts.DESCRIPTION).is_file():
         if base is not None:
             raise ValueError(f"{where} is a model of its own, so it has no base; leave --model out")
@@ -209,6 +231,8 @@ def find_reward(path: str | Path) -> Path:
     given = Path(path).expanduser()
     for where in (given, given / EXPORT / REWARD):
         if (where / artifacts.DESCRIPTION).is_file() or (where / "config.json").is_file():
+            return where
+        if value_heads.has_value_head(where) and value_heads.is_adapter(where):
             return where
     if not given.exists():
         return resolve(path)  # a hub name, or its error

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from ppo_jax.data.chat import turn_closing
 from ppo_jax.data.tokens import continuation
 
-At = Literal["auto", "end-token", "last-text"]
+At = Literal["auto", "end-token", "last-text", "sampled"]
 
 
 class Reading(NamedTuple):
@@ -21,6 +21,7 @@ class Reading(NamedTuple):
     closing: tuple[int, ...] = ()  # what is put behind a text, whose last token is read; (): the text's own last token
     notice: str = ""  # what the user has to be told of it
     written: tuple[int, ...] = ()  # the whole closing, pad tokens included: a text that ends with it is closed already
+    sampled: bool = False  # the last token that was sampled is read, an end token where there is one
 
 
 def choose_reading(name: str, at: At, tokenizer: Any, ours: bool, pad_id: int | None = None) -> Reading:
@@ -28,13 +29,16 @@ def choose_reading(name: str, at: At, tokenizer: Any, ours: bool, pad_id: int | 
 
     "auto": ours at the last token of the text; of other people's those with a chat template at the end of the
     conversation, the others at the last token of the text. A pad token at the end is not read, as `transformers` finds
-    the last token of a text by it.
+    the last token of a text by it. "sampled" is LLaMA-Factory's way in PPO: the end token of a response that ended
+    itself, the last token of the text of one that was cut.
 
     Args:
       tokenizer: of the reward model.
       ours: whether training with ppo_jax left it.
       pad_id: of the model's configuration.
     """
+    if at == "sampled":
+        return Reading((), _said(name, "last token of the response, its end token where it has one"), sampled=True)
     closing = turn_closing(tokenizer)
     if at == "last-text" or (at == "auto" and (ours or not closing)):
         other = "" if at == "last-text" else "; it has no chat template that would say more"

@@ -13,6 +13,8 @@ from jaxtyping import Int
 
 from ppo_jax.data import EncodedPairs, PairBatch, PairRecord, TooLong, encode_pairs, pair_batches
 from ppo_jax.data.batches import Mixture
+from ppo_jax.data.llamafactory.encoding import Encoder
+from ppo_jax.data.llamafactory.rows import encode_preferences
 from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.parallel.mesh import round_up_to_devices
 from ppo_jax.runs.checkpoints.resuming import Resume
@@ -31,13 +33,19 @@ class Pairs(NamedTuple):
     starts: Int[np.ndarray, "N 2"]  # of the chosen and of the rejected row
 
 
-def encode(records: Sequence[PairRecord], tokenizer: Any, max_length: int, too_long: TooLong = "error") -> Pairs:
+def encode(
+    records: Sequence[PairRecord], tokenizer: Any | Encoder, max_length: int, too_long: TooLong = "error"
+) -> Pairs:
     """Encode pairs as `data.encode_pairs` does, with EOS, and find the first response token of each row.
+
+    Args:
+      tokenizer: or a template of LLaMA-Factory, which encodes them in its way.
 
     Raises:
       ValueError: as `encode_pairs`; also with "truncate_left" if a response alone is too long.
     """
-    encoded = encode_pairs(records, tokenizer, max_length, too_long)
+    by_template = isinstance(tokenizer, Encoder)
+    encoded = (encode_preferences if by_template else encode_pairs)(records, tokenizer, max_length, too_long)
     for row, kept in enumerate(encoded.kept):
         if min(encoded.starts[row]) < 0:
             raise ValueError(f"{records[kept].where}: a response alone does not fit into {max_length} tokens")

@@ -79,7 +79,7 @@ def train_offline(
 
     # -- open ----------------------------------------------------------------------------------------------------------
     with open_hooks(stage, start) as hooks:
-        step = make_update(work.bind_step(optimizer), work.batches, max(work.steps, 1), setup.options.learning_rate)
+        step = make_update(work.bind_step(optimizer), work.batches, setup.loop.rate(setup.options.learning_rate, loop))
 
         def measure(done: int, state: OfflineState) -> Mapping[str, float] | None:
             try:

@@ -9,6 +9,8 @@ import numpy as np
 from ppo_jax.data import DatasetOptions, PromptRecord, TooLong, encode_prompts, render
 from ppo_jax.data.batches import Mixture
 from ppo_jax.data.forms import Stage
+from ppo_jax.data.llamafactory import rows as by_template
+from ppo_jax.data.llamafactory.encoding import Encoder
 from ppo_jax.data.reading import read_records
 from ppo_jax.data.records import Record, identities
 from ppo_jax.models.pretrained import Model
@@ -124,13 +126,20 @@ def too_few_rows(option: str, batch_size: int, rows: int, path: Path) -> str:
 
 
 def encode_prompt_set(
-    records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong
+    records: Sequence[PromptRecord], model: Model, max_length: int, too_long: TooLong, encoder: Encoder | None = None
 ) -> tuple[PromptSet, int]:
     """Encode prompts as token rows and as the text of those tokens; and count those that were too long.
+
+    Args:
+      encoder: a template of LLaMA-Factory, in place of the tokenizer's own.
 
     Of a prompt that "truncate_left" cut, the text is cut too: rewards that read text score what the policy read.
     """
     where = [record.where for record in records]
+    if encoder is not None:
+        found = by_template.encode_prompts(records, encoder, max_length, too_long)
+        written = [str(model.tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in found.rows]
+        return PromptSet(found.rows, written, [records[i].metadata for i in found.kept], found.kept), found.too_long
     encoded = encode_prompts([record.prompt for record in records], model.tokenizer, max_length, too_long, where)
     kept = [records[i] for i in encoded.kept]
     texts = [render(record.prompt, model.tokenizer, record.where) for record in kept]

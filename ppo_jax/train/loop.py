@@ -80,6 +80,10 @@ class OfflineLoop:
     """This many of the newest checkpoints are kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this stay as well; 0 means none."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """The learning rate falls in this way over the stage; linear and cosine end at 0."""
+    warmup: float = 0.0
+    """The learning rate first rises linearly for this many optimizer steps, or, below 1, for this share of all."""
     best_metric: Annotated[str, Off("")] = "-loss"
     """The checkpoint of the measurement with the highest value of this stays; -name: the lowest; "" is off."""
     max_nonfinite: int = 20
@@ -88,12 +92,22 @@ class OfflineLoop:
     """Metrics are also sent to this project of Weights & Biases; "" is off."""
 
     def __post_init__(self) -> None:
-        self.of(1)
+        if not 0 <= self.warmup < math.inf or self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup={self.warmup} must be a number of steps, or a share of all below 1")
+        self.of(int(self.warmup) + 1)
 
     def of(self, steps: int) -> LoopConfig:
         """Say the same of a run of `steps` updates; an update is one optimizer step."""
         same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return LoopConfig(updates=steps, batch_size=1, **same)
+        warmup = min(math.ceil(self.warmup * steps), steps - 1) if self.warmup < 1 else int(self.warmup)
+        return LoopConfig(updates=steps, batch_size=1, **same | {"warmup": warmup})
+
+    @staticmethod
+    def rate(peak: float, loop: LoopConfig) -> Callable[[int], float]:
+        """Make step -> learning rate of such a run."""
+        if loop.schedule == "linear" and not loop.warmup:
+            return lambda step: peak * (1 - step / loop.updates)  # in all its digits
+        return learning_rate(peak, loop)
 
 
 class Stopped(RuntimeError):

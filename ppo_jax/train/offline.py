@@ -189,15 +189,19 @@ def init_offline_state(params: PyTree, optimizer: optax.GradientTransformation) 
     )
 
 
+def fall_linearly(peak: float, steps: int) -> Callable[[int], float]:
+    """Make number -> peak (1 - number / steps), the learning rate of step `number`."""
+    return lambda number: peak * (1 - number / steps)
+
+
 def make_update(
-    step: ParamStep[Batch], batches: Callable[[int], Batch], steps: int, learning_rate: float
+    step: ParamStep[Batch], batches: Callable[[int], Batch], learning_rate: Callable[[int], float]
 ) -> Callable[[OfflineState, int], tuple[OfflineState, Metrics]]:
     """Make update(state, number) -> (state, metrics) of a step(params, opt_state, batch, learning_rate).
 
-    The rate of step `number` is learning_rate (1 - number / steps), which falls linearly to 0; it is in the metrics.
-
     Args:
       batches: number -> rows on the host; a pure function, and the same in every process.
+      learning_rate: number -> the rate of that step, which is in the metrics.
     """
 
     @jax.jit
@@ -205,7 +209,7 @@ def make_update(
         return done + 1, jnp.where(skipped > 0, nonfinite + 1, 0)
 
     def update(state: OfflineState, number: int) -> tuple[OfflineState, Metrics]:
-        rate = learning_rate * (1 - number / steps)
+        rate = learning_rate(number)
         params, opt_state, metrics = step(state.params, state.opt_state, feed(batches(number)), rate)
         done, nonfinite = count(state.step, state.nonfinite, metrics["nonfinite_updates"][0])
         metrics |= {"learning_rate": (rate, 1.0)}  # type: ignore[dict-item]  # the host's, in all its digits
@@ -237,7 +241,7 @@ def learn(
       FloatingPointError: the loss or the gradient's norm is no longer finite; the message names which.
     """
     optimizer = make_optimizer()
-    update = make_update(make_step(optimizer), batches, steps, learning_rate)
+    update = make_update(make_step(optimizer), batches, fall_linearly(learning_rate, steps))
     state = create_on_mesh(lambda params: init_offline_state(params, optimizer), params)
     for number in range(steps):
         state, metrics = update(state, number)

@@ -19,6 +19,7 @@ from ppo_jax.train.loop import (
     Exploded,
     Interrupted,
     LoopConfig,
+    OfflineLoop,
     Stopped,
     assess,
     evaluation_due,
@@ -34,6 +35,21 @@ FROZEN = Frozen({})
 
 def rates(loop: LoopConfig, peak: float = 0.8) -> list[float]:
     return [learning_rate(peak, loop)(step) for step in range(loop.updates)]
+
+
+def test_a_stage_on_fixed_data_has_a_schedule_too() -> None:
+    """Without a warm-up the rate is peak (1 - n / steps) in all its digits; a share of the steps is rounded up."""
+    plain = OfflineLoop()
+    assert [plain.rate(0.3, plain.of(3))(n) for n in range(3)] == [0.3 * (1 - n / 3) for n in range(3)]
+    risen = OfflineLoop(schedule="cosine", warmup=0.3)
+    loop = risen.of(10)
+    assert loop.warmup == 3 and OfflineLoop(warmup=4.0).of(10).warmup == 4 and risen.of(1).warmup == 0
+    rates = [risen.rate(0.6, loop)(n) for n in range(10)]
+    wanted = [0.2, 0.4, 0.6] + [0.3 * (1 + math.cos(math.pi * n / 7)) for n in range(7)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-6)
+    for warmup in (-0.1, 1.5, math.inf):
+        with pytest.raises(ValueError, match="must be a number of steps, or a share of all below 1"):
+            OfflineLoop(warmup=warmup)
 
 
 def test_linear_schedule_with_warm_up():

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from ppo_jax.data.disk import is_out_of_memory, replaced_directory
 from ppo_jax.data.documents import ArtifactMeta, find_mistake
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import families, foreign, hf, names, tensor_file, weights
+from ppo_jax.models.files import families, foreign, hf, names, tensor_file, value_heads, weights
 from ppo_jax.models.files.hub import read_json, resolve
 from ppo_jax.parallel import processes
 from ppo_jax.types import PyTree
@@ -78,9 +78,11 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     file = where / "config.json"
     if what := foreign.describe_directory(where):
         raise ValueError(what)
+    theirs = value_heads.has_value_head(where)  # of LLaMA-Factory, on a language model
     try:
         raw = read_json(file)
-        _check_kind(raw)
+        if not theirs:
+            _check_kind(raw)
         config = families.config_from_hf(raw, dtype)
         bias = _bias(raw)
     except ValueError as error:
@@ -89,16 +91,15 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
     source = _find_tensors(hf.weight_files(where))
     source.pop(names.unembedding_name(config), None)  # a leftover of the language model that it was trained from
     head_file = source.pop("score.weight", None)
-    if head_file is None:
+    if theirs:
+        head = value_heads.load_head(where, config.hidden_size)
+    elif head_file is None:
         raise ValueError(
             f"{where}: tensor score.weight is missing, so this model has no score{_seen(source)}; a language model "
             "becomes a reward model by `ppo-jax reward`"
         )
-    score = _read(head_file, "score.weight")
-    if score.shape != (1, config.hidden_size):
-        raise ValueError(
-            f"{head_file}: score.weight has shape {score.shape}, a reward model has (1, {config.hidden_size})"
-        )
+    else:
+        head = _read_head(head_file, config.hidden_size, bias)
     shapes = {name: _shape(shard, name) for name, shard in source.items() if not names.is_buffer(name)}
     try:
         params = weights.gather(
@@ -110,17 +111,21 @@ def load(path: str | Path, dtype: families.Dtype = "float32", mesh: Mesh | None 
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    head = {
-        "reward": {"kernel": jnp.asarray(score.astype(np.float32).T)},
-        "gain": jnp.ones(()),
-        "bias": jnp.asarray(bias, jnp.float32),
-    }
     meta = raw.get(META)
     if isinstance(meta, dict) and (wrong := find_mistake(ArtifactMeta, meta)):
         raise ValueError(f"{where}: {META}.{wrong}")
     pad = raw.get("pad_token_id")
     pad_id = pad if isinstance(pad, int) else None
     return SequenceClassifier(config, params, head, meta if isinstance(meta, dict) else {}, META in raw, pad_id)
+
+
+def _read_head(file: Path, width: int, bias: float) -> PyTree:
+    """Read score.weight as the parameters of a RewardHead."""
+    score = _read(file, "score.weight")
+    if score.shape != (1, width):
+        raise ValueError(f"{file}: score.weight has shape {score.shape}, a reward model has (1, {width})")
+    kernel = jnp.asarray(score.astype(np.float32).T)
+    return {"reward": {"kernel": kernel}, "gain": jnp.ones(()), "bias": jnp.asarray(bias, jnp.float32)}
 
 
 def save(

@@ -10,7 +10,7 @@ WRAPPERS = {
     "base_model.model.": "peft",
     "pretrained_model.": "TRL's models with a value head",
 }
-VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory, beside an adapter or a model
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # of LLaMA-Factory's reward models, which are read
 
 
 def has_value_head(where: Path) -> bool:
@@ -22,11 +22,10 @@ def describe_directory(where: Path) -> str:
     """Say what a directory holds that is no model of `transformers` by itself; "" where nothing is known."""
     head = next((name for name in VALUE_HEADS if (where / name).is_file()), None)
     adapter = (where / "adapter_config.json").is_file() and not (where / "config.json").is_file()
-    if head:
-        on = "a PEFT adapter" if adapter else "a language model"
+    if head and adapter:
         return (
-            f"{where} is a reward model of LLaMA-Factory, {on} with a value head ({head}), which is not read. Train "
-            "one by `ppo-jax reward`, or give a sequence classifier with one label"
+            f"{where} is a reward model of LLaMA-Factory, a PEFT adapter with a value head ({head}): it is read by "
+            "`--reward` of `ppo-jax ppo`, on the base that it was trained on"
         )
     if adapter:
         return (

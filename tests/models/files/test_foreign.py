@@ -65,17 +65,20 @@ def test_a_value_head_among_the_weights_is_named(saved: Path, tmp_path: Path) ->
 
 
 def test_llama_factorys_reward_models_are_named(saved: Path, tmp_path: Path) -> None:
-    """A full one is a language model with value_head.safetensors beside it; a LoRA one lies beside an adapter."""
+    """A full one is a language model with value_head.safetensors beside it; a LoRA one lies beside an adapter.
+
+    Both are read as rewards (test_value_heads.py); as bases the first is the model that it is, and the second none.
+    """
     where = copied(saved / "lm", tmp_path / "full")
     save_file({"v_head.summary.weight": np.zeros((1, 4), np.float32)}, where / "value_head.safetensors")
-    with pytest.raises(ValueError, match="reward model of LLaMA-Factory, a language model with a value head"):
+    with pytest.raises(ValueError, match="value_head.safetensors: tensor v_head.summary.bias is missing"):
         classifiers.load(where)
     assert hf.load(where)[0] == CONFIG, "as a base it is the language model that it is"
     peft.save(tmp_path / "lora", lora(2), CONFIG, "base")
     (tmp_path / "lora" / "value_head.bin").write_bytes(b"")
-    for read in (find_reward, hf.load):
-        with pytest.raises(FileNotFoundError, match=r"LLaMA-Factory, a PEFT adapter with a value head .value_head.bin"):
-            read(tmp_path / "lora")
+    assert find_reward(tmp_path / "lora") == tmp_path / "lora"
+    with pytest.raises(FileNotFoundError, match=r"LLaMA-Factory, a PEFT adapter with a value head .value_head.bin"):
+        hf.load(tmp_path / "lora")
 
 
 def test_a_peft_adapter_is_no_reward_model(tmp_path: Path) -> None:

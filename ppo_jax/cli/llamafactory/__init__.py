@@ -1,0 +1,1 @@
+"""`ppo-jax llamafactory`: a training file of LLaMA-Factory, translated and run."""

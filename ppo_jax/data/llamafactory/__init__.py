@@ -1,0 +1,1 @@
+"""What LLaMA-Factory makes of conversations: its templates, its way of cutting, and its dataset_info.json."""
