@@ -2,6 +2,7 @@
 # make test   everything it needs, then the tests                                 (ARGS="tests/ops -x" to choose)
 # make test-all   the long ones too: every mesh, every place to be killed in, long fuzzing (see docs/testing.md)
 # make lint   ruff (lint and format) and mypy
+# make docs   the documentation as a site in build/site; fails for a link that leads nowhere
 # make serve  the packages of the reward server; likewise: sweep, wandb, notebooks, cuda, tpu
 # make clean  removes the environment and caches; never runs/
 #
@@ -22,12 +23,13 @@ PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations
 CREATED := $(VENV)/.stamp-created
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
+DOCS := $(VENV)/.stamp-docs
 
-.PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint format install dev clean
+.PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint docs format install dev clean
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
-	$(PY) -m experiments.sentiment --preset demo $(ARGS)
+	PPO_JAX_CALLER="make demo" $(PY) -m experiments.sentiment --preset demo $(ARGS)
 
 test: $(DEV)
 	$(PYTEST) $(ARGS)
@@ -39,6 +41,9 @@ lint: $(DEV)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 format: $(DEV)
 	$(PY) -m ruff check --fix
@@ -67,6 +72,10 @@ $(DEV): $(CREATED) pyproject.toml constraints.txt
 	$(INSTALL) setuptools torch==2.13.0
 	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard,sweep]"
 	touch $(CORE) $@
+
+$(DOCS): $(CORE)
+	$(INSTALL) --no-build-isolation --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import movie_reviews
 from experiments.movie_reviews import Review
+from experiments.phases import plan_rating_models
 from ppo_jax.data.locks import wait_for_target
 from ppo_jax.models.adapters import shared_layers
 from ppo_jax.models.config import ModelConfig
@@ -84,6 +85,7 @@ def obtain(
         for path in sorted({path for path in paths if not path.exists()}):  # in one order, whoever asks
             held.enter_context(wait_for_target(path, screen.message))  # another run makes it: it is there afterwards
         missing = [i for i, path in enumerate(paths) if not path.exists()]
+        screen.plan = plan_rating_models([wanted[i] for i in missing], model.config, len(test)) | dict(screen.plan)
         roles = {i: fit(wanted[i], model, seed, screen, write) for i in missing}
         accuracies = _held_out_accuracies([(roles[i], wanted[i].reward) for i in missing], model, test, screen)
         for i, accuracy in zip(missing, accuracies, strict=True):

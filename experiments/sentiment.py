@@ -34,7 +34,9 @@ import numpy as np
 from experiments import movie_reviews, rating_model, smoke
 from experiments.judges import model_judge, vader_judge, vader_score
 from experiments.movie_reviews import prompt_set
+from experiments.phases import durations, plan_ppo
 from experiments.rating_model import Wanted
+from ppo_jax.cli.common import next_commands
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import Brief, parse
 from ppo_jax.data import assets
@@ -208,6 +210,7 @@ def run(settings: SentimentConfig) -> Path:
 
     with progress("ppo_jax · sentiment", log=directory / rundir.LOG) as screen:
         write = run_writer(directory, screen, settings.loop.updates)
+        screen.plan = plan_ppo(settings, model.config)
         screen.message(f"{len(prompts.rows)} of {len(splits.prompts)} openings have 1 to {settings.max_prompt} tokens")
 
         # -- reward models ---------------------------------------------------------------------------------------
@@ -234,13 +237,10 @@ def run(settings: SentimentConfig) -> Path:
         # -- report ----------------------------------------------------------------------------------------------
         summary |= {"before": result.before, "after": result.after, "seconds": durations(clock)}
         path = page.write(directory, summary)
-        screen.message(f"report: {path}")
+        asked, export = f'{directory} --prompt "Any film featuring"', f"{directory} --to my-model"
+        after = (f"ppo-jax generate {asked}", "what it writes now"), (f"ppo-jax export {export}", "take it away")
+        screen.message(f"report: {path}\n{next_commands(*after)}")
     return path
-
-
-def durations(clock: dict[str, float]) -> dict[str, float]:
-    """Seconds of each phase, from the time at the end of each."""
-    return {name: clock[name] - before for name, before in zip([*clock][1:], clock.values(), strict=False)}
 
 
 def make_setup(

@@ -1,20 +1,22 @@
 """An hour of training with something breaking every few seconds; at the end, bit for bit the undisturbed run.
 
     python -m experiments.soak --minutes 60
+    python -m experiments.soak --minutes 30 --pieces 48 --record runs/soak.json   # a day; stopped, it goes on
 
 `experiments.soak_run` trains in a process of its own. Meanwhile, at random moments: SIGKILL; SIGTERM, which has to save
 and exit in time; a full disk; a reward server that answers 503, drops connections, is slow, or is down; and, between
 two lives of the process, a damaged newest checkpoint. When the time is up both that run and a quiet one go to the same
 update, and everything they leave is compared: parameters, optimizer state and all else in the checkpoint, metrics
-(without times), samples, the exported policy.
+(without times), samples, the exported policy. The first process lives for half of the time, so that memory, files and
+threads that grow would be seen.
 """
 
 import dataclasses
 import datetime
+import json
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,22 +27,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 from experiments.failing_server import MODES, RewardServer
+from experiments.soak_report import SoakError, compare, report
 from ppo_jax.cli.main import PREEMPTED, exit_code
 from ppo_jax.cli.parse import parse
-from ppo_jax.data.jsonl import read_jsonl
-from ppo_jax.models.files.artifacts import BEST, EXPORT
 from ppo_jax.runs.checkpoints import store
-from ppo_jax.runs.facts import environment
+from ppo_jax.runs.facts import commit_of_code, environment
 from ppo_jax.runs.output import rundir
 
 ENDLESS = 10**7  # updates of the tormented run, until the time is up
 WARM = 3  # updates of a first run, which compiles
 CALM = 60  # updates that both runs still make after the last fault
 DISK = 2000  # bytes that a file may have while the disk is full
-TIMES = ("time", "seconds", "tokens_per_second", "rollout_seconds", "reward_seconds", "learn_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,10 @@ class SoakConfig:
     """Both runs go into this directory, which is deleted first."""
     report: Path | None = None
     """The report is also written to this file, as Markdown."""
+    pieces: int = 1
+    """So many soaks are made, one after another; the first has the seed, the next one the seed after it."""
+    record: Path | None = None
+    """Each piece is written to this file, as JSON, and those in it are not made again."""
     seed: int = 0
     """This number seeds the faults."""
     pause: float = 6.0
@@ -61,9 +67,26 @@ class SoakConfig:
     """A process must end within this many seconds after SIGTERM."""
 
 
-def main(args: list[str] | None = None) -> Path:
-    """Runs the soak; raises SoakError if anything is lost or differs."""
+def main(args: list[str] | None = None) -> list[dict[str, Any]]:
+    """Makes the pieces that are not recorded; returns all records. SoakError if anything is lost or differs."""
     settings = parse(SoakConfig, args, prog="experiments.soak")
+    done = json.loads(settings.record.read_text()) if settings.record and settings.record.is_file() else []
+    for seed in range(settings.seed, settings.seed + settings.pieces):
+        if all(piece["seed"] != seed for piece in done):
+            piece = soak(dataclasses.replace(settings, seed=seed))
+            done.append(piece)
+            print(json.dumps(piece))
+            if settings.record:
+                settings.record.write_text(json.dumps(done, indent=1) + "\n")
+    text = report(settings.minutes, done)
+    print(text)
+    if settings.report:
+        settings.report.write_text(text, encoding="utf-8")
+    return done
+
+
+def soak(settings: SoakConfig) -> dict[str, Any]:
+    """One piece; returns what is recorded of it."""
     shutil.rmtree(settings.run_dir, ignore_errors=True)
     settings.run_dir.mkdir(parents=True)
     hurt, quiet = settings.run_dir / "hurt", settings.run_dir / "quiet"
@@ -81,15 +104,30 @@ def main(args: list[str] | None = None) -> Path:
             if (code := child.process.wait()) != 0:
                 raise SoakError(f"{folder}: the last part ended with exit status {code}; see {log.name}")
     compared = compare(hurt, quiet, torment.counts["full disk"] > 0)
-    text = report(settings, torment, target, compared)
-    print(text)
-    if settings.report:
-        settings.report.write_text(text, encoding="utf-8")
-    return settings.run_dir
+    facts = environment()
+    return {
+        "seed": settings.seed,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit_of_code(),
+        "machine": facts["machine"],
+        "versions": {name: facts["versions"][name] for name in ("python", "jax", "orbax-checkpoint")},
+        "minutes": settings.minutes,
+        "updates": target,
+        "faults": dict(sorted(torment.counts.items())),
+        "requests": dict(sorted(server.failures.items())),
+        "longest_stop_seconds": round(torment.longest, 1),
+        "long_life": [usage._asdict() for usage in torment.usage[:: max(len(torment.usage) // 8, 1)]],
+        "compared": compared,
+    }
 
 
-class SoakError(RuntimeError):
-    """A fault that the run did not survive as it should."""
+class Usage(NamedTuple):
+    """What a process holds."""
+
+    minutes: float
+    megabytes: float
+    files: int
+    threads: int
 
 
 # -- the run and its faults --------------------------------------------------------------------------------------------
@@ -137,7 +175,9 @@ class Torment:
         self.random = random.Random(settings.seed)
         self.counts: Counter[str] = Counter()
         self.longest = 0.0  # seconds from SIGTERM to the end
-        self.end = time.monotonic() + 60 * settings.minutes
+        self.usage: list[Usage] = []  # of the first process
+        self.began = time.monotonic()
+        self.end = self.began + 60 * settings.minutes
 
     def run(self) -> None:
         while time.monotonic() < self.end:
@@ -153,13 +193,18 @@ class Torment:
     def life(self, child: Child) -> None:
         """Server failures and full disks, and after the first updates one end."""
         fatal = self.random.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM"))
+        first = self.counts["lives"] == 1
         after: float | None = None  # when the end comes
         while True:
             time.sleep(min(self.random.expovariate(1 / self.settings.pause), 3 * self.settings.pause) / 2)
+            if first and child.process.poll() is None:
+                self.look(child)
             if child.process.poll() is not None:
                 raise SoakError(f"the run ended by itself, exit status {child.process.returncode}; see {self.log.name}")
             if after is None and child.trains():
                 after = time.monotonic() + self.random.uniform(0, 3 * self.settings.pause)
+                if first:
+                    after = max(after, (self.began + self.end) / 2)
             if after is not None and time.monotonic() >= after:
                 break
             if not child.trains():
@@ -173,6 +218,14 @@ class Torment:
                 with full_disk(child.process.pid):
                     time.sleep(self.random.uniform(0.5, 4.0))
         self.kill(child) if fatal == "SIGKILL" else self.terminate(child)
+
+    def look(self, child: Child) -> None:
+        """Notes what the process holds."""
+        process = psutil.Process(child.process.pid)
+        with process.oneshot(), suppress(psutil.NoSuchProcess):
+            megabytes = process.memory_info().rss / 2**20
+            minutes = (time.monotonic() - self.began) / 60
+            self.usage.append(Usage(round(minutes, 2), round(megabytes, 1), process.num_fds(), process.num_threads()))
 
     def kill(self, child: Child) -> None:
         """At once; sometimes with damage to the newest checkpoint as well."""
@@ -227,75 +280,6 @@ def full_disk(process: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):
             resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
-
-
-# -- the comparison ----------------------------------------------------------------------------------------------------
-
-
-def compare(hurt: Path, quiet: Path, full_disk: bool = False) -> dict[str, str]:
-    """{what was compared: how much}; a `full_disk` may have cost `hurt` its best policy. SoakError: what differs."""
-    found = {}
-    for name in (rundir.METRICS, rundir.SAMPLES):
-        left, right = ([timeless(r) for r in read_jsonl(run / name)] for run in (hurt, quiet))
-        if left != right:
-            first = next(
-                (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-            )
-            raise SoakError(f"{name}: record {first + 1} differs ({len(left)} and {len(right)} records)")
-        found[f"{name}, without times"] = f"{len(left)} records"
-    steps = [store.latest_step(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
-    sums = [store.read_manifest(run / rundir.CHECKPOINTS) for run in (hurt, quiet)]
-    if steps[0] != steps[1] or sums[0] != sums[1]:
-        wrong = sorted(name for name in sums[0].keys() | sums[1].keys() if sums[0].get(name) != sums[1].get(name))
-        raise SoakError(f"the last checkpoints {steps} differ in {', '.join(wrong)}")
-    found[f"state at update {steps[0]} (CRC-32 of every array)"] = f"{len(sums[0])} arrays"
-    files = sorted(p.relative_to(quiet) for p in (quiet / EXPORT).rglob("*.safetensors"))
-    best = store.read_meta(quiet / rundir.CHECKPOINTS)["best"].get("step")
-    if full_disk and best is not None and best not in store.all_steps(hurt / rundir.CHECKPOINTS):
-        files = [file for file in files if BEST not in file.parts]
-        found["best policy"] = f"not in the tormented run: the disk was full at update {best}"
-    only = {p.relative_to(hurt) for p in (hurt / EXPORT).rglob("*.safetensors")} ^ set(files)
-    if only:
-        raise SoakError(f"{', '.join(map(str, sorted(only)))}: in one of the runs only")
-    for file in files:
-        if (hurt / file).read_bytes() != (quiet / file).read_bytes():
-            raise SoakError(f"{file} differs")
-    found["exported policies"] = f"{len(files)} files"
-    return found
-
-
-def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in TIMES}
-
-
-def report(settings: SoakConfig, torment: Torment, target: int, compared: dict[str, str]) -> str:
-    """Markdown."""
-    facts = environment()
-    command = shlex.join(["python", "-m", "experiments.soak", "--minutes", f"{settings.minutes:g}"])
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("python", "jax", "orbax-checkpoint"))
-    lines = [
-        "# The soak: last report",
-        "",
-        f"`{command}` on {datetime.date.today().isoformat()}, {facts['machine']}, {versions}.",
-        f"{settings.minutes:g} minutes of faults, {target} PPO updates, {torment.counts['lives']} processes one after "
-        "another. The run they make up is bit for bit the quiet one that was never disturbed.",
-        "",
-        "| fault | times |",
-        "|---|---|",
-    ]
-    lines += [f"| {name} | {count} |" for name, count in sorted(torment.counts.items()) if name != "lives"]
-    answers = ", ".join(f"{count} {name}" for name, count in sorted(torment.server.failures.items()))
-    lines += [
-        "",
-        f"Requests that met a failing server: {answers}. Longest time from SIGTERM to the end of the process, with its "
-        f"state saved: {torment.longest:.1f} s.",
-        "",
-        "| compared with the quiet run, bitwise equal | |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in compared.items()),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def size(file: Path) -> int:

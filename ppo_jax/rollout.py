@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppo_jax.models.adapters import unembedding
 from ppo_jax.models.config import ModelConfig
@@ -18,6 +19,7 @@ from ppo_jax.models.transformer import (
     finish_logits,
     init_cache,
     positions_from_mask,
+    replace_rows,
     unstack,
     unstacked,
 )
@@ -42,6 +44,8 @@ class Sampling:
     """Tokens are sampled from those at least this fraction as probable as the most probable one; 0 is off."""
     repetition_penalty: Annotated[float, Off(1.0)] = 1.0
     """Positive logits of tokens in prompt or response are divided by this, negative ones multiplied; 1 is off."""
+    slots: Annotated[int, Off(0)] = 0
+    """So many responses are drawn at a time, and one that has ended makes room for the next; 0 is off."""
     gather_weights: bool = False
     """Bring what fsdp has cut on a mesh together once per rollout, not once per token: faster, for more memory."""
     stop_ids: tuple[int, ...] = ()
@@ -54,6 +58,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.response_length < 1:
             raise ValueError(f"response_length={self.response_length} must be at least 1")
+        if self.slots < 0:
+            raise ValueError(f"slots={self.slots} must be 0 (all responses together) or positive")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
         if not 0 < self.top_p <= 1:
@@ -74,25 +80,47 @@ class _Given(NamedTuple):
 
     base: PyTree
     policy: Policy
+    decoder: tuple[PyTree, PyTree]  # base and adapter as single tokens are read with
     config: ModelConfig
     sampling: Sampling
     temperature: float | Array
     keys: PRNGKeyArray  # one for each row
     table: Float[Array, "V D"]  # the policy's unembedding
+    prompts: Prompts
     lengths: Int[Array, " B"]  # of the prompts
+
+
+class _Responses(NamedTuple):
+    """What is written token by token."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    policy_logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"]
 
 
 class _Loop(NamedTuple):
     """What changes with every token."""
 
     step: Int[Array, ""]
-    tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    logprobs: Float[Array, "B T"]
-    policy_logprobs: Float[Array, "B T"]
-    values: Float[Array, "B T"]
+    responses: _Responses
     alive: Bool[Array, " B"]
     seen: Bool[Array, "B V"] | None  # tokens of prompt and response, where repetition is penalised
+    cache: Cache
+
+
+class _Slots(NamedTuple):
+    """What changes with every token where N slots work off a queue of rows."""
+
+    row: Int[Array, " N"]  # what a slot works on; B: nothing
+    step: Int[Array, " N"]  # tokens drawn of it
+    last: Int[Array, " N"]  # the newest of them
+    alive: Bool[Array, " N"]
+    taken: Int[Array, ""]  # the first row that waits
+    responses: _Responses
+    ended: Bool[Array, " B"]
+    seen: Bool[Array, "N V"] | None
     cache: Cache
 
 
@@ -109,37 +137,27 @@ def generate(
 
     a_t ~ softmax(logits(prompt, a_<t) / temperature), after the filters of `sampling`, until a stop token or T
     tokens. The loop ends when every row has. temperature 0 decodes greedily. `key` is consumed; row b draws
-    with fold_in(key, b), so a row's response depends on the key, its number and its prompt, not on its neighbours.
+    with fold_in(key, b), so a row's response depends on the key, its number and its prompt, not on its neighbours
+    and not on the slot that it is drawn in.
     """
-    _check_ids(sampling, config)
-    batch, prompt_length = prompts.tokens.shape
-    length = sampling.response_length
+    _check(sampling, config)
+    batch = prompts.tokens.shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if sampling.gather_weights:
         base, policy = gathered(base), policy._replace(adapter=gathered(policy.adapter))
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    given = _Given(base, policy, config, sampling, temperature, keys, table, lengths)
-    apart = _layers_apart(config)
-    cache = init_cache(config, batch, prompt_length + (0 if apart else length))
-    positions = positions_from_mask(prompts.mask)
-    hidden, cache = apply(base, policy.adapter, config, prompts.tokens, positions, cache=cache, fresh=True)
-    if apart:
-        layers, adapter = unstack(base, policy.adapter, config)
-        given = given._replace(base=layers, policy=policy._replace(adapter=adapter))
-        cache = unstacked(cache, prompt_length + length)
-    loop = _draw(given, _nothing_drawn(prompts, config, sampling, cache), hidden[:, -1])
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.step < length) & any_row(loop.alive), lambda loop: _advance(given, loop), loop
-    )
+    decoder = unstack(base, policy.adapter, config) if _layers_apart(config) else (base, policy.adapter)
+    given = _Given(base, policy, decoder, config, sampling, temperature, keys, table, prompts, lengths)
+    responses, terminated = (_draw_in_slots if 0 < sampling.slots < batch else _draw_together)(given)
     return Rollout(
-        tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),
+        tokens=jnp.concatenate([prompts.tokens, responses.tokens], axis=1),
         prompt_mask=prompts.mask,
-        response_mask=loop.mask,
-        logprobs=loop.logprobs,
-        policy_logprobs=loop.policy_logprobs,
-        values=loop.values,
-        terminated=~loop.alive,
+        response_mask=responses.mask,
+        logprobs=responses.logprobs,
+        policy_logprobs=responses.policy_logprobs,
+        values=responses.values,
+        terminated=terminated,
         index=prompts.index,
     )
 
@@ -155,64 +173,176 @@ def _layers_apart(config: ModelConfig) -> bool:
     return exact and jax.default_backend() == "cpu" and abstract_mesh() is None and config.num_layers <= 12
 
 
+def _read_prompts(given: _Given, rows: Int[Array, " b"] | slice) -> tuple[Float[Array, "b D"], Cache]:
+    """The states in which first tokens are drawn, and a cache with room for the responses."""
+    tokens, mask = given.prompts.tokens[rows], given.prompts.mask[rows]
+    (batch, length), responses = tokens.shape, given.sampling.response_length
+    apart = isinstance(given.decoder[0]["layers"], tuple)
+    cache = init_cache(given.config, batch, length + (0 if apart else responses))
+    hidden, cache = apply(
+        given.base, given.policy.adapter, given.config, tokens, positions_from_mask(mask), cache=cache, fresh=True
+    )
+    return hidden[:, -1], unstacked(cache, length + responses) if apart else cache
+
+
+def _sample(
+    given: _Given, keys: Key[Array, " b"], hidden: Float[Array, "b D"], seen: Array | None
+) -> tuple[Array, ...]:
+    """tokens, whether they stop, log-probs under what they were drawn from and under the policy, values of states."""
+    sampling, temperature = given.sampling, given.temperature
+    logits = constrain(finish_logits(given.config, unembed(hidden, given.table)), "logits")
+    offered = logits if seen is None else penalise_repetition(logits, seen, sampling.repetition_penalty)
+    tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
+        keys, offered
+    )
+    whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
+    stops = jnp.isin(tokens, jnp.array(sampling.stop_ids, jnp.int32))
+    return tokens.astype(jnp.int32), stops, logprobs, whole, value(given.policy.value_head, hidden)
+
+
+def _nothing_drawn(given: _Given) -> _Responses:
+    batch, length = given.prompts.tokens.shape[0], given.sampling.response_length
+    nothing = jnp.zeros((batch, length), jnp.float32)
+    tokens = jnp.full((batch, length), given.sampling.pad_id, jnp.int32)
+    return _Responses(tokens, jnp.zeros((batch, length), bool), nothing, nothing, nothing)
+
+
+def _seen(given: _Given, rows: Int[Array, " b"]) -> Bool[Array, "b V"] | None:
+    """Tokens of these prompts; None where repetition is not penalised."""
+    if given.sampling.repetition_penalty == 1:
+        return None
+    seen = jnp.zeros((len(rows), given.config.vocab_size), bool)
+    return seen.at[jnp.arange(len(rows))[:, None], given.prompts.tokens[rows]].max(given.prompts.mask[rows])
+
+
+# -- all rows together -----------------------------------------------------------------------------------------------
+
+
+def _draw_together(given: _Given) -> tuple[_Responses, Bool[Array, " B"]]:
+    """Token t of every row, then token t + 1; rows that ended go along."""
+    batch, length = given.prompts.tokens.shape[0], given.sampling.response_length
+    hidden, cache = _read_prompts(given, slice(None))
+    seen, alive = _seen(given, jnp.arange(batch)), jnp.ones((batch,), bool)
+    loop = _draw(given, _Loop(jnp.zeros((), jnp.int32), _nothing_drawn(given), alive, seen, cache), hidden)
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < length) & any_row(loop.alive), lambda loop: _advance(given, loop), loop
+    )
+    return loop.responses, ~loop.alive
+
+
 def _advance(given: _Given, loop: _Loop) -> _Loop:
     """Feeds the last drawn token and draws the next one."""
     t = loop.step - 1
     positions = jnp.where(loop.alive, given.lengths + t, -1)[:, None]
-    tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, t, 1, axis=1)
-    hidden, cache = apply(given.base, given.policy.adapter, given.config, tokens, positions, cache=loop.cache)
+    tokens = jax.lax.dynamic_slice_in_dim(loop.responses.tokens, t, 1, axis=1)
+    hidden, cache = apply(*given.decoder, given.config, tokens, positions, cache=loop.cache)
     return _draw(given, loop._replace(cache=cache), hidden[:, 0])
 
 
 def _draw(given: _Given, loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
     """Token `step` of every living row, from the hidden state before it."""
-    t, sampling, temperature = loop.step, given.sampling, given.temperature
-    logits = constrain(finish_logits(given.config, unembed(hidden, given.table)), "logits")
-    keys = jax.vmap(jax.random.fold_in, (0, None))(given.keys, t)
-    offered = logits if loop.seen is None else penalise_repetition(logits, loop.seen, sampling.repetition_penalty)
-    tokens, logprobs = jax.vmap(lambda k, x: sample(k, x, temperature, sampling.top_k, sampling.top_p, sampling.min_p))(
-        keys, offered
-    )
-    whole = token_logprobs(logits, tokens, temperature) if sampling.filtered else logprobs
-    alive = loop.alive
+    t, alive, old = loop.step, loop.alive, loop.responses
+    tokens, stops, *said = _sample(given, jax.vmap(jax.random.fold_in, (0, None))(given.keys, t), hidden, loop.seen)
 
     def put(array: Array, column: Array) -> Array:
         return array.at[:, t].set(jnp.where(alive, column, array[:, t]))
 
+    written = (put(array, column) for array, column in zip(old[2:], said, strict=True))
     return loop._replace(
         step=t + 1,
-        tokens=put(loop.tokens, tokens.astype(jnp.int32)),
-        mask=loop.mask.at[:, t].set(alive),
-        logprobs=put(loop.logprobs, logprobs),
-        policy_logprobs=put(loop.policy_logprobs, whole),
-        values=put(loop.values, value(given.policy.value_head, hidden)),
-        alive=alive & ~jnp.isin(tokens, jnp.array(sampling.stop_ids, jnp.int32)),
+        responses=_Responses(put(old.tokens, tokens), old.mask.at[:, t].set(alive), *written),
+        alive=alive & ~stops,
         seen=None if loop.seen is None else loop.seen.at[jnp.arange(len(tokens)), tokens].set(True),
     )
 
 
-def _nothing_drawn(prompts: Prompts, config: ModelConfig, sampling: Sampling, cache: Cache) -> _Loop:
-    """The loop before its first token."""
-    batch, length = prompts.tokens.shape[0], sampling.response_length
-    nothing = jnp.zeros((batch, length), jnp.float32)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        rows = jnp.arange(batch)[:, None]
-        seen = jnp.zeros((batch, config.vocab_size), bool).at[rows, prompts.tokens].max(prompts.mask)
-    return _Loop(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch, length), sampling.pad_id, jnp.int32),
-        mask=jnp.zeros((batch, length), bool),
-        logprobs=nothing,
-        policy_logprobs=nothing,
-        values=nothing,
-        alive=jnp.ones((batch,), bool),
-        seen=seen,
-        cache=cache,
+# -- in slots --------------------------------------------------------------------------------------------------------
+
+
+def _draw_in_slots(given: _Given) -> tuple[_Responses, Bool[Array, " B"]]:
+    """One token of every slot at a time; slots whose rows have ended take the next ones, an eighth of them together."""
+    batch, slots = given.prompts.tokens.shape[0], given.sampling.slots
+    group = max(1, slots // 8)
+
+    def refill_due(now: _Slots) -> Bool[Array, ""]:
+        return (now.taken < batch) & (jnp.sum(~now.alive) >= group)
+
+    def refill_and_draw(now: _Slots) -> _Slots:
+        now = _refill(given, now, group)
+        return jax.lax.while_loop(lambda now: now.alive.any() & ~refill_due(now), partial(_advance_slots, given), now)
+
+    done = jax.lax.while_loop(
+        lambda now: (now.taken < batch) | now.alive.any(), refill_and_draw, _empty_slots(given, slots)
+    )
+    return done.responses, done.ended
+
+
+def _empty_slots(given: _Given, slots: int) -> _Slots:
+    batch, prompt_length = given.prompts.tokens.shape
+    cache = init_cache(given.config, slots, prompt_length + given.sampling.response_length)
+    if isinstance(given.decoder[0]["layers"], tuple):
+        cache = unstacked(cache, cache.positions.shape[1])
+    nothing = jnp.zeros((slots,), jnp.int32)
+    return _Slots(
+        row=nothing + batch,
+        step=nothing,
+        last=nothing,
+        alive=jnp.zeros((slots,), bool),
+        taken=jnp.zeros((), jnp.int32),
+        responses=_nothing_drawn(given),
+        ended=jnp.zeros((batch,), bool),
+        seen=_seen(given, nothing),
+        cache=cache._replace(length=nothing),
     )
 
 
-def _check_ids(sampling: Sampling, config: ModelConfig) -> None:
+def _refill(given: _Given, now: _Slots, group: int) -> _Slots:
+    """The next `group` rows, or those that are left, in free slots, with their first tokens drawn."""
+    batch = len(given.lengths)
+    free = jnp.argsort(now.alive)[:group]
+    rows = now.taken + jnp.arange(group)
+    read = jnp.minimum(rows, batch - 1)
+    hidden, fresh = _read_prompts(given, read)
+    now = now._replace(
+        row=now.row.at[free].set(jnp.minimum(rows, batch)),
+        step=now.step.at[free].set(0),
+        alive=now.alive.at[free].set(rows < batch),
+        taken=now.taken + group,
+        seen=None if now.seen is None else now.seen.at[free].set(_seen(given, read)),
+        cache=replace_rows(now.cache, free, fresh),
+    )
+    return _draw_of(given, now, free, hidden)
+
+
+def _advance_slots(given: _Given, now: _Slots) -> _Slots:
+    """Feeds every slot's newest token and draws the next one."""
+    positions = jnp.where(now.alive, given.lengths[now.row] + now.step - 1, -1)[:, None]
+    hidden, cache = apply(*given.decoder, given.config, now.last[:, None], positions, cache=now.cache)
+    return _draw_of(given, now._replace(cache=cache), jnp.arange(len(now.row)), hidden[:, 0])
+
+
+def _draw_of(given: _Given, now: _Slots, slots: Int[Array, " n"], hidden: Float[Array, "n D"]) -> _Slots:
+    """The next token of each of these slots that lives."""
+    batch, alive, step = len(given.lengths), now.alive[slots], now.step[slots]
+    keys = jax.vmap(jax.random.fold_in)(given.keys[now.row[slots]], step)
+    tokens, stops, *said = _sample(given, keys, hidden, None if now.seen is None else now.seen[slots])
+    to = jnp.where(alive, now.row[slots], batch)  # what is written to row B is dropped
+    columns = (tokens, alive, *said)
+    written = (array.at[to, step].set(new, mode="drop") for array, new in zip(now.responses, columns, strict=True))
+    return now._replace(
+        step=now.step.at[slots].add(1),
+        last=now.last.at[slots].set(tokens),
+        alive=now.alive.at[slots].set(alive & ~stops & (step + 1 < given.sampling.response_length)),
+        responses=_Responses(*written),
+        ended=now.ended.at[to].set(stops, mode="drop"),
+        seen=None if now.seen is None else now.seen.at[slots, tokens].set(True),
+    )
+
+
+def _check(sampling: Sampling, config: ModelConfig) -> None:
+    mesh = abstract_mesh()
+    if sampling.slots and mesh is not None and mesh.size > 1:
+        raise ValueError(f"slots={sampling.slots} is for one device: on a mesh of {mesh.size} rows lie apart; use 0")
     for name, ids in (("pad_id", (sampling.pad_id,)), ("stop_ids", sampling.stop_ids)):
         if not all(0 <= i < config.vocab_size for i in ids):
             raise ValueError(f"{name}={getattr(sampling, name)} must lie in the vocabulary [0, {config.vocab_size})")

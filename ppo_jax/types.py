@@ -144,7 +144,7 @@ class Hyper(NamedTuple):
     Changing one never recompiles, and `vmap` over them is a sweep. Where infinity is off, settings may say `off`.
     """
 
-    learning_rate: float = 1e-4  # The policy learns at this rate at its peak.
+    learning_rate: float = 1e-4  # The policy learns at this rate at its peak; 0 lets `ppo-jax ppo` choose it.
     temperature: float = 0.7  # Sampling and every log-prob divide the logits by this temperature.
     gamma: float = 1.0  # Rewards are discounted by this factor per token.
     lam: float = 0.95  # This is the lambda of GAE.
@@ -170,7 +170,8 @@ class Hyper(NamedTuple):
     ratio_threshold: FloatOrOff = math.inf  # A minibatch is skipped beyond this mean ratio; inf is off.
     # -- critic -------------------------------------------------------------------------------------------------------
     vf_coef: float = 0.1  # The value loss has this weight.
-    value_clip: FloatOrOff = 0.2  # A value moves at most this far from its old one, in units of the return; inf is off.
+    # A value moves at most this far from its old one, in units of the return; inf is off. 0 lets `ppo-jax ppo` choose.
+    value_clip: FloatOrOff = 0.2
     huber_delta: FloatOrOff = math.inf  # Value errors beyond this count linearly; inf is off.
     critic_lr_scale: float = 1.0  # The critic's own parameters learn at this times learning_rate.
     critic_max_grad_norm: float = 0.0  # The critic's own gradient is clipped to this; 0: together with the policy's.

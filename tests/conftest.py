@@ -84,3 +84,5 @@ def screen() -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits for processes of its own comes first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: "processes" not in item.path.parts)
+    gc.collect()
+    gc.freeze()  # what was imported and collected stays; nobody looks through it again

@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant("train/optimizer.py", "b2 * v + (1 - b2) * jnp.square(g)", "b2 * v + (1 - b2) * g"),
     Mutant("train/ppo.py", "jax.random.fold_in(state.key, state.step))\n    asked", "state.key)\n    asked"),
     # -- rollout and rewards -------------------------------------------------------------------------------------------
-    Mutant("rollout.py", "mask=loop.mask.at[:, t].set(alive)", "mask=loop.mask.at[:, t].set(True)"),
+    Mutant("rollout.py", "old.mask.at[:, t].set(alive)", "old.mask.at[:, t].set(True)"),
     Mutant("rollout.py", "(None, 0))(key, jnp.arange(batch))", "(None, 0))(key, jnp.zeros(batch, int))"),
     Mutant("rewards/scores.py", "good = good & xp.asarray(valid, bool)", "good = good | xp.asarray(valid, bool)"),
 ]  # fmt: skip

@@ -171,6 +171,12 @@ def repeatable_yaml(settings: Any) -> str:
     return config.to_yaml(dataclasses.replace(settings, **off))
 
 
+def next_commands(*lines: tuple[str, str]) -> str:
+    """Say what to do next: commands, each with what it is for."""
+    width = max(len(command) for command, _ in lines)
+    return "\n".join(["Next:", *(f"  {command:<{width}}  # {purpose}" for command, purpose in lines)])
+
+
 def tell(screen: Screen, notice: str) -> None:
     """Say a notice, if there is one."""
     if notice:

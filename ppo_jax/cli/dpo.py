@@ -103,6 +103,9 @@ def _dpo(settings: DPOSettings) -> None:
             f"{split.kind} pairs in the right order {100 * result.before['accuracy']:.1f} % -> "
             f"{100 * result.after['accuracy']:.1f} %; the model is at {result.path}; report: {page}"
         )
+        screen.message(
+            common.next_commands((f'ppo-jax generate --model {result.path} --prompt "..."', "what it writes now"))
+        )
 
 
 def sweep_task() -> Task:

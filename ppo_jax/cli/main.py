@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ppo_jax.cli import dpo, export, generate, ppo, report, reward, sft, sweep
 from ppo_jax.cli.demo import command as demo
 from ppo_jax.cli.llamafactory import command as llamafactory
-from ppo_jax.cli.parse import Brief, parse
+from ppo_jax.cli.parse import HELP, Brief, parse
 from ppo_jax.cli.plan import programs
 from ppo_jax.cli.plan.command import plan
 from ppo_jax.cli.serve import settings as serving
@@ -22,6 +22,8 @@ from ppo_jax.data import assets
 from ppo_jax.data.locks import release_all
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.programs import keep_programs
+from ppo_jax.runs.output.caller import in_words_of_caller
+from ppo_jax.runs.output.config import nearest
 from ppo_jax.runs.output.streams import claim_streams, drop_stream, flush_streams
 from ppo_jax.runs.signals import INTERRUPTED, PREEMPTED, end_when_asked
 from ppo_jax.train.loop import Interrupted
@@ -113,7 +115,7 @@ def report_output(wrong: str) -> int:
 def print_error(text: str) -> None:
     """Print onto standard error, where that can be written."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(in_words_of_caller(text), file=sys.stderr, flush=True)
 
 
 def _run_command(args: Sequence[str] | None) -> int:
@@ -128,7 +130,9 @@ def _run_command(args: Sequence[str] | None) -> int:
     if name == "sweep":
         stages = [command.removeprefix("sweep ") for command in COMMANDS if command.startswith("sweep ")]
         if not options or options[0] not in stages:
-            print(f"ppo-jax sweep: name what is swept: {', '.join(stages)}", file=sys.stderr)
+            like = nearest(options[0], stages) if options else None
+            hint = f"; did you mean {like}?" if like else ""
+            print(f"ppo-jax sweep: name what is swept: {', '.join(stages)}{hint}", file=sys.stderr)
             return MISTAKE
         name, *options = f"sweep {options[0]}", *options[1:]
     if name not in COMMANDS:
@@ -137,7 +141,7 @@ def _run_command(args: Sequence[str] | None) -> int:
         print(f"ppo-jax: {name!r} is not a command; {hint}", file=sys.stderr)
         return MISTAKE
     command, prog = COMMANDS[name], f"ppo-jax {name}"
-    resumable = hasattr(command.settings, "resume")
+    resumable = hasattr(command.settings, "resume") and not HELP.intersection(options)
     parsed = partial(parse, command.settings, options, prog=prog, brief=command.brief)
     return exit_code(prog, lambda: command.run(parsed()), resumable)
 

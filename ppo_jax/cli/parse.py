@@ -14,7 +14,7 @@ from ppo_jax.runs.output.config import C, FieldError, dotted_fields, from_plain,
 from ppo_jax.runs.output.plain_yaml import ConfigError
 from ppo_jax.types import Off
 
-_HELP = {"-h", "--help", "--help-all"}
+HELP = {"-h", "--help", "--help-all"}
 
 
 class Brief(NamedTuple):
@@ -48,7 +48,7 @@ def parse(
     presets = presets or {}
     try:
         args = write_out(args, find_options(cls, ["--config", *(["--preset"] if presets else [])]))
-        wanted = _HELP & set(args)
+        wanted = HELP & set(args)
         base = _starting_point(cls, args, presets, read_file=not wanted)
     except (ConfigError, FileNotFoundError) as error:
         _fail(prog, str(error))
@@ -89,6 +89,8 @@ def find_options(cls: type, more: Sequence[str] = ()) -> dict[str, Any]:
 def write_out(args: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Write the words as tyro reads them; raise ConfigError for an option that there is not, with the nearest one.
 
+    Likewise for a value that is none of the few that a field may have.
+
     `--field` without a value means yes where the field's choices include "yes"; `off` is the value that turns a field
     off; a text may begin with a dash.
     """
@@ -112,10 +114,22 @@ def write_out(args: Sequence[str], options: Mapping[str, Any]) -> list[str]:
             given, value = "=", words.pop(0)
         if off and value == "off":
             value = str(off[0])
+        if chosen := value if given else words[0] if words and not words[0].startswith("-") else "":
+            _check_choice(typed, chosen, kind)
         written.append(f"{name}{given}{value}")
         if not given and "yes" in typing.get_args(kind) and (not words or words[0].startswith("-")):
             written.append("yes")
     return written
+
+
+def _check_choice(option: str, value: str, kind: Any) -> None:
+    """Raise ConfigError, with the nearest one, for a value that is none of a field's few texts."""
+    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    choices = typing.get_args(bare) if typing.get_origin(bare) is Literal else ()
+    if choices and value not in choices:
+        near = nearest(value, map(str, choices))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ConfigError(f"{option} {value!r} must be one of {', '.join(map(str, choices))}{hint}")
 
 
 def _is_text(kind: Any) -> bool:

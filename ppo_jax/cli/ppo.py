@@ -11,6 +11,7 @@ from ppo_jax.cli.common import (
     begin_report,
     describe_run,
     load_base,
+    next_commands,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -36,6 +37,7 @@ from ppo_jax.rewards.base import Reward
 from ppo_jax.rewards.options import RewardOptions, choose_reward
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
+from ppo_jax.runs.choices import OPEN, fill_in
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.output.config import from_yaml, to_yaml
 from ppo_jax.runs.output.rundir import LOG, run_directory
@@ -45,7 +47,7 @@ from ppo_jax.runs.prompts import Split, check_room, encode_prompt_set, make_mixt
 from ppo_jax.runs.setup import Result, Setup, with_stops
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
-from ppo_jax.train.options import PPOConfig, check_hyper, check_micro_batches, check_scalars_of
+from ppo_jax.train.options import PPOConfig, ScoreConfig, check_hyper, check_micro_batches, check_scalars_of
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Hyper
 
@@ -74,9 +76,9 @@ class PPOSettings(RunSettings):
     """These options say how the reward is called, and what a sum weighs."""
     policy: AdapterConfig = AdapterConfig()
     """These options say what of the policy is trained."""
-    ppo: PPOConfig = PPOConfig()
+    ppo: PPOConfig = PPOConfig(score=ScoreConfig(normalise="auto"))
     """These choices of the algorithm are compiled in. sampling.stop_ids add to those of model and tokenizer."""
-    hyper: Hyper = Hyper()
+    hyper: Hyper = Hyper(learning_rate=OPEN, value_clip=OPEN)
     """These numbers may change without compiling anew; the word off turns off what inf turns off."""
     loop: LoopConfig = LoopConfig()
     """These options say how long the run is, and what happens when."""
@@ -119,12 +121,13 @@ def _ppo(settings: PPOSettings) -> None:
     model, encoder = load_base(*settings.base)
     sampling = with_stops(settings.ppo.sampling, model)
     chosen = choose_reward(settings.reward, settings.scoring, model, sampling.stop_ids)
+    settings, told = fill_in(settings, model.config.hidden_size, chosen)
     setup, split, long = make_setup(settings, model, chosen, encoder)
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
         tell_found(screen, split)
-        for line in chosen.notices:
+        for line in (told, *chosen.notices):
             tell(screen, line)
         summary = summarise(settings, setup)
         begin_report(directory, summary)
@@ -133,6 +136,13 @@ def _ppo(settings: PPOSettings) -> None:
         write_model(exported, model, result.policy.adapter)
         path = write_report(directory, summary, before=result.before, after=result.after)
         screen.message(f"the model is at {exported}; report: {path}")
+        run = settings.run_dir
+        screen.message(
+            next_commands(
+                (f'ppo-jax generate {run} --prompt "..."', "what it writes now"),
+                (f"ppo-jax export {run} --to my-model", "a Hugging Face directory with a model card"),
+            )
+        )
 
 
 def make_setup(
@@ -182,6 +192,7 @@ def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
 
 def check_settings(settings: PPOSettings) -> None:
     """Raise ValueError for choices that do not go together, before anything is loaded."""
+    settings, _ = fill_in(settings)
     settings.ppo.check_batch(settings.loop.batch_size)
     check_micro_batches(settings.mesh, settings.loop.batch_size, settings.ppo)
     check_scalars_of(settings.ppo, check_hyper(settings.hyper))
@@ -201,7 +212,7 @@ def sweep_task() -> Task:
     def setup(settings: PPOSettings) -> Setup:
         model, encoder = load(*settings.base)
         chosen = choose(settings.reward, to_yaml(settings.scoring), settings.base, settings.ppo.sampling)
-        return make_setup(settings, model, chosen, encoder)[0]
+        return make_setup(fill_in(settings, model.config.hidden_size, chosen)[0], model, chosen, encoder)[0]
 
     def finish(directory: Path, settings: PPOSettings, setup: Setup, result: Result) -> None:
         write_report(directory, summarise(settings, setup), before=result.before, after=result.after)

@@ -145,6 +145,13 @@ def _reward(settings: RewardSettings) -> None:
         table = [bucket._asdict() for bucket in result.calibration]
         page = common.write_report(directory, summary, after=result.heldout, calibration=table)
         report_result(screen, result, page, split.kind)
+        base, run = settings.model, settings.run_dir
+        screen.message(
+            common.next_commands(
+                (f"ppo-jax ppo --model {base} --prompts prompts.jsonl --reward {run}", "PPO against it"),
+                (f"ppo-jax serve-reward --reward {run}", "the same over HTTP"),
+            )
+        )
 
 
 def report_result(screen: Screen, result: RewardResult, page: Path, kind: str) -> None:

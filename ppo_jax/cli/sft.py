@@ -13,6 +13,7 @@ from ppo_jax.cli.common import (
     describe_micro_batch,
     describe_run,
     load_base,
+    next_commands,
     open_directory,
     repeatable_yaml,
     report_long_texts,
@@ -137,6 +138,12 @@ def _sft(settings: SFTSettings) -> None:
         screen.message(
             f"{split.kind} perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}; "
             f"the model is at {result.path}; report: {page}"
+        )
+        screen.message(
+            next_commands(
+                (f"ppo-jax reward --model {result.path} --pairs preferences.jsonl", "a reward model on it"),
+                (f"ppo-jax ppo --model {result.path} --prompts prompts.jsonl --reward runs/reward", "then PPO"),
+            )
         )
 
 

@@ -197,6 +197,7 @@ class StoredRun(TypedDict, total=False):
     reward_accuracy: Finite
     reward_mean: Finite
     reward_std: Finite
+    wandb: str
 
 
 LINES = {

@@ -26,13 +26,14 @@ Block = Callable[[Array, PyTree, PyTree, Any, Array | None], tuple[Array, Any]]
 class Cache(NamedTuple):
     """Keys and values of every layer for C slots, of which the first `length` are written.
 
-    For unstacked layers they are tuples of L arrays [B, K, C, H].
+    For unstacked layers they are tuples of L arrays [B, K, C, H]. Where each row has a `length` of its own, a pass has
+    one token for each.
     """
 
     keys: Float[Array, "L B K C H"]
     values: Float[Array, "L B K C H"]
     positions: Int[Array, "B C"]  # -1: padding or not written yet, never attended to
-    length: Int[Array, ""]
+    length: Int[Array, ""] | Int[Array, " B"]
 
 
 def positions_from_mask(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -89,8 +90,7 @@ def apply(
     x = constrain(hidden.astype(config.dtype), "residual")
     cos_sin = rotary(positions, config)
     if cache is not None:
-        slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
-        cache = cache._replace(positions=slots)
+        cache = cache._replace(positions=_store_positions(cache, positions))
 
     block = _layer_block(config, positions, cos_sin, cache, fresh)
     stored = None if cache is None else (cache.keys, cache.values)
@@ -262,14 +262,26 @@ def _layer_block(
     return block
 
 
+def _store_positions(cache: Cache, positions: Int[Array, "B S"]) -> Int[Array, "B C"]:
+    if cache.length.ndim:
+        return cache.positions.at[jnp.arange(len(positions)), cache.length].set(positions[:, 0])
+    return jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
+
+
 def _store(stored: Any, pair: tuple[Array, Array], length: Array, index: Array | None) -> tuple[Any, Any]:
     """Keys and values written at slots [length, ...): (what is stored, this layer's part of it)."""
-    new = [x.swapaxes(1, 2).astype(s.dtype) for x, s in zip(pair, stored, strict=True)]
+
+    def put(s: Array, x: Float[Array, "B K S H"]) -> Array:
+        if length.ndim:
+            rows = jnp.arange(len(x))
+            return (s.at[rows, :, length] if index is None else s.at[index, rows, :, length]).set(x[:, :, 0])
+        if index is None:
+            return jax.lax.dynamic_update_slice(s, x, (0, 0, length, 0))
+        return jax.lax.dynamic_update_slice(s, x[None], (index, 0, 0, length, 0))
+
+    stored = tuple(put(s, x.swapaxes(1, 2).astype(s.dtype)) for x, s in zip(pair, stored, strict=True))
     if index is None:
-        stored = tuple(jax.lax.dynamic_update_slice(s, x, (0, 0, length, 0)) for s, x in zip(stored, new, strict=True))
         return stored, stored
-    at = (index, 0, 0, length, 0)
-    stored = tuple(jax.lax.dynamic_update_slice(s, x[None], at) for s, x in zip(stored, new, strict=True))
     return stored, tuple(jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stored)
 
 
@@ -301,3 +313,13 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
         positions=constrain_rows(jnp.full((batch, slots), -1, jnp.int32)),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def replace_rows(cache: Cache, rows: Int[Array, " b"], new: Cache) -> Cache:
+    """A cache whose rows have lengths of their own, with these rows taken from `new`, which has as many slots."""
+
+    def put(old: Array, fresh: Array) -> Array:
+        return old.at[rows].set(fresh) if old.ndim == 4 else old.at[:, rows].set(fresh)  # a layer, or the stack
+
+    keys, values = jax.tree.map(put, (cache.keys, cache.values), (new.keys, new.values))
+    return Cache(keys, values, cache.positions.at[rows].set(new.positions), cache.length.at[rows].set(new.length))

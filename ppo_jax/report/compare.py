@@ -13,7 +13,7 @@ from ppo_jax.report.sweep_plots import Run
 from ppo_jax.report.templates import render
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.config import read_mapping
-from ppo_jax.runs.output.series import series
+from ppo_jax.runs.output.series import EVALUATED, Labels, evaluated_judges, series
 from ppo_jax.runs.sweep.values import read_records
 
 if TYPE_CHECKING:
@@ -54,12 +54,15 @@ def gather(directory: Path, paths: Sequence[Path]) -> dict[str, Any]:
         Run(name, "", (read_records(path),), {}, math.nan, (math.nan, math.nan))
         for name, path in zip(names, paths, strict=True)
     ]
+    facts = [rundir.read_facts(path) for path in paths]
+    metrics = name_metrics(runs, {name: label for one in facts for name, label in one.get("judges", {}).items()})
+    measured_on = sorted({one.get("measured_on", EVALUATED) for one in facts})
     return {
         "title": f"{len(paths)} runs compared",
         "names": names,
         "differences": differences([read_settings(path) for path in paths]),
-        "numbers": final_numbers(runs),
-        "plots": draw(directory, runs),
+        "numbers": final_numbers(runs, metrics),
+        "plots": draw(directory, runs, metrics, " and ".join(measured_on)),
         "samples": samples_side_by_side(list(zip(names, paths, strict=True)), prompts=6),
     }
 
@@ -97,17 +100,26 @@ def differences(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[s
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def final_numbers(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def name_metrics(runs: Sequence[Run], labels: Labels) -> dict[str, tuple[str, str]]:
+    """METRICS, and after the reward the judges that evaluated any of the runs."""
+    judges = dict.fromkeys(name for run in runs for name in evaluated_judges(run.records[0], labels))
+    first = {"reward": METRICS["reward"], **{name: (labels.get(name, name), "score") for name in judges}}
+    return first | METRICS
+
+
+def final_numbers(runs: Sequence[Run], metrics: Mapping[str, tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """(metric, its last evaluation in each run) of those that all have."""
     rows = []
-    for name, (title, unit) in METRICS.items():
+    for name, (title, unit) in metrics.items():
         last = [series(run.records[0], "eval", name)[1][-1:] for run in runs]
         if all(last):
             rows.append((f"{title} ({unit})", [f"{values[0]:.4g}" for values in last]))
     return rows
 
 
-def draw(directory: Path, runs: Sequence[Run]) -> list[dict[str, Any]] | None:
+def draw(
+    directory: Path, runs: Sequence[Run], metrics: Mapping[str, tuple[str, str]], measured_on: str
+) -> list[dict[str, Any]] | None:
     """The curves over each other; None without matplotlib."""
     try:
         import matplotlib
@@ -116,7 +128,7 @@ def draw(directory: Path, runs: Sequence[Run]) -> list[dict[str, Any]] | None:
     figures: dict[str, Figure] = {}
     captions: dict[str, str] = {}
     with matplotlib.rc_context(STYLE):
-        for name, (title, unit) in METRICS.items():
+        for name, (title, unit) in metrics.items():
             for phase in phases(runs, name):
                 figure, (axes,) = make_panels(1, height=3.1)
                 if sweep_plots.overlay(axes, runs, phase, name):
@@ -125,7 +137,7 @@ def draw(directory: Path, runs: Sequence[Run]) -> list[dict[str, Any]] | None:
                     number_steps(axes, "update")
                     key = name if phase != "eval" else f"{name}_eval"
                     figures[key] = figure
-                    captions[key] = "Held-out prompts." if phase == "eval" else "Training batches, smoothed."
+                    captions[key] = f"{measured_on.capitalize()}." if phase == "eval" else "Training batches, smoothed."
         return save_figures(directory, figures, captions)
 
 

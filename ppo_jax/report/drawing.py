@@ -6,6 +6,7 @@ are. Its colours become CSS variables, which the page sets for light and for dar
 
 import io
 import itertools
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from ppo_jax.runs.output.series import EVALUATED, Records, finite, series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # that it looks for fonts at first concerns nobody
 
 BLUE, RED, GREEN, PURPLE, GOLD = "#2b5f8f", "#b5482e", "#3d7f6b", "#7a5c99", "#b08a2e"
 GREY, INK, SOFT, EDGE, GRID, PAPER = "#8a8f98", "#22262b", "#5b616a", "#b9bec5", "#e9ebee", "#ffffff"

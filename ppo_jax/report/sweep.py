@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ppo_jax.runs.sweep.results import Results, Row
 
 BEST, PROMPTS = 5, 4  # settings and prompts that are shown side by side
+IN_WORDS = {"trains": "in training", "waits": "waiting"}  # of a number of them
 
 
 def write(directory: Path, results: "Results") -> Path:
@@ -49,7 +50,9 @@ def gather(directory: Path, results: "Results") -> dict[str, Any]:
         "about": f"{len(results.rows)} settings of {', '.join(_short(path) for path in results.paths)}"
         + (f", each with {len(results.seeds)} seeds" if len(results.seeds) > 1 else ""),
         "headline": _headline(results, best),
-        "states": [(state, counts[state]) for state in sorted(counts, key=lambda state: -counts[state])],
+        "states": [
+            (IN_WORDS.get(state, state), counts[state]) for state in sorted(counts, key=lambda state: -counts[state])
+        ],
         "objectives": [_words(metric) for metric in results.objective],
         "seeds": results.seeds,
         "best": [_best(directory, row, results) for row in best],

@@ -182,9 +182,12 @@ def _best_sentences(evidence: Evidence, judges: Sequence[str]) -> list[str]:
     text = f"The best evaluation is that of update {best['step']} ({', '.join(item for item in told if item)})"
     if found is None:
         return [f"{text}."]
-    error = f" ± {found.error:.2g}" if found.error is not None else ""
+    change, error = f"{found.change:+.2g}", ""
+    if found.error:  # as many digits as its error has
+        digits = max(0, 1 - math.floor(math.log10(found.error)))
+        change, error = f"{found.change:+.{digits}f}", f" ± {found.error:.{digits}f}"
     clear = "a clear difference" if found.direction else "no clear difference: the best of several is partly luck"
-    return [f"{text}; the last one, of update {last['step']}, lies {found.change:+.2g}{error} from it, {clear}."]
+    return [f"{text}; the last one, of update {last['step']}, lies {change}{error} from it, {clear}."]
 
 
 def _told(evidence: Evidence, values: Values, name: str) -> str:

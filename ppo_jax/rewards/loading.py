@@ -162,6 +162,7 @@ def load_scorer(
     max_length: int = 0,
     batch_sizes: Sequence[int] = (16,),
     at: At = "auto",
+    most_tokens: int | None = None,
 ) -> Scorer:
     """A reward model from a directory (as `load_reward`) as a function of texts.
 
@@ -170,6 +171,7 @@ def load_scorer(
       max_length: longest text in tokens; 0: the model's limit.
       batch_sizes: numbers of rows that a program is compiled for.
       at: where the score is read (`rewards.reading`).
+      most_tokens: in a batch (`rewards.model.row_scorer`).
 
     Raises: as `load_reward`; also ValueError for a `max_length` beyond the model's.
     """
@@ -196,7 +198,7 @@ def load_scorer(
     if not 0 <= max_length <= config.max_positions or max_length == 1:
         raise ValueError(f"max_length={max_length} must be from 2 to the model's {config.max_positions}; 0: that")
     max_length = max_length or config.max_positions
-    rows = row_scorer(params, role, config, max_length, batch_sizes)
+    rows = row_scorer(params, role, config, max_length, batch_sizes, most_tokens=most_tokens)
     return _scorer(str(path), tokenizer, max_length, rows, meta, reading)
 
 

@@ -94,12 +94,13 @@ def row_scorer(
     max_length: int,
     batch_sizes: Sequence[int] = (16,),
     pad_id: int = 0,
+    most_tokens: int | None = None,
 ) -> ScoreRows:
     """A scorer of token rows of any lengths, 1 to `max_length`, on the host's side of one jitted function.
 
     Rows are sorted by length and padded to one of few lengths (16, 32, 64, ..., `max_length`) and to one of
-    `batch_sizes` rows, so at most lengths x batch sizes programs are ever compiled. A full reward model is the role
-    ({}, head) on its own parameters.
+    `batch_sizes` rows, so at most lengths x batch sizes programs are ever compiled. Of these a batch of more than
+    `most_tokens`, padded, has the smallest. A full reward model is the role ({}, head) on its own parameters.
 
     On a mesh (`jax.set_mesh`) the model is laid out on it. Of several processes each gives its own rows and is given
     their scores: a program on a mesh needs the same arguments in all of them, so together they score the rows of all.
@@ -121,10 +122,11 @@ def row_scorer(
         scores = np.full(len(rows), np.nan, np.float32)
         todo = [int(i) for i in np.argsort(lengths, kind="stable") if lengths[i]]
         while todo:
-            count = next((size for size in sizes if size >= len(todo)), sizes[-1])
             # The longest first: a batch costs as much as its longest row.
+            length = padded_length(int(lengths[todo[-1]]), max_length)
+            fit = [size for size in sizes if not most_tokens or size * length <= most_tokens] or sizes[:1]
+            count = next((size for size in fit if size >= len(todo)), fit[-1])
             take, todo = todo[-count:], todo[:-count]
-            length = padded_length(int(lengths[take[-1]]), max_length)
             tokens, mask = np.full((count, length), pad_id, np.int32), np.zeros((count, length), bool)
             mask[:, 0] = True  # rows that fill up the batch have one token
             for place, i in enumerate(take):

@@ -28,6 +28,7 @@ SHOWN = 4  # of them in the table on screen
 
 NOT_SCORES = ("valid", "tokens", "ended")
 
+Responses = dict[int, str]  # by the index of the held-out prompt
 Columns = dict[str, np.ndarray]  # one array per score, NaN where a reward failed
 
 
@@ -56,6 +57,7 @@ def make_evaluator(
     count = len(tokens)
     size = min(setup.loop.batch_size, count)
     key = key_stream(setup.seed, "evaluation")
+    said: dict[int, Responses] = {}  # of the last evaluations, by step
 
     def evaluate(step: int, state: RunState) -> dict[str, float] | None:
         pieces: list[Columns] = []
@@ -74,7 +76,9 @@ def make_evaluator(
             responses += texts
         columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         values = summarise(columns)
-        if (same := count_unchanged(directory, step, responses[:SAMPLES])) is not None:
+        before = earlier_responses(directory, step, said)
+        said[step] = dict(enumerate(responses[:SAMPLES]))
+        if (same := count_unchanged(before, said[step])) is not None:
             values["unchanged"] = same
         evaluations[step] = values
         # First the samples: where the record stands, the evaluation is whole.
@@ -105,19 +109,29 @@ def earlier_evaluations(directory: Path, phase: str = "eval", prefix: str = "") 
     return found
 
 
-def count_unchanged(directory: Path, step: int, responses: Sequence[str]) -> float | None:
-    """Compute the fraction of the sampled responses that are, letter by letter, those of the evaluation before.
+def earlier_responses(directory: Path, step: int, said: dict[int, Responses]) -> Responses:
+    """Find the responses of the last evaluation before `step`: in `said`, whose older ones go, or in samples.jsonl.
 
-    Evaluations draw with the same random numbers, so 1 tells of a policy that updates do not move. None: there is no
-    earlier evaluation. It is read from samples.jsonl, where a run that goes on finds the same.
+    A run that goes on finds them in the file, which is not there yet while the disk is full.
     """
+    for old in sorted(at for at in said if at < step)[:-1]:
+        del said[old]
+    if any(at < step for at in said):
+        return said[min(said)]
     try:
         found = [(s["step"], s["index"], s["response"]) for s in read_jsonl(directory / rundir.SAMPLES)]
     except (OSError, ValueError, KeyError):
-        return None  # the failure to write them has been reported
+        return {}  # the failure to write them has been reported
     last = max((at for at, _, _ in found if at < step), default=None)
-    before = {index: response for at, index, response in found if at == last}
-    same = [before[index] == response for index, response in enumerate(responses) if index in before]
+    return {index: response for at, index, response in found if at == last}
+
+
+def count_unchanged(before: Responses, after: Responses) -> float | None:
+    """Compute the fraction of the responses that are, letter by letter, those of the evaluation before; None: no such.
+
+    Evaluations draw with the same random numbers, so 1 tells of a policy that updates do not move.
+    """
+    same = [before[index] == response for index, response in after.items() if index in before]
     return float(np.mean(same)) if same else None
 
 

@@ -18,6 +18,7 @@ from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
 
 Values = Mapping[str, float]
+COMPILING = "compiling {} (once, about a minute)"
 
 
 class TakenOver(RuntimeError):
@@ -66,6 +67,7 @@ class Hooks:
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""
         self.causes: Callable[[], str] = lambda: ""
+        self.measured = False  # whether this process has evaluated
         self.watch: Writer = lambda step, phase, values: None
 
     def record(self, step: int, phase: str, values: Values) -> None:
@@ -79,15 +81,24 @@ class Hooks:
         self.record(done, self.stage.phase, values)
 
     def evaluate(self, done: int, state: Any) -> Values | None:
+        self.stage.screen.doing("evaluating" if self.measured else "evaluating (the first time with compiling)")
         values = self.measure(done, state)
+        self.measured = True
+        self.go_on()
         self.best.note(done, state, values)
         return values
+
+    def go_on(self) -> None:
+        """Show that training goes on, whose first step in this process compiles."""
+        phase = self.stage.phase
+        self.stage.screen.doing("" if self.asked.unsaved else COMPILING.format(phase), phase)
 
     def evaluate_left(self, state: Any) -> Any:
         """Make the evaluation that a run was stopped before; the state that knows of it. Raises `Interrupted`."""
         done = int(state.step)
         if not done:
             return state
+        self.go_on()
         values: Values | None = self.evaluations.get(done)
         if values is None and evaluation_due(done, self.stage.loop):
             values = self.measure(done, state)
@@ -171,6 +182,7 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
         saver(checkpoints, stage.loop, meta, notify, start.last, lambda: best.step) as keep,
     ):
         hooks = Hooks(stage, keep, best, asked)
+        asked.saved = lambda: store.latest_step(checkpoints)
         try:
             yield hooks
         except Stopped as error:

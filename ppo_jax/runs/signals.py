@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from ppo_jax.runs.output.caller import in_words_of_caller
+
 # Exit status of a run that is to be gone on with (sysexits.h's EX_TEMPFAIL), and of one that was interrupted at once.
 PREEMPTED, INTERRUPTED = 75, 130
 SHOW_CURSOR = "\x1b[?25h"  # a live display hides it
@@ -22,11 +24,13 @@ class Requests:
     """What `stop_requests` gives: called, the name of the first signal that has asked to stop, or None.
 
     unsaved: whether a step has been done here; until then the process may end without losing anything.
+    saved: () -> the newest update that is on disk, or None; called in another thread than the run's.
     """
 
     def __init__(self) -> None:
         self.arrived: list[str] = []
         self.unsaved = False
+        self.saved: Callable[[], int | None] = lambda: None
 
     def __call__(self) -> str | None:
         return self.arrived[0] if self.arrived else None
@@ -76,7 +80,7 @@ class _Listener:
 
     def _ask(self, name: str, requests: Requests) -> None:
         if name == "SIGINT" and "SIGINT" in requests.arrived:
-            end_at_once(INTERRUPTED, "interrupted at once; what was saved before is there")
+            end_at_once(INTERRUPTED, f"interrupted at once; {_what_is_saved(requests)}")
         requests.arrived.append(name)
         if len(requests.arrived) == 1:
             if self.leaves:
@@ -155,8 +159,16 @@ def stop_requests(notify: Notify) -> Iterator[Requests]:
             listener.requests = None
 
 
+def _what_is_saved(requests: Requests) -> str:
+    saved = None
+    with contextlib.suppress(Exception):  # the process ends, whatever the disk says
+        saved = requests.saved()
+    return "no update has been saved" if saved is None else f"update {saved} is saved. Go on with --resume"
+
+
 def end_at_once(code: int, text: str) -> None:
     """End this process without further ado; say why on standard error, where there is one."""
+    text = in_words_of_caller(text)
     with contextlib.suppress(Exception):
         if sys.stdout is not None and sys.stdout.isatty():
             os.write(1, SHOW_CURSOR.encode())

@@ -48,6 +48,7 @@ def start_or_resume(stage: Stage, state: Any) -> Start:
     Raises:
       ValueError: the checkpoint is beyond the last update; or as `checkpoints.resuming.restore`.
     """
+    stage.screen.begin(stage.phase)
     found = None if stage.resume in (False, "no") else _restore(stage, state)
     if found is None:
         return Start(state, None, {})

@@ -160,7 +160,7 @@ def prepare_scores(
     how = algorithm.ppo.score
     moments = moments.update(scores.reward, scores.valid)
     reward = scores.reward.astype(jnp.float32)
-    if how.normalise != "off":
+    if how.normalise in ("scale", "shift"):
         reward = moments.normalise(reward, shift_mean=how.normalise == "shift")
     reward = adjust_scores(
         reward,

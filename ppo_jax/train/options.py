@@ -71,8 +71,9 @@ class KLConfig:
 class ScoreConfig:
     """What happens to scores before they become rewards: normalised, clipped (hyper.score_clip), penalised."""
 
-    normalise: Literal["off", "scale", "shift"] = "off"
-    """Scores are divided by the running std of all scores so far (scale); shift also subtracts their mean."""
+    normalise: Literal["auto", "off", "scale", "shift"] = "off"
+    """Scores are divided by the running std of all scores so far (scale); shift also subtracts their mean. With auto
+    `ppo-jax ppo` takes scale, unless one reward model gives them with std 1; elsewhere auto does nothing."""
     missing_eos: Literal["off", "subtract", "replace"] = "off"
     """The score of a response cut by length loses hyper.missing_eos (subtract), or becomes minus that (replace)."""
     whiten_rewards: Literal["off", "scale", "shift"] = "off"
@@ -82,7 +83,8 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         three = Literal["off", "scale", "shift"]
-        check_choices(self, normalise=three, whiten_rewards=three, missing_eos=Literal["off", "subtract", "replace"])
+        check_choices(self, normalise=Literal["auto", "off", "scale", "shift"], whiten_rewards=three)
+        check_choices(self, missing_eos=Literal["off", "subtract", "replace"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,9 @@ class PPOConfig:
     """An epoch has this many optimizer steps, a divisor of the responses of a batch."""
     accumulate: int = 1
     """An optimizer step has this many micro-batches, a divisor of the minibatch. It changes memory, not the result."""
+    length_buckets: Annotated[int, Off(1)] = 1
+    """Micro-batches hold responses of similar length, cut to the first that fits of this many: T, T / 2, T / 4, ...
+    1 is off. It changes seconds, not the result, and compiles the loss so many times."""
     advantage: Advantage = "gae"
     """Advantages come from gae, which needs the critic, or from rloo, grpo, dr_grpo (grpo without the std), reinforce
     (running baseline) or reinforce++, which need none."""
@@ -149,12 +154,17 @@ class PPOConfig:
     """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "num_minibatches", "accumulate", "group_size"):
+        for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         check_choices(
             self, advantage=Advantage, aggregation=Aggregation, behaviour=Literal["ignore", "importance", "filtered"]
         )
+        if self.length_buckets > 1 and self.aggregation == "constant":
+            raise ValueError(
+                f"length_buckets={self.length_buckets} cuts responses, and aggregation=constant counts their whole "
+                "length; leave length_buckets at 1, or choose another aggregation"
+            )
         if self.logprob_chunk < 0:
             raise ValueError(f"logprob_chunk={self.logprob_chunk} must be 0 (off) or positive")
         if not 0 <= self.ema_decay < 1:

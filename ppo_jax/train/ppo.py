@@ -35,6 +35,7 @@ from ppo_jax.rewards.base import DeviceReward
 from ppo_jax.rewards.combine import add_scores
 from ppo_jax.rewards.scores import only_finite
 from ppo_jax.rollout import generate
+from ppo_jax.train.buckets import cut_to_buckets, sort_by_length
 from ppo_jax.train.experience import (
     cut_responses,
     evaluate_critic,
@@ -156,7 +157,12 @@ def update(
         loss = algorithm.loss or ppo_loss
         return jax.grad(loss, has_aux=True)(policy, algorithm, frozen, rows, counts, hyper)
 
-    grads, metrics = accumulate(gradient, state.policy, minibatch, algorithm.ppo.accumulate)
+    pieces, buckets = algorithm.ppo.accumulate, algorithm.ppo.length_buckets
+    if buckets == 1:
+        grads, metrics = accumulate(gradient, state.policy, minibatch, pieces)
+    else:
+        rows = sort_by_length(minibatch, pieces)
+        grads, metrics = accumulate(cut_to_buckets(gradient, buckets), state.policy, rows, pieces)
     norms = measure_norms(grads)
     verdict = judge_step(minibatch, metrics, norms, hyper)
     taken = jax.lax.cond(

@@ -323,3 +323,18 @@ def test_a_letter_that_is_left_out_brings_the_option_itself(cls: type) -> None:
         with pytest.raises(ConfigError) as error:
             write_out([typed, "1"], options)
         assert str(error.value) == f"there is no option {typed}; did you mean {name}?"
+
+
+@every_command
+def test_a_letter_that_is_left_out_of_a_choice_brings_the_choice_itself(cls: type) -> None:
+    options = find_options(cls, ["--config"])
+    for name, kind in options.items():
+        bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+        for choice in typing.get_args(bare) if typing.get_origin(bare) is typing.Literal else ():
+            typed = choice[:2] + choice[3:]
+            if len(choice) < 4 or typed in typing.get_args(bare):
+                continue
+            for words in ([name, typed], [f"{name}={typed}"]):
+                with pytest.raises(ConfigError, match=f"did you mean {re.escape(choice)}"):
+                    write_out(words, options)
+            assert write_out([name, choice], options) == [name, choice]

@@ -196,6 +196,11 @@ def test_a_mistake_in_a_process_is_one_line_and_exit_code_2(world: Path) -> None
     ("args", "said"),
     [
         ("stf --model model", "'stf' is not a command; did you mean sft?"),
+        ("sweep pop --model model", "name what is swept: ppo, sft, reward, dpo; did you mean ppo?"),
+        (
+            "ppo --model m --policy.kind lroa",
+            "--policy.kind 'lroa' must be one of lora, top_k, full; did you mean lora?",
+        ),
         ("train", "'train' is not a command; there are: demo, sft, reward, ppo, generate"),
         ("sft --model model --data sft.jsonl --run-dir x --sft.batch-sise 4", "--sft.batch-size"),
         ("sft --model model", "--data"),

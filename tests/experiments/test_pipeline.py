@@ -15,11 +15,13 @@ from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import load_model
 from ppo_jax.runs.output import rundir
 
+SHORTER = ["--reward.epochs", "6", "--loop.updates", "12", "--loop.eval-every", "6"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "pipeline"
-    assert pipeline.main(["--run-dir", str(path)]) == path / "ppo" / rundir.REPORT
+    assert pipeline.main(["--run-dir", str(path), *SHORTER]) == path / "ppo" / rundir.REPORT
     return path
 
 

@@ -7,6 +7,7 @@ process. It shares nothing with the process of the tests but the environment, an
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -180,6 +181,8 @@ def serve(control: socket.socket) -> None:
     """Forks a process for each request; tells its number, and at its end its exit code, through the request's pipe."""
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # no fork looks through what all have imported
     wake, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())

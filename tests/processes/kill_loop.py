@@ -28,8 +28,8 @@ UNFINISHED = "*orbax-checkpoint-tmp*"  # what Orbax calls a save that is not com
 PLACES = ("save", "anywhere", "SIGTERM", "update", "reward", "evaluation")
 
 
-def kill(where: str, kills: int) -> None:
-    """Lives until so many were killed, and three that are not; lives.jsonl says what happened."""
+def kill(where: str, kills: int, others: list[str]) -> None:
+    """Lives until so many were killed, one that is not, and the other runs; lives.jsonl says what happened."""
     folder = Path(where)
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))  # some die while they write to it
     writers.tensorboard_writer(folder / "unused")  # imports it before the forks
@@ -48,7 +48,7 @@ def kill(where: str, kills: int) -> None:
         if not kills:
             break
     target = (store.latest_step(killed / rundir.CHECKPOINTS) or 0) + 3
-    for name in ("killed", "quiet", "again"):
+    for name in ("killed", *others):
         if status := life(folder / name, target):
             raise SystemExit(f"{name} ended with {status}")
 

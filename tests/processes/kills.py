@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import jax
 
-from experiments import soak
+from experiments import soak_report
 from ppo_jax.cli import main as cli
 from ppo_jax.data.disk import replace_file
 from ppo_jax.runs.facts import environment
@@ -175,9 +175,9 @@ def run_round(
             break
     if differs is None:
         try:
-            soak.compare(folder / name, folder / stage)
+            soak_report.compare(folder / name, folder / stage)
             assert (folder / name / rundir.REPORT).is_file(), "there is no report"
-        except (soak.SoakError, AssertionError, ValueError, OSError) as error:
+        except (soak_report.SoakError, AssertionError, ValueError, OSError) as error:
             differs = f"after {dict(killed)}: {type(error).__name__}: {error}"
     return {"stage": stage, "killed": dict(killed), "differs": differs}
 

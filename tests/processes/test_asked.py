@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,15 @@ __all__ = ["folder"]  # a fixture
 ENDLESS = ("--resume", "auto", "--loop.updates", "1000000")
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.long)])
-def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(folder: Path, times: int) -> None:
+BOTH = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("signals", [BOTH[:1], pytest.param(4 * BOTH, marks=pytest.mark.long)], ids=["1", "8"])
+def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(
+    folder: Path, signals: Sequence[signal.Signals]
+) -> None:
     rng, before = random.Random(), 0
-    for number in (signal.SIGTERM, signal.SIGINT) * times:
+    for number in signals:
         with running(folder, *ENDLESS) as run:
             run.until("asked 2")
             time.sleep(rng.uniform(0, 0.5))
@@ -38,6 +44,7 @@ def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(folder
     resume_to(folder, before + 1)
 
 
+@pytest.mark.long
 def test_an_explosion_ends_with_1_and_leaves_the_checkpoints_from_before(folder: Path) -> None:
     """The first process of the run is well; in the second any KL is too far (the estimate may be below 0 first)."""
     with running(folder, "--loop.updates", "2", "--loop.keep", "3") as run:

@@ -45,7 +45,8 @@ FAULTS: dict[str, tuple[Callable, Callable, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", ["full disk", pytest.param("read-only", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_written_is_said_kept_and_written_later_and_no_saved_state_is_promised(
     folder: Path, fault: str
 ) -> None:

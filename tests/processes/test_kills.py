@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import kills
 
-SHORT = {"sft": ["save", "report"], "dpo": ["files", "export"]}  # what the other tests of resuming do not do
+SHORT = {"sft": ["save", "files", "export"]}  # what the other tests of resuming do not do
 
 
 @pytest.fixture(scope="module")

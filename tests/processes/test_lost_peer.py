@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from experiments import soak
+from experiments import soak_report
 from ppo_jax.cli import main as cli
 from ppo_jax.parallel.launch import DistributedConfig, is_runtime_error
 from ppo_jax.parallel.launch import start as join
@@ -35,8 +35,15 @@ def meet_for_ever() -> None:
             print("have met", flush=True)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGSTOP, 0),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.long),
+    ],
+)
 def test_the_other_of_two_ends_with_1_and_says_that_it_was_left(
     tmp_path: Path, number: signal.Signals, victim: int
 ) -> None:
@@ -85,7 +92,7 @@ def test_a_pair_of_which_each_was_killed_leaves_what_a_quiet_pair_leaves(tmp_pat
     for name in ("killed", "quiet"):
         with forks.ending(start_both(tmp_path / name, last)) as both:
             assert [process.wait() for process in both] == [0, 0], forks.logs(both)
-    soak.compare(killed / "run", tmp_path / "quiet" / "run")
+    soak_report.compare(killed / "run", tmp_path / "quiet" / "run")
 
 
 @pytest.mark.parametrize(

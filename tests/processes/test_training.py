@@ -21,7 +21,7 @@ def alone(model: Path) -> list[dict[str, float]]:
     return [values for _, values in training.run(model, MeshConfig(), 3)]
 
 
-@pytest.mark.parametrize(("name", "share"), [("two", 1 / 2), ("four", 1 / 2)])
+@pytest.mark.parametrize(("name", "share"), [("two", 1 / 2), pytest.param("four", 1 / 2, marks=pytest.mark.long)])
 def test_processes_give_the_metrics_of_one(
     request: pytest.FixtureRequest, alone: list[dict], name: str, share: float
 ) -> None:
@@ -63,7 +63,7 @@ def test_the_first_of_two_writes_what_one_writes(two: World, tmp_path: Path, mod
         assert own == f"OSError: process 0 could not write: {other}"
 
 
-@pytest.mark.parametrize(("kind", "code"), [("ValueError", 2), ("KeyError", 1)])
+@pytest.mark.parametrize(("kind", "code"), [("ValueError", 2), pytest.param("KeyError", 1, marks=pytest.mark.long)])
 def test_one_that_fails_does_not_wait_for_the_others_nor_they_for_it(
     tmp_path: Path, model: Path, kind: str, code: int
 ) -> None:

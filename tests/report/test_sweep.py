@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.report import compare, sweep
 from ppo_jax.report.sweep_plots import Run, pareto
+from ppo_jax.runs.output import rundir
 from ppo_jax.runs.sweep.results import read_results
 from tests.report.made_sweep import make_sweep
 
@@ -79,6 +81,21 @@ def test_the_frontier_holds_what_no_other_beats() -> None:
     points = {"a": (1.0, 1.0), "b": (2.0, 0.5), "c": (2.0, 3.0), "d": (3.0, 3.0), "e": (0.5, -1.0)}
     runs = [Run(name, "", (), {}, math.nan, point) for name, point in points.items()]
     assert [run.name for run in pareto(runs)] == ["e", "a", "c"]
+
+
+def test_the_judges_of_compared_runs_and_what_they_measured_are_named(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in "ab"]
+    for path in runs:
+        path.mkdir()
+        rows = [
+            {"step": i, "phase": "eval", "reward": i, "kl": 0.1 * i, "cat": 7 + i, "cat_std": 1.0} for i in range(3)
+        ]
+        append_jsonl(path / rundir.METRICS, rows)
+        rundir.add_facts(path, judges={"cat": "Cats say"}, measured_on="training prompts")
+    page = compare.write(tmp_path / "out", runs)
+    said = text_of(page)
+    assert "Cats say (score)" in said and "Training prompts." in said and "Held-out" not in said
+    assert "9" in said and (tmp_path / "out" / "plots" / "cat_eval.svg").exists()
 
 
 def test_runs_are_compared_by_what_differs(small: Path, tmp_path: Path) -> None:

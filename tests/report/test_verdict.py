@@ -166,7 +166,7 @@ def test_the_best_evaluation_is_named_with_its_numbers_beside_the_last():
     # error of independent means sqrt(2 * 4 / 100) = 0.28; 1.0 is beyond two of them
     assert (
         "The best evaluation is that of update 10 (reward 4.00, VADER 0.100, the second reward model 2.000, KL 5.00); "
-        "the last one, of update 20, lies -1 ± 0.28 from it, a clear difference."
+        "the last one, of update 20, lies -1.00 ± 0.28 from it, a clear difference."
     ) in text
     near = [*records[:1], evaluation(10, 3.1, 2.0), records[-1]]
     assert "no clear difference" in verdict.judge(evidence._replace(records=near)).text

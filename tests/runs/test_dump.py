@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.soak import compare
+from experiments.soak_report import compare
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
 from ppo_jax.runs import ppo as runs
@@ -84,6 +84,7 @@ def test_a_weight_that_turns_nan_stops_with_the_last_good_state(tmp_path: Path, 
     assert later == [0, 0, 0, 1, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.long
 def test_a_weight_that_is_nan_for_two_updates_costs_those_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "make_host_iteration", poisoned(make_host_iteration, 2, 4))
     result = run(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from experiments import smoke
 from ppo_jax.data.jsonl import read_jsonl
 from ppo_jax.rewards.base import Reward
-from ppo_jax.runs.evaluation import collect_columns, count_unchanged, make_evaluator, summarise
+from ppo_jax.runs.evaluation import collect_columns, count_unchanged, earlier_responses, make_evaluator, summarise
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.train.evaluate import Evaluation
@@ -77,13 +77,28 @@ def test_the_same_step_and_state_give_the_same_numbers_again(tmp_path: Path):
 
 def test_responses_that_no_update_changes_are_counted(tmp_path: Path) -> None:
     """Against the evaluation before, of the samples that are kept; one at the same step, done again, is not before."""
-    assert count_unchanged(tmp_path, 0, ["a", "b"]) is None
+
+    def count(step: int, responses: str) -> float | None:
+        return count_unchanged(earlier_responses(tmp_path, step, {}), dict(enumerate(responses)))
+
+    assert count(0, "ab") is None
     for step, responses in ((0, ["a", "b", "c", "d"]), (4, ["a", "x", "c", "y"])):
         rundir.write_samples(tmp_path, step, ["p"] * 4, responses, {})
-    assert count_unchanged(tmp_path, 0, ["a"] * 4) is None
-    assert count_unchanged(tmp_path, 4, ["a", "x", "c", "y"]) == 0.5
-    assert count_unchanged(tmp_path, 8, ["a", "x", "c", "z"]) == 0.75
-    assert count_unchanged(tmp_path, 8, ["a", "x", "c", "y"]) == 1.0
+    assert count(0, "aaaa") is None
+    assert (count(4, "axcy"), count(8, "axcz"), count(8, "axcy")) == (0.5, 0.75, 1.0)
+
+
+def test_a_full_disk_changes_no_number_of_an_evaluation(tmp_path: Path) -> None:
+    """The samples are not written yet when the next evaluation counts which of them are as before."""
+    for name in ("quiet", "hurt"):
+        (tmp_path / name).mkdir()
+    quiet, written = make(tmp_path / "quiet", 4)
+    hurt, kept = make(tmp_path / "hurt", 4)
+    for step in (2, 4, 4, 6):
+        quiet(step, STATE)
+        hurt(step, STATE)
+        (tmp_path / "hurt" / rundir.SAMPLES).unlink()
+    assert kept == written and written[-1][2]["unchanged"] == 1.0
 
 
 def test_given_up_between_two_pieces_it_leaves_nothing(tmp_path: Path):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.soak import timeless
+from experiments.soak_report import timeless
 from ppo_jax.data import EncodedPairs, EncodedSFT
 from ppo_jax.data.encode import EncodedRatings
 from ppo_jax.data.jsonl import read_jsonl
@@ -147,7 +147,10 @@ def die_at(step: int) -> Callable[[int, Any], None]:
     return act
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "pairs", "ratings"])
+LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("dpo", "pairs")]  # the same loop and files
+
+
+@pytest.mark.parametrize("stage", ["sft", "ratings", *LONG])
 def test_killed_before_a_checkpoint_between_two_and_in_the_export(
     stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +171,7 @@ def test_killed_before_a_checkpoint_between_two_and_in_the_export(
     assert leavings(tmp_path) == expected
 
 
-@pytest.mark.parametrize("stage", ["dpo", "ratings"])
+@pytest.mark.parametrize("stage", ["ratings", LONG[0]])
 def test_asked_to_stop_in_a_step_and_in_an_evaluation(
     stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

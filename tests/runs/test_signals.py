@@ -53,6 +53,7 @@ import sys, time
 import numpy as np
 from ppo_jax.runs.signals import stop_requests
 with stop_requests(lambda text: print(text, flush=True)) as asked:
+    asked.saved = lambda: 20
     print("ready", flush=True)
     x = np.ones((1500, 1500))
     while True:      # in C code most of the time, as a run that waits for its device
@@ -70,7 +71,7 @@ def test_a_second_interrupt_ends_it_at_once_even_in_c_code():
     assert "finishing this step" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert "interrupted at once" in process.stderr.read()
+    assert "interrupted at once; update 20 is saved. Go on with --resume" in process.stderr.read()
 
 
 # -- a whole command ---------------------------------------------------------------------------------------------------

@@ -107,9 +107,13 @@ def left(stage: str, kind: str, config: MeshConfig) -> Left:
     return Left(read_jsonl(folder / rundir.METRICS), arrays, after, layout)
 
 
-# The mesh of all three axes for every kind of each stage; those of one axis in `make test-all`.
-KINDS = [(stage, kind) for stage in ("sft", "dpo", "reward") for kind in ("lora", "full")] + [("reward", "ratings")]
+# The mesh of all three axes for each stage, in turn of an adapter and a model; the others in `make test-all`.
+KINDS = [("sft", "full"), ("dpo", "lora"), ("reward", "full")]
 CASES: list = [(stage, kind, MIXED) for stage, kind in KINDS]
+CASES += [
+    pytest.param(stage, kind, MIXED, marks=pytest.mark.long)
+    for stage, kind in [("sft", "lora"), ("dpo", "full"), ("reward", "lora"), ("reward", "ratings")]
+]
 CASES += [
     pytest.param(stage, "lora", mesh, marks=pytest.mark.long)
     for stage in ("sft", "dpo", "reward")
@@ -216,6 +220,7 @@ def test_meshes_that_do_not_fit_leave_nothing_behind(
     assert not (files / "x").exists()
 
 
+@pytest.mark.long
 def test_a_chain_of_commands_on_meshes_is_the_chain_on_one_device(files: Path) -> None:
     """Fine-tuning, a reward model and PPO with it, each command reading what the one before left."""
     lines = [{"prompt": "cdefg"[: 1 + i % 4] + "abcdef"[i // 4]} for i in range(24)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.soak import compare
+from experiments.soak_report import compare
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.rewards.base import Reward

@@ -33,7 +33,7 @@ def test_the_full_estimator_is_the_kl_over_the_vocabulary():
     np.testing.assert_allclose(np.asarray(experience(ppo).kl)[mask], np.asarray(expected)[mask], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+@pytest.mark.parametrize("estimator", [pytest.param("k2", marks=pytest.mark.long), "k3", "full"])
 def test_a_kl_in_the_loss_leaves_the_reward_alone_and_adds_its_gradient(estimator):
     """Against the gradient of the same mean, written out from logits."""
     ppo = dataclasses.replace(toy.ONCE, kl=KLConfig(estimator=estimator, place="loss"), whiten_advantages=False)
@@ -128,7 +128,7 @@ def test_the_loss_in_the_log_is_weighed_by_tokens():
     assert abs(found - np.mean(losses)) > 1e-4
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", [pytest.param("k2", marks=pytest.mark.long), "k3"])
 def test_a_token_that_leaves_the_filter_spoils_no_gradient(estimator):
     """Its log-prob is -1e30, whose exponential in k3 has no finite gradient."""
     kl = KLConfig(estimator=estimator, place="loss")
@@ -232,7 +232,6 @@ def test_rewards_of_single_tokens_add_to_the_score():
 def test_whitened_rewards(how):
     plain = experience(FOUR)
     mask = np.asarray(plain.batch.loss_mask)
-    whitened = experience(dataclasses.replace(toy.ONCE, score=ScoreConfig(whiten_rewards=how), whiten_advantages=False))
     # With gamma = 1 the first return is A + V; lambda mixes, so compare the rewards that GAE must have read at lam = 1.
     exact = OFF._replace(lam=1.0)
     ppo = dataclasses.replace(toy.ONCE, score=ScoreConfig(whiten_rewards=how), whiten_advantages=False)
@@ -314,7 +313,7 @@ def test_reinforce_subtracts_the_mean_of_earlier_returns():
     assert float(after.baseline.count) == 2 * toy.B
 
 
-@pytest.mark.parametrize("whiten", ["scale", "shift"])
+@pytest.mark.parametrize("whiten", [pytest.param("scale", marks=pytest.mark.long), "shift"])
 def test_the_baseline_of_reinforce_is_on_the_scale_of_what_it_is_subtracted_from(whiten: str):
     """Scores far from 0 with whitened rewards: after one batch the advantages of an equal batch have mean 0."""
     ppo = PPOConfig(
@@ -348,7 +347,9 @@ def test_reinforce_plus_plus_whitens_rewards_to_go():
     np.testing.assert_allclose(np.asarray(result.batch.advantages)[mask], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "reinforce", "reinforce++"])
+@pytest.mark.parametrize(
+    "advantage", ["rloo", *(pytest.param(name, marks=pytest.mark.long) for name in ("reinforce", "reinforce++"))]
+)
 def test_without_a_critic_nothing_of_it_moves_or_is_logged(advantage):
     ppo = PPOConfig(
         sampling=toy.SAMPLING, advantage=advantage, group_size=2 if advantage == "rloo" else 1, num_minibatches=2

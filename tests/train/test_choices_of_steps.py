@@ -182,7 +182,7 @@ def test_pretraining_texts_add_their_mean_loss_whatever_the_micro_batches():
     assert numbers(one)["ptx_loss"] == pytest.approx(numbers(four)["ptx_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", ["sequence-mean", "constant"])
+@pytest.mark.parametrize("aggregation", ["sequence-mean", pytest.param("constant", marks=pytest.mark.long)])
 def test_micro_batches_add_up_under_every_aggregation(aggregation):
     """Defect 15, where the normaliser is not the number of tokens."""
     ppo = dataclasses.replace(toy.ONCE, aggregation=aggregation)

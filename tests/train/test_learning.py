@@ -69,14 +69,14 @@ def learn(method: str, reward: DeviceReward, length: int, responses: int, iterat
     return means
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rloo", *(pytest.param(name, marks=pytest.mark.long) for name in ("ppo", "grpo"))])
 def test_learns_to_say_one_token(method: str) -> None:
     rewards = learn(method, one_token, length=4, responses=64, iterations=24, rate=1e-2)
     assert rewards[0] < 0.25  # chance is 1/8
     assert np.mean(rewards[-4:]) > 0.9
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("ppo", "rloo"))])
 def test_learns_to_copy_the_prompt(method: str) -> None:
     rewards = learn(method, copied, length=P, responses=256, iterations=40, rate=6e-3)
     assert rewards[0] < 0.25

@@ -43,7 +43,7 @@ BASE = jax.tree_util.tree_map_with_path(
     lambda path, x: x if "norm" in path[-1].key else 0.5 * x, random_params(CONFIG, seed=1)
 )
 BASE["embedding"] = 6.0 * BASE["embedding"]
-PROMPT, TEMPERATURE, ROWS, ITERATIONS = (3,), 0.8, 512, 150
+PROMPT, TEMPERATURE, ROWS, ITERATIONS = (3,), 0.8, 256, 100
 
 
 def responses() -> list[tuple[int, ...]]:

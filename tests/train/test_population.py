@@ -162,7 +162,7 @@ def test_a_place_is_filled_anew_without_compiling_and_the_newcomer_is_who_it_is_
     assert compiled  # the counter counts
 
 
-@pytest.mark.parametrize(("count", "shape"), [(8, (4, 2, 1)), (2, (4, 2, 1))])
+@pytest.mark.parametrize(("count", "shape"), [(8, (4, 2, 1)), pytest.param(2, (4, 2, 1), marks=pytest.mark.long)])
 def test_on_eight_devices_members_are_spread_or_else_their_rows(count: int, shape: tuple[int, int, int]) -> None:
     """The other seven are untouched there too, and nothing compiles when a place is filled anew."""
     here = Run(list(range(count)), iteration=make_members(ALGORITHM) if count != K else None)
@@ -180,6 +180,14 @@ def test_on_eight_devices_members_are_spread_or_else_their_rows(count: int, shap
         here.step()
         for place in range(count):
             toy.assert_close(there.member(place), here.member(place), rtol=2e-3, atol=2e-4)
+
+
+def test_members_that_do_not_divide_are_whole_on_every_device() -> None:
+    """Then their rows are spread."""
+    with use_mesh(MeshConfig(4, 2, 1)):
+        states = {count: Run(list(range(count)), (4, 2, 1)).states for count in (2, K)}
+    first = {count: jax.tree.leaves(found.policy.adapter)[0].sharding.spec[:1] for count, found in states.items()}
+    assert first[K] == ("data",) and first[2] != ("data",)
 
 
 def test_a_reward_on_the_host_scores_all_members_in_one_call() -> None:

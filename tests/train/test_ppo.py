@@ -128,7 +128,7 @@ def test_the_host_path_computes_the_same_iteration():
 
 
 def test_a_sum_over_device_and_host_is_one_reward():
-    """half on the device + half on the host = all on the device; a host part of 0 changes nothing, bit for bit."""
+    """half on the device + half on the host = all on the device."""
     half = lambda *arguments: toy.worth(*arguments)._replace(reward=toy.worth(*arguments).reward / 2, parts={})  # noqa: E731
     draw, learn = make_host_iteration(toy.CONFIG, TWICE, make_optimizer(), half)
     texts, metadata = ("",) * toy.B, ({},) * toy.B
@@ -142,6 +142,12 @@ def test_a_sum_over_device_and_host_is_one_reward():
     assert_close(state.policy, whole.policy, rtol=1e-4, atol=1e-6)
     assert numbers(metrics)["reward"] == pytest.approx(numbers(others)["reward"], rel=1e-5)
 
+
+@pytest.mark.long
+def test_a_host_reward_of_0_changes_nothing_on_the_device():
+    """Bit for bit."""
+    texts, metadata = ("",) * toy.B, ({},) * toy.B
+    _, others = toy.iteration()(toy.start(), FROZEN, toy.prompts(), HYPER)
     draw, learn = make_host_iteration(toy.CONFIG, TWICE, make_optimizer(), toy.worth)
     nothing = lambda prompts, *_: Scores(np.zeros(len(prompts)), np.ones(len(prompts), bool), {})  # noqa: E731
     run = host_iteration(draw, learn, nothing, toy.text, toy.SAMPLING, texts, metadata)
@@ -150,6 +156,7 @@ def test_a_sum_over_device_and_host_is_one_reward():
         assert numbers(metrics)[name] == numbers(others)[name], name
 
 
+@pytest.mark.long
 def test_eight_devices_compute_what_one_does():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())

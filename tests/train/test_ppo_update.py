@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from ppo_jax.models.roles import shared_prefix
+from ppo_jax.train.buckets import bucket_lengths, cut_to_buckets, sort_by_length
+from ppo_jax.train.optimizer import accumulate as sum_pieces
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.train.ppo import update, update_epochs
 from ppo_jax.types import Minibatch, Policy
@@ -34,13 +36,15 @@ def norms(length: int) -> optax.GradientTransformation:
 
 
 @functools.cache
-def step(accumulate: int = 1):
-    ppo = PPOConfig(sampling=toy.SAMPLING, accumulate=accumulate)
+def step(accumulate: int = 1, buckets: int = 1):
+    ppo = PPOConfig(sampling=toy.SAMPLING, accumulate=accumulate, length_buckets=buckets)
     return jax.jit(lambda state, rows, hyper: update(toy.algorithm(ppo, LAST), state, FROZEN, rows, hyper))
 
 
-def gradient(rows: Minibatch, hyper=UNCLIPPED, accumulate: int = 1, kind: str = "lora above a shared prefix"):
-    state, metrics = step(accumulate)(policy(kind), rows, hyper)
+def gradient(
+    rows: Minibatch, hyper=UNCLIPPED, accumulate: int = 1, kind: str = "lora above a shared prefix", buckets: int = 1
+):
+    state, metrics = step(accumulate, buckets)(policy(kind), rows, hyper)
     return given(state), metrics
 
 
@@ -86,6 +90,40 @@ def test_gradient_does_not_depend_on_micro_batches():
         parts, metrics = gradient(rows, accumulate=accumulate)
         assert_close(parts, whole, rtol=1e-4, atol=1e-6)
         assert_close(numbers(metrics), numbers(expected))
+
+
+def test_gradient_does_not_depend_on_length_buckets():
+    """T = 5 has the lengths 2, 3 and 5; what lies in the padding that is cut off is never read."""
+    rows = minibatch(garbage=np.nan)
+    prefix = shared_prefix(FROZEN.base, CONFIG, rows.tokens, rows.mask, 1)
+    rows = rows._replace(prefix=prefix)
+    whole, expected = gradient(rows)
+    for accumulate in (1, 4):
+        parts, metrics = gradient(rows, accumulate=accumulate, buckets=3)
+        assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        assert_close(numbers(metrics), numbers(expected))
+
+
+def test_micro_batches_of_similar_length_are_cut_to_the_first_bucket_that_holds_them():
+    """Lengths 1 1 2 3 | 4 6 8 5 in 4 micro-batches of 2: the sorted pairs (1 1) (2 3) (4 5) (6 8), of buckets 2 4 8."""
+    lengths = jnp.array([4, 1, 8, 3, 1, 6, 2, 5])
+    mask = jnp.arange(8) < lengths[:, None]
+    whole = jnp.pad(mask, ((0, 0), (3, 0)), constant_values=True)
+    floats = jnp.where(mask, lengths[:, None].astype(jnp.float32), jnp.nan)
+    batch = Minibatch(whole.astype(jnp.int32), whole, None, mask, floats, floats, floats, floats)
+
+    def count(policy: Policy, rows: Minibatch):
+        slots = rows.loss_mask.shape[1]
+        assert rows.tokens.shape[1] == rows.mask.shape[1] == 3 + slots and rows.values.shape[1] == slots
+        total = jnp.sum(jnp.where(rows.loss_mask, rows.values, 0))
+        return jax.tree.map(lambda p: p * total, policy), {
+            f"slots/{n}": (jnp.float32(n == slots), jnp.ones(())) for n in (2, 4, 8)
+        }
+
+    assert bucket_lengths(8, 3) == [2, 4, 8] and bucket_lengths(5, 3) == [2, 3, 5] and bucket_lengths(3, 4) == [1, 2, 3]
+    total, metrics = sum_pieces(cut_to_buckets(count, 3), Policy(jnp.ones(()), {}), sort_by_length(batch, 4), 4)
+    assert float(total.adapter) == float(jnp.sum(lengths**2))
+    assert {name: float(pair[0]) for name, pair in metrics.items()} == {"slots/2": 1, "slots/4": 1, "slots/8": 2}
 
 
 def test_gradient_does_not_depend_on_the_order_of_rows():

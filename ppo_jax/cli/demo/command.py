@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppo_jax.cli.common import next_commands as list_commands
 from ppo_jax.cli.demo.language import BAD, GOOD, model
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data import PairRecord, SFTRecord, encode_pairs, encode_prompts, encode_sft
@@ -29,6 +30,7 @@ from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import write_model
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.pace import PlannedPhase
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
@@ -48,6 +50,11 @@ TASK = (
 )
 OPENINGS = [f"the {noun} {verb}" for noun in ("film", "plot", "cast", "script") for verb in ("is", "was")]
 MAX_LENGTH = 12
+PLAN = {  # shares: seconds of each phase on two quiet cores
+    "sft": PlannedPhase("SFT", 10),
+    "reward": PlannedPhase("reward model", 15),
+    "ppo": PlannedPhase("PPO", 30),
+}
 LABELS = {"judge": "the count of good words less bad ones"}
 
 
@@ -104,6 +111,7 @@ def demo(settings: DemoSettings) -> Path:
     directories, repeatable = open_directories(settings), repeatable_yaml(settings)
     rng, base, seed = np.random.default_rng(settings.seed), model(settings.seed), settings.seed
     with progress("ppo-jax demo", log=settings.run_dir / rundir.LOG) as screen:
+        screen.plan = PLAN
         # -- 1: SFT, on sentences whose words are good and bad by chance -----------------------------------------------
         demonstrations, unseen = (
             encode_sft(sentences(rng, n), base.tokenizer, MAX_LENGTH) for n in (settings.demonstrations, 64)
@@ -138,13 +146,10 @@ def demo(settings: DemoSettings) -> Path:
 def next_commands(run_dir: Path) -> str:
     """Say what to do next."""
     model = run_dir / "ppo" / EXPORT / MODEL
-    return "\n".join(
-        [
-            "Next:",
-            f'  ppo-jax generate --model {model} --prompt "the film is"     # what it says now',
-            "  ppo-jax sft --help     # the first of the three stages with a model and texts of your own",
-            "  ppo-jax ppo --help     # PPO with your prompts and reward",
-        ]
+    return list_commands(
+        (f'ppo-jax generate --model {model} --prompt "the film is"', "what it says now"),
+        ("ppo-jax sft --help", "the first of the three stages with a model and texts of your own"),
+        ("ppo-jax ppo --help", "PPO with your prompts and reward"),
     )
 
 

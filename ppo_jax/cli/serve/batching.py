@@ -1,5 +1,6 @@
 """Rows of many requests, scored together by one thread."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -15,17 +16,23 @@ class Full(Exception):
 class Answer(Future[list[Any]]):
     """What a request is waiting for. It keeps its place when its clients leave, and is passed over if none is back."""
 
-    def __init__(self, rows: Sequence[Any]) -> None:
+    def __init__(self, rows: Sequence[Any], size: int) -> None:
         super().__init__()
-        self.rows, self.clients = rows, 1  # rows: until they are scored
+        self.rows, self.size, self.clients = rows, size, 1  # rows: that are not scored yet
+        self.scores: list[Any] = []
+
+
+Batch = list[tuple[Answer, Sequence[Any]]]  # some requests, and of each the rows that are scored now
 
 
 class Batcher:
-    """Collects requests and scores them in batches, in the order in which they came.
+    """Collects requests and scores them in batches: first the oldest, then the smallest, and so on by turns.
 
-    A batch takes whole requests until it has `batch_size` rows; one that is not full waits `wait` seconds for more.
-    What `score_rows` raises for a batch of several requests is tried again for each of them alone, so that only the
-    one at fault gets it. Requests whose clients have all left are not scored, and make room where there is none.
+    So a small request waits for two batches, however many large ones came before it, and a large one goes on all the
+    time. A batch has at most `batch_size` rows and, beyond its first row, at most `batch_total` of what `measure` says
+    of a row; a request of more is scored in parts. A batch that is not full waits `wait` seconds for more. What
+    `score_rows` raises for a batch of several requests is tried again for each of them alone, so that only the one at
+    fault gets it. Requests whose clients have all left are not scored any more, and make room where there is none.
     """
 
     def __init__(
@@ -34,8 +41,11 @@ class Batcher:
         batch_size: int,
         wait: float = 0.0,
         max_waiting: int = 4096,
+        measure: Callable[[Any], int] = lambda row: 1,
+        batch_total: float = math.inf,
     ) -> None:
         self._score_rows, self._batch_size, self._wait, self._max_waiting = score_rows, batch_size, wait, max_waiting
+        self._measure, self._batch_total, self._smallest_first = measure, batch_total, True
         self._requests: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -49,7 +59,7 @@ class Batcher:
 
     def submit(self, rows: Sequence[Any]) -> Answer:
         """Take these rows; their scores come later. Raise Full when there is no room, or after `stop`."""
-        request = Answer(rows)
+        request = Answer(rows, sum(map(self._measure, rows)))
         with self._changed:
             if not self._open:
                 raise Full("the server is shutting down")
@@ -95,15 +105,20 @@ class Batcher:
             left, self.waiting = list(self._requests), 0
             self._requests.clear()
         for request in left:
-            if request.set_running_or_notify_cancel():
+            if request.running() or request.set_running_or_notify_cancel():
                 request.set_exception(Full("the server has stopped"))
         return not self._thread.is_alive()
 
     def _drop_abandoned(self) -> None:
         for request in [request for request in self._requests if not request.clients]:
-            self._requests.remove(request)
-            self.waiting -= len(request.rows)
-            request.cancel()
+            self._drop(request)
+
+    def _drop(self, request: Answer) -> None:
+        """Score no more of a request."""
+        self._requests.remove(request)
+        self.waiting -= len(request.rows)
+        if not request.done() and not request.cancel():  # a part of it was scored
+            request.set_exception(Full("nobody waits for it"))
 
     def _work(self) -> None:
         while self._wait_for_requests():
@@ -120,37 +135,57 @@ class Batcher:
                 self._changed.wait(left)
             return bool(self._requests) or self._open
 
-    def _next_batch(self) -> list[Answer]:
-        """Take the next requests out of the queue; from here on none of them can be given up."""
+    def _next_batch(self) -> Batch:
+        """Take the next rows."""
         with self._changed:
-            batch: list[Answer] = []
-            count = 0
-            while self._requests and (not batch or count + len(self._requests[0].rows) <= self._batch_size):
-                request = self._requests.popleft()
-                self.waiting -= len(request.rows)
-                if not request.clients:
-                    request.cancel()
-                if request.set_running_or_notify_cancel():
-                    batch.append(request)
-                    count += len(request.rows)
+            batch: Batch = []
+            self._smallest_first = not self._smallest_first
+            key = (lambda request: request.size) if self._smallest_first else (lambda request: 0)
+            count = total = 0
+            for request in sorted(self._requests, key=key):
+                if not request.clients or not (request.running() or request.set_running_or_notify_cancel()):
+                    self._drop(request)
+                    continue
+                taken = 0
+                for row in request.rows:
+                    total += self._measure(row)
+                    if count == self._batch_size or (count and total > self._batch_total):
+                        break
+                    count, taken = count + 1, taken + 1
+                if taken:
+                    batch.append((request, request.rows[:taken]))
+                    self.waiting -= taken
+                    request.rows = request.rows[taken:]
+                    if not request.rows:
+                        self._requests.remove(request)
+                if count == self._batch_size or total > self._batch_total:
+                    break
             return batch
 
-    def _score(self, batch: Sequence[Answer]) -> None:
+    def _score(self, batch: Batch) -> None:
         self.batches += 1
+        rows = [row for _, part in batch for row in part]
         try:
-            scores = list(self._score_rows([row for request in batch for row in request.rows]))
-            if len(scores) != sum(len(request.rows) for request in batch):
-                raise RuntimeError(f"{len(scores)} scores for {sum(len(r.rows) for r in batch)} rows")
+            scores = list(self._score_rows(rows))
+            if len(scores) != len(rows):
+                raise RuntimeError(f"{len(scores)} scores for {len(rows)} rows")
         except Exception as error:  # anything may come from a device; the thread must live on
             if len(batch) > 1:
-                for request in batch:
-                    self._score([request])
+                for one in batch:
+                    self._score([one])
             else:
-                batch[0].set_exception(error)
+                self._fail(batch[0][0], error)
             return
-        start = 0
-        for request in batch:
-            end = start + len(request.rows)
-            request.rows = ()  # the answer may be kept longer
-            request.set_result(scores[start:end])
-            start = end
+        for request, part in batch:
+            request.scores += scores[: len(part)]
+            del scores[: len(part)]
+            if not request.rows:
+                found, request.scores = request.scores, []  # the answer may be kept longer
+                request.set_result(found)
+
+    def _fail(self, request: Answer, error: Exception) -> None:
+        if not request.done():
+            request.set_exception(error)
+        with self._changed:
+            if request in self._requests:
+                self._drop(request)

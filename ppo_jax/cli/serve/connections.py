@@ -8,13 +8,18 @@ import asyncio
 import dataclasses
 import json
 import resource
-from typing import ClassVar
+import socket
+from typing import Any, ClassVar
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RESERVED = 192  # files that are no connections: of Python, JAX, the model, and as many as may be accepted at once
-BACKLOG = 64  # connections that the system holds until they are accepted
+ACCEPTED = 64  # connections that are accepted at once
+BACKLOG = 1024  # connections that the system holds until they are accepted; one too many is tried again after 1, 3, 7 s
+# A client that is answered before it has said all may go on for so long: closed at once, the answer would be lost.
+LINGER_SECONDS, LINGER_BYTES, MOST_LINGER = 2.0, 2**20, 32
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,6 +31,7 @@ class Limits:
     # Those that wait for their clients, longest first: with no request answered so far, and with one.
     new: "dict[Connection, None]" = dataclasses.field(default_factory=dict)
     known: "dict[Connection, None]" = dataclasses.field(default_factory=dict)
+    ending: "dict[Connection, None]" = dataclasses.field(default_factory=dict)  # those that are answered and linger
 
 
 def count_possible(wanted: int) -> int:
@@ -39,6 +45,33 @@ def limited_connection(connections: int, head_timeout: float) -> type[H11Protoco
     return type("LimitedConnection", (Connection,), {"limits": Limits(connections, head_timeout)})
 
 
+class Server(uvicorn.Server):
+    """A server for which the system holds BACKLOG connections (asyncio accepts as many at once as it listens for)."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)
+
+
+class Lingering:
+    """A transport whose `close` lets the connection linger."""
+
+    def __init__(self, transport: asyncio.Transport, connection: "Connection") -> None:
+        self._transport = transport
+        self.connection: Connection | None = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.connection is None or self.connection.discarded is not None or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.end(self._transport)
+
+
 class Connection(H11Protocol):
     """A connection of HTTP/1.1.
 
@@ -49,10 +82,11 @@ class Connection(H11Protocol):
 
     limits: ClassVar[Limits]
     deadline: asyncio.TimerHandle | None = None
+    discarded: int | None = None  # bytes, once it lingers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
+        super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
+        if len(self.connections) - len(self.limits.ending) > self.limits.connections:
             oldest = next(iter(self.limits.new or self.limits.known), None)
             if oldest is None:
                 self.refuse(503, "too many connections; come back later", retry=True)
@@ -62,7 +96,11 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if self.discarded is not None:
+            self.discarded += len(data)
+            if self.discarded > LINGER_BYTES:
+                self.transport.abort()
+        elif not self.transport.is_closing():
             super().data_received(data)
             self._look()
             if self.cycle is None or self.cycle.response_complete:
@@ -76,6 +114,9 @@ class Connection(H11Protocol):
         self._leave()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        self.transport.connection = None  # type: ignore[attr-defined]
+        if self.cycle is not None:  # both refer to each other until the garbage is collected: hundreds of megabytes
+            self.cycle.body = bytearray()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, "this is not HTTP/1.1")
@@ -96,10 +137,37 @@ class Connection(H11Protocol):
             answer = h11.Response(status_code=status, headers=headers + [("Retry-After", "1")] * retry)
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self.linger()
+
+    def end(self, transport: asyncio.Transport) -> None:
+        """Close, at once unless the client has more to say."""
+        if self.discarded is None and self.conn.their_state in (h11.SEND_BODY, h11.ERROR):
+            self.linger()
+        else:
+            transport.close()
+
+    def linger(self) -> None:
+        """Say no more, discard what the client still says, and close when it has left or LINGER_SECONDS are over."""
+        if not self.transport.is_closing():
+            self._leave()
+            self.discarded = 0
+            self.limits.ending[self] = None
+            if len(self.limits.ending) > MOST_LINGER:
+                next(iter(self.limits.ending)).give_up()
+            self.deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+            self.transport.write_eof()
+            if self.cycle is not None:
+                self.cycle.body = bytearray()
+            self.flow.resume_reading()
+
+    def shutdown(self) -> None:
+        if self.discarded is not None:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def give_up(self) -> None:
-        """Close for a newer connection: its client has not sent a whole request."""
+        """Close for a newer connection: its client has not sent a whole request, or lingers."""
         self._leave()
         self.transport.abort()
 
@@ -127,6 +195,7 @@ class Connection(H11Protocol):
     def _leave(self) -> None:
         self.limits.new.pop(self, None)
         self.limits.known.pop(self, None)
+        self.limits.ending.pop(self, None)
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None

@@ -27,26 +27,29 @@ async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dic
     """
     from starlette.requests import ClientDisconnect
 
-    too_large = Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
+    def refuse(too_large: bool) -> Refused:  # made where it is raised: one in a variable would keep this frame's body
+        if too_large:
+            return Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
+        return Refused(503, "too many bytes are waiting already; come back later", AGAIN | {"Connection": "close"})
+
     declared = request.headers.get("content-length", "0")
     known = int(declared) if declared.isdigit() else 0
     if known > DRAINED * limit:
-        raise too_large
-    busy = Refused(503, "too many bytes are waiting already; come back later", AGAIN | {"Connection": "close"})
+        raise refuse(too_large=True)
     if known <= limit and not held.take(known):
-        raise busy  # nothing of it is read: to read it all and drop it would hold the others up
-    body, size, refused = bytearray(), 0, None
+        raise refuse(too_large=False)  # nothing of it is read: to read it all and drop it would hold the others up
+    body, size, is_too_large, is_busy = bytearray(), 0, False, False
     try:
         async with asyncio.timeout(timeout):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > DRAINED * limit:
-                    raise too_large
+                    raise refuse(too_large=True)
                 if size > limit:
-                    refused = too_large
-                elif refused is None and size > held.size and not held.take(size - held.size):
-                    refused = busy
-                if refused is None:
+                    is_too_large = True
+                elif not is_busy and size > held.size and not held.take(size - held.size):
+                    is_busy = True
+                if not (is_too_large or is_busy):
                     body += chunk
                 else:
                     body.clear()
@@ -55,8 +58,8 @@ async def read_json(request: Any, limit: int, timeout: float, held: Held) -> dic
         raise Refused(408, f"the body did not arrive within {timeout} s", {"Connection": "close"}) from None
     except ClientDisconnect:
         raise Refused(400, "the client went away") from None
-    if refused is not None:
-        raise refused
+    if is_too_large or is_busy:
+        raise refuse(is_too_large)
     try:
         value = parse_json(bytes(body))
     except ValueError as error:  # also a key that stands twice, NaN, or nested too deep

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ppo_jax.cli.serve.connections import BACKLOG, count_possible, limited_connection
+from ppo_jax.cli.serve.connections import ACCEPTED, BACKLOG, Server, count_possible, limited_connection
 from ppo_jax.cli.serve.service import Service
 from ppo_jax.cli.serve.settings import ServeSettings
 from ppo_jax.data.disk import read_bytes
@@ -38,7 +38,9 @@ def serve(settings: ServeSettings) -> None:
     token = read_token(settings)
     listening = _listen(settings.host, settings.port)
     sizes = sorted({1, min(8, settings.batch_size), settings.batch_size})
-    scorer = load_scorer(settings.reward, settings.model, settings.max_length, sizes, settings.at)
+    scorer = load_scorer(
+        settings.reward, settings.model, settings.max_length, sizes, settings.at, settings.batch_tokens
+    )
     if scorer.reading.notice:
         print(scorer.reading.notice, flush=True)
     scorer.score(["a"], ["b"])  # loads the device; every other program is compiled when it is first needed
@@ -76,11 +78,11 @@ def make_server(app: ASGIApp, settings: ServeSettings) -> uvicorn.Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=math.ceil(settings.grace),
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def make_app(scorer: Scorer, settings: ServeSettings, token: str = "") -> ASGIApp:

@@ -19,6 +19,7 @@ from ppo_jax.cli.serve.settings import ServeSettings
 from ppo_jax.rewards.loading import Scorer
 from ppo_jax.rewards.scores import to_scores
 
+CHARACTERS = 4  # of a token, about
 KEPT = 256  # answers whose clients left before they came; their retries find them
 LOG = logging.getLogger(__name__)
 
@@ -29,6 +30,11 @@ class Text(NamedTuple):
     prompt: str
     response: str
     max_length: int | None = None
+
+
+def count_characters(text: Text) -> int:
+    """Count the characters of both sides."""
+    return len(text.prompt) + len(text.response)
 
 
 Ask = Callable[[Sequence[Text]], Awaitable[list[float | str]]]  # texts -> their scores, or why there is none
@@ -49,7 +55,8 @@ class Service:
     def __init__(self, scorer: Scorer, settings: ServeSettings) -> None:
         self.scorer, self.settings = scorer, settings
         wait, most = settings.wait_ms / 1000, settings.max_waiting
-        self.batcher = Batcher(self._judge, settings.batch_size, wait, most)
+        total = CHARACTERS * settings.batch_tokens
+        self.batcher = Batcher(self._judge, settings.batch_size, wait, most, count_characters, total)
         self.room = Room(settings.max_waiting_bytes, self.batcher.drop_abandoned)
         self.count: Counter[str] = Counter()
         self.seconds, self.in_flight, self.started = 0.0, 0, time.monotonic()
@@ -122,7 +129,7 @@ class Service:
 
     async def _scores(self, texts: Sequence[Text], request: Request, held: Held) -> list[float | str]:
         """Wait for the texts' scores, in order, or until the client leaves."""
-        held.keep(sum(len(text.prompt) + len(text.response) for text in texts))
+        held.keep(sum(map(count_characters, texts)))
         self.count["ppo_jax_rows_total"] += len(texts)
         answer, scores = self._find_answer(texts, held)
         gone = asyncio.ensure_future(request.receive())  # the body was read: only the disconnect is left to come

@@ -7,7 +7,7 @@ from ppo_jax.cli.parse import Brief
 from ppo_jax.rewards.reading import At
 
 POSITIVE = (
-    *("batch_size", "max_rows", "max_body", "max_waiting", "max_waiting_bytes", "max_connections"),
+    *("batch_size", "batch_tokens", "max_rows", "max_body", "max_waiting", "max_waiting_bytes", "max_connections"),
     *("head_timeout", "body_timeout", "grace"),
 )
 
@@ -32,7 +32,9 @@ class ServeSettings:
     token_file: Path | None = None
     """This file holds the bearer token instead."""
     batch_size: int = 32
-    """This many rows are scored at once."""
+    """At most this many rows are scored at once."""
+    batch_tokens: int = 8192
+    """At most this many tokens are scored at once, padding counted, unless a single text has more."""
     wait_ms: float = 2.0
     """A batch waits this many milliseconds for more rows, unless it is full."""
     max_length: int = 0

@@ -27,22 +27,29 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_jax.rewards.addresses import hide_addresses
+from ppo_jax.runs.output.caller import in_words_of_caller
+from ppo_jax.runs.output.pace import Plan, count_compiling, left_of_all
 from ppo_jax.runs.output.streams import unbreakable
 
 # What is shown, in this order, with its label and format; a phase that has none of these shows what it has.
 SHOWN = {
     "reward": ("reward", "{:+.3f}"),
     "kl": ("KL", "{:.2f} nats"),
+    "kl_coef": ("KL coefficient", "{:.3g}"),
     "loss": ("loss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "heldout_loss": ("held-out loss", "{:.4f}"),
+    "heldout_perplexity": ("held-out perplexity", "{:.2f}"),
     "heldout_accuracy": ("held-out accuracy", "{:.3f}"),
     "entropy": ("entropy", "{:.3f}"),
+    "value_loss": ("value loss", "{:.3f}"),
     "clip_fraction": ("clip fraction", "{:.3f}"),
     "explained_variance": ("explained variance", "{:+.2f}"),
     "response_length": ("length", "{:.1f} tok"),
     "eos_rate": ("EOS rate", "{:.2f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
+PARTS = "reward/"  # how the names of what a reward is a sum of begin; shown beside it
 HEADLINE = ("reward", "loss")  # drawn as a sparkline: the first of these that the phase has
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -56,6 +63,7 @@ def progress(
     interval: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
     log: Path | None = None,
+    compiling: Callable[[], float] | None = None,
 ) -> Iterator["Screen"]:
     """Give a `Screen` for the length of a `with` block; what it last showed stays there, also after an error.
 
@@ -64,11 +72,13 @@ def progress(
     interval: the least number of seconds between two plain lines of one phase; its first and last always appear.
     log: a file that all lines are added to as well, whatever becomes of the terminal, and what ended the block where
       that was an error; None: none.
+    compiling: () -> seconds that were spent compiling so far, which say nothing of the steps to come; by default JAX's.
 
     Inside the block nothing that is printed fails, whoever prints it (`streams`).
     """
     with unbreakable():
         screen = Screen(title, main_process, console or stdout_console(), live, interval, clock)
+        screen.compiling = compiling or count_compiling()
         screen.log = log if main_process else None
         screen.note(title)
         display: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -91,9 +101,11 @@ class _Phase:
     name: str
     first_step: int  # the first step compiles, so the rate starts after it
     first_time: float
+    first_compiling: float  # seconds spent compiling by then
     step: int = 0
     total: int | None = None
     time: float = 0.0  # of the last step
+    compiling: float = 0.0
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     history: list[float] = dataclasses.field(default_factory=list)  # of the headline metric
     printed_time: float = -math.inf
@@ -101,7 +113,7 @@ class _Phase:
 
 
 class Screen:
-    """What `progress` gives: `update`, `sample` and `message`."""
+    """What `progress` gives: `plan`, `begin`, `doing`, `update`, `sample` and `message`."""
 
     def __init__(
         self,
@@ -120,10 +132,33 @@ class Screen:
         self.start = clock()
         self.phases: dict[str, _Phase] = {}
         self.current: _Phase | None = None
+        self.plan: Plan = {}  # what the phases of the whole are, where there are several
+        self.at, self.at_time = "", self.start  # the phase of the plan that runs, and since when
+        self.activity, self.said = "", set[str]()  # what runs between two updates; what was said of such
+        self.compiling: Callable[[], float] = lambda: 0.0
         self.log: Path | None = None
         # Lays out what goes into the log: plain even where FORCE_COLOR is set.
         self.plain = Console(file=io.StringIO(), width=120, force_terminal=False, color_system=None, highlight=False)
         self.labels: dict[str, str] = {}  # metrics that are shown besides SHOWN: name -> what is written
+
+    def begin(self, phase: str) -> None:
+        """Say which phase of the plan begins; nothing where there is no plan, or it has begun already."""
+        if self.shown and phase in self.plan and phase != self.at:
+            self.flush()
+            self.at, self.at_time = phase, self.clock()
+            number = list(self.plan).index(phase) + 1
+            self._say(f"Phase {number} of {len(self.plan)}: {self.plan[phase].label}")
+
+    def doing(self, what: str = "", phase: str = "") -> None:
+        """Show what runs until the next update; a log says it once. Without words it is `phase` that goes on."""
+        if not self.shown:
+            return
+        self.flush()
+        self.activity = what
+        self.current = self.phases.get(phase, self.current)
+        if what and what not in self.said:
+            self.said.add(what)
+            self._say(what, only_log=self.live)
 
     def update(
         self, *, phase: str, step: int, total: int | None = None, values: Mapping[str, float] | None = None
@@ -133,11 +168,12 @@ class Screen:
             return
         if self.current is not None and self.current.name != phase:
             self.flush()
-        now = self.clock()
+        self.begin(phase)
+        now, compiling, self.activity = self.clock(), self.compiling(), ""
         if phase not in self.phases or step < self.phases[phase].step:  # new, or begun again
-            self.phases[phase] = _Phase(phase, step, now)
+            self.phases[phase] = _Phase(phase, step, now, compiling)
         state = self.current = self.phases[phase]
-        state.step, state.total, state.time = step, total, now
+        state.step, state.total, state.time, state.compiling = step, total, now, compiling
         state.values.update({name: float(value) for name, value in (values or {}).items()})
         headline = next((name for name in HEADLINE if values and name in values), None)
         if headline:
@@ -193,7 +229,7 @@ class Screen:
 
     def message(self, text: str) -> None:
         """Print text above the live part, as it is (no markup)."""
-        self._say(text)
+        self._say(in_words_of_caller(text))
 
     def note(self, text: str) -> None:
         """Put text into the log alone."""
@@ -207,12 +243,13 @@ class Screen:
     def seconds_left(self) -> float | None:
         """Estimate (total - step) * seconds per step of this phase - what has passed since its last step.
 
-        None before the second step, or without a total.
+        What was spent compiling is no part of a step. None before the second step, or without a total.
         """
         state = self.current
         if state is None or state.total is None or state.step <= state.first_step:
             return None
-        pace = (state.time - state.first_time) / (state.step - state.first_step)
+        worked = state.time - state.first_time - (state.compiling - state.first_compiling)
+        pace = max(0.0, worked) / (state.step - state.first_step)
         return max(0.0, (state.total - state.step) * pace - (self.clock() - state.time))
 
     def __rich__(self) -> RenderableType:
@@ -221,10 +258,12 @@ class Screen:
         head = Table.grid(padding=(0, 2))
         title = Text(self._safe(self.title), style="bold")
         if state is None:
-            head.add_row(title, Text("starting", style="cyan"), self._times())
+            head.add_row(title, Text(self._safe(self.activity or "starting"), style="cyan"), self._times())
             return head
         bar = ProgressBar(total=state.total or 1, completed=state.step if state.total else 0, width=24)
-        head.add_row(title, Text(self._safe(state.name), style="cyan"), bar, _count(state), self._times())
+        head.add_row(
+            title, Text(self._safe(self.activity or state.name), style="cyan"), bar, _count(state), self._times()
+        )
         body = Table.grid(padding=(0, 2))
         pairs = _pairs(state, self.labels)
         columns = max(1, min(4, self.console.width // 29))
@@ -239,9 +278,15 @@ class Screen:
         return "  ".join(part for part in (f"[{state.name}]", _count(state), values, self._times()) if part)
 
     def _times(self) -> str:
-        left = self.seconds_left()
-        elapsed = f"elapsed {clock_time(self.clock() - self.start)}"
-        return elapsed if left is None else f"{elapsed}  left {clock_time(left)}"
+        left, now = self.seconds_left(), self.clock()
+        times = f"elapsed {clock_time(now - self.start)}"
+        if left is not None:
+            times += f"  left {clock_time(left)}"
+        if self.at:
+            known = left if self.current and self.current.name == self.at else None
+            whole = left_of_all(self.plan, self.at, known, now - self.at_time, self.at_time - self.start)
+            times += "" if whole is None else f", of all {clock_time(whole)}"
+        return times
 
     def _safe(self, text: str) -> str:
         """Make the text fit to be shown here: a model may write escape sequences, and a log may be ASCII."""
@@ -270,7 +315,10 @@ def _count(state: _Phase) -> str:
 def _pairs(state: _Phase, labels: Mapping[str, str]) -> list[tuple[str, str]]:
     """Choose (label, formatted value) of what is shown of a phase."""
     values = state.values
-    shown = SHOWN | {name: (label, "{:+.3f}") for name, label in labels.items()}
+    parts = {name: f"reward {name.removeprefix(PARTS)}" for name in values if name.startswith(PARTS)}
+    parts = {name: label for name, label in parts.items() if len(parts) > 1 and not name.endswith("_std")}
+    named = {name: (label, "{:+.3f}") for name, label in (parts | dict(labels)).items()}
+    shown = {"reward": SHOWN["reward"]} | named | SHOWN
     known = [(label, form.format(values[name])) for name, (label, form) in shown.items() if name in values]
     return known or [(name, f"{value:.4g}") for name, value in list(values.items())[:8]]
 

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import Any
 import jax
 
 from ppo_jax.data.extras import install_line
-from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
+from ppo_jax.data.jsonl import append_jsonl, read_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.runs.output import rundir
+from ppo_jax.runs.output.config import read_mapping
 from ppo_jax.runs.output.screen import Screen
 
 Writer = Callable[[int, str, Mapping[str, float]], object]
@@ -158,8 +160,12 @@ def tensorboard_writer(directory: str | os.PathLike, notify: Callable[[str], Non
 def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Writer:
     """Make a writer to Weights & Biases (off unless asked for); each phase has its own step axis, `<phase>/step`.
 
-    The run id is the name of the run directory, so that a resumed run continues its page. Raises ImportError
+    The run id is drawn once and kept in run.json, so that a resumed run continues its page and two runs that are both
+    called ppo do not. The samples of an evaluation become a table of its page, under `samples`. Raises ImportError
     with the pip command when the package is missing: whoever asks for it wants to know before the run, not after.
+
+    Args:
+      config: settings, nested as in YAML; wandb gets them flat, under dotted names.
     """
     try:
         import wandb
@@ -169,10 +175,10 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
     run_dir = Path(run_dir).resolve()
     run = wandb.init(
         project=project,
-        id=run_dir.name,
+        id=choose_id(run_dir),
         name=run_dir.name,
         dir=str(run_dir),
-        config=dict(config or {}),
+        config=flatten_config(config or {}),
         resume="allow",
         settings=wandb.Settings(x_disable_meta=True),  # the command line, which may hold a reward's URL, and the host
     )
@@ -184,9 +190,42 @@ def wandb_writer(project: str, run_dir: str | os.PathLike, config: Mapping[str, 
             run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
             known.add(phase)
         named = {f"{phase}/{name}": float(value) for name, value in values.items() if not math.isnan(value)}
+        if phase == "eval" and (samples := read_samples(run_dir, step)):
+            columns = list(samples[0])
+            rows = [[sample.get(name) for name in columns] for sample in samples]
+            named["samples"] = wandb.Table(columns=columns, data=rows)
         run.log({**named, f"{phase}/step": int(step)})
 
     return write
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Write nested settings under dotted names, {"hyper": {"kl_coef": 1}} as {"hyper.kl_coef": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten_config(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def choose_id(run_dir: Path) -> str:
+    """Read the id of a run from run.json; draw one, and put it there, where there is none."""
+    known = rundir.read_facts(run_dir).get("wandb")
+    if not known:
+        before = (run_dir / "wandb").is_dir()  # a run of earlier code, whose id was its name
+        known = run_dir.name if before else f"{run_dir.name}-{secrets.token_hex(4)}"
+        rundir.add_facts(run_dir, wandb=known)
+    return known
+
+
+def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """Read the samples of an evaluation as flat rows: step, prompt, response and the scores."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # that they cannot be read is no reason to lose the means
+        return [
+            {"step": sample["step"], "prompt": sample["prompt"], "response": sample["response"], **sample["scores"]}
+            for sample in read_jsonl(run_dir / rundir.SAMPLES)
+            if sample["step"] == step
+        ]
+    return []
 
 
 # -- JSON lines ------------------------------------------------------------------------------------------------------
@@ -234,7 +273,7 @@ def run_files(
         resilient(tensorboard, say, f"{rundir.TENSORBOARD}/"),
     ]
     if wandb:
-        online = wandb_writer(wandb, directory, {"yaml": config})
+        online = wandb_writer(wandb, directory, read_mapping(config) if config else {})
         writers.append(resilient(online, say, "Weights & Biases", (Exception,)))
     return writers
 

@@ -15,6 +15,7 @@ from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.parallel.mesh import use_mesh
 from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints import store
+from ppo_jax.runs.facts import record_start
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.setup import Result, Setup
@@ -103,7 +104,13 @@ class Slice:
         settings = job_settings(job, self.plan, self.base, self.directory)
         assert self.task.setup is not None
         setup, name = self.task.setup(settings), job_name(job, self.plan)
-        directory = rundir.run_directory(settings.run_dir, lambda: rundir.open_run(settings.run_dir, "auto"))
+
+        def open_run() -> Path:
+            found = rundir.open_run(settings.run_dir, "auto")
+            record_start(found)
+            return found
+
+        directory = rundir.run_directory(settings.run_dir, open_run)
         if self.crowd is None:
             self.crowd = Crowd(setup, self.plan.places)
         self.crowd.seat(place, setup)

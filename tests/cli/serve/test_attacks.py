@@ -225,7 +225,7 @@ def test_clients_that_left_are_not_scored(plain: Scorer) -> None:
 def test_a_retry_of_the_same_rows_joins_the_first(plain: Scorer, moment: str) -> None:
     """It takes the first one's place, or its scores; they are computed once."""
     slow, rows = Slow(), body_of(*"abc")
-    with running(plain._replace(score_rows=slow), batch_size=1, max_rows=4) as url, ThreadPoolExecutor(2) as pool:
+    with running(plain._replace(score_rows=slow), batch_size=3, max_rows=4) as url, ThreadPoolExecutor(2) as pool:
         if moment == "waiting":
             pool.submit(httpx.post, f"{url}{THEIRS}", content=body_of("d"), timeout=60)
             wait_until(lambda: metrics_of(url).get("ppo_jax_rows_total") == 1)
@@ -281,6 +281,27 @@ def test_malformed_http_is_refused_in_json(plain: Scorer, said: bytes) -> None:
         with peer(url, said) as client:
             assert answer_of(client)[:2] == (400, {"detail": "this is not HTTP/1.1"})
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: ", 400),
+        (head(2**40), 413),
+    ],
+)
+def test_who_goes_on_speaking_reads_the_answer_first(plain: Scorer, said: bytes, status: int) -> None:
+    """Not a reset connection, as TCP makes of one that is closed with bytes unread; endless talk ends it."""
+    with running(plain) as url:
+        with peer(url, said) as client:
+            for _ in range(8):
+                client.sendall(b"x" * 50_000)
+                time.sleep(0.02)
+            assert answer_of(client)[0] == status
+        with peer(url, said) as client, contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                client.sendall(b"x" * 100_000)
+            pytest.fail("a hundred megabytes were read")
 
 
 @pytest.mark.parametrize("path", [f"{OURS}/", f"{THEIRS}/", "/health/", "//health", "/"])

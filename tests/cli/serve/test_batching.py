@@ -73,13 +73,80 @@ def test_a_wrong_number_of_scores_is_an_error_and_never_shifted() -> None:
     batcher.stop()
 
 
-def test_a_request_larger_than_a_batch_is_scored_in_one_call() -> None:
+def test_a_request_larger_than_a_batch_is_scored_in_parts() -> None:
     score = Recorder()
     batcher = Batcher(score, batch_size=2)
     batcher.start()
     assert batcher.submit([[i] for i in range(7)]).result(30) == list(range(7))
     batcher.stop()
-    assert score.sizes == [7]  # row_scorer cuts it into programs
+    assert score.sizes == [2, 2, 2, 1]
+
+
+def test_a_small_request_waits_for_two_batches_and_large_ones_go_on() -> None:
+    """By hand: batches hold 4 in total; three of 3 rows of size 2 came before the small ones, and go by turns."""
+    done: list[Sequence[int]] = []
+
+    def score(rows: Sequence[Sequence[int]]) -> np.ndarray:
+        go.wait()
+        done.append([row[0] for row in rows])
+        return sums(rows)
+
+    go = threading.Event()
+    batcher = Batcher(score, batch_size=8, measure=len, batch_total=4)
+    batcher.start()
+    first = batcher.submit([[0]])
+    while batcher.waiting:
+        time.sleep(0.001)
+    large = [batcher.submit([[n + i, 0] for i in range(3)]) for n in (10, 20, 30)]
+    small = [batcher.submit([[n]]) for n in (1, 2)]
+    go.set()
+    assert [f.result(30) for f in large] == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+    assert [f.result(30) for f in (first, *small)] == [[0], [1], [2]]
+    batcher.stop()
+    assert done == [[0], [1, 2, 10], [11, 12], [20, 21], [22, 30], [31, 32]]
+
+
+def test_a_large_request_that_fails_in_part_is_scored_no_further() -> None:
+    score = Recorder()
+    batcher = Batcher(score, batch_size=2)
+    batcher.start()
+    with pytest.raises(RuntimeError, match="13 is not scored"):
+        batcher.submit([[13], [1], [2], [3], [4]]).result(30)
+    assert batcher.submit([[1]]).result(30) == [1] and score.sizes == [2, 1] and batcher.waiting == 0
+    batcher.stop()
+
+
+def test_of_a_large_request_that_is_left_no_more_is_scored() -> None:
+    score = Recorder()
+    score.go.clear()
+    batcher = Batcher(score, batch_size=2)
+    batcher.start()
+    left = batcher.submit([[1], [2], [3], [4], [5]])
+    while batcher.waiting == 5:
+        time.sleep(0.001)
+    batcher.leave(left)
+    other = batcher.submit([[6]])
+    score.go.set()
+    assert other.result(30) == [6] and score.sizes == [2, 1]
+    with pytest.raises(Full, match="nobody waits"):
+        left.result(0)
+    assert not batcher.join(left) and batcher.waiting == 0
+    batcher.stop()
+
+
+def test_the_end_cuts_a_large_request_off() -> None:
+    score = Recorder()
+    score.go.clear()
+    batcher = Batcher(score, batch_size=2)
+    batcher.start()
+    asked = batcher.submit([[1], [2], [3]])
+    while batcher.waiting == 3:
+        time.sleep(0.001)
+    assert not batcher.stop(0.05)
+    with pytest.raises(Full, match="has stopped"):
+        asked.result(0)
+    score.go.set()
+    assert batcher.stop() and score.sizes == [2]
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:

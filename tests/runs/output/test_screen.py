@@ -7,9 +7,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 from rich.console import Console
 
+from ppo_jax.runs.output.caller import CALLER, in_words_of_caller
+from ppo_jax.runs.output.pace import PlannedPhase, count_compiling
 from ppo_jax.runs.output.screen import clock_time, progress
 
 
@@ -179,3 +182,93 @@ def test_pipe_is_plain_even_with_force_color():
         "note",
         "[ppo]  2/2  reward +2.000",
     ]
+
+
+# -- phases, compiling, and what runs between two updates --------------------------------------------------------------
+
+PLAN = {"reading": PlannedPhase("what it reads", 1), "ppo": PlannedPhase("PPO", 3), "last": PlannedPhase("the end", 2)}
+
+
+def plan(screen) -> None:
+    screen.plan = PLAN
+
+
+def test_phases_are_counted_and_the_time_of_all_is_estimated():
+    text = run(
+        [plan, *({"phase": "reading", "step": i, "total": 11} for i in range(1, 12)), ppo(1), ppo(2)], seconds=10.0
+    )
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("Phase")] == [
+        "Phase 1 of 3: what it reads", "Phase 2 of 3: PPO",
+    ]  # fmt: skip
+    # At 30 s the phase "reading" has begun 10 s ago and is 90 s from its end: 100 s for one of six units.
+    assert "2/11  elapsed 0:30  left 1:30, of all 9:50" in text
+    # At 130 s PPO (3 units) begins, of which nothing is known: a unit takes 130 s, as the one before.
+    assert lines[-2].startswith("[ppo]  1/100") and lines[-2].endswith("of all 10:50")
+    # At 140 s 98 updates of 10 s are left of PPO, which so takes 990 s: two more units take 660 s.
+    assert lines[-1].endswith("left 16:20, of all 27:20")
+
+
+def test_without_a_plan_no_phase_is_announced():
+    assert "Phase" not in run([lambda s: s.begin("ppo"), ppo(1)])
+
+
+def test_seconds_of_compiling_are_no_part_of_the_pace():
+    spent = iter([0.0, 0.0, 30.0])
+    # Updates 1 and 3 are 30 + 2 * 5 s apart, of which 30 s went into a compilation: 97 updates of 5 s are left.
+    waits = iter([5.0, 5.0, 35.0])
+    clock = Clock()
+    stream = io.StringIO()
+    with progress(
+        "demo", console=Console(file=stream, width=120), clock=clock, compiling=lambda: next(spent)
+    ) as screen:
+        for step in (1, 2, 3):
+            clock.now += next(waits)
+            screen.update(**ppo(step))
+    assert "3/100  elapsed 0:45  left 8:05" in stream.getvalue()
+
+
+def test_jax_tells_of_the_seconds_that_it_compiles():
+    before = (seconds := count_compiling())()
+    jax.jit(lambda x: x * 3.25 + 1)(1.5).block_until_ready()
+    assert seconds() > before and count_compiling() is seconds
+
+
+def test_what_runs_between_updates_is_said_once_and_replaces_the_phase():
+    def busy(screen) -> None:
+        screen.doing("compiling (once)", "ppo")
+        assert "compiling (once)" in render(screen) and "ppo" not in render(screen)
+
+    def on(screen) -> None:
+        screen.doing("", "ppo")
+        assert "ppo" in render(screen) and "eval" not in render(screen)
+
+    evaluation = {"phase": "eval", "step": 1, "values": {"reward": 0.0}}
+    text = run([busy, busy, ppo(1), evaluation, on])
+    assert text.count("compiling (once)") == 1
+
+
+def render(screen) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_line_of_ppo_has_the_parts_of_the_reward_the_coefficient_and_the_value_loss():
+    parts = {"reward/a": 0.25, "reward/b": 0.75, "reward/b_std": 3.0}
+    text = run([ppo(1, reward=1.0, kl=2.0, kl_coef=0.05, value_loss=0.5, **parts)])
+    assert (
+        "reward +1.000  reward a +0.250  reward b +0.750  KL 2.00 nats  KL coefficient 0.05  value loss 0.500" in text
+    )
+    assert "reward a" not in run([ppo(1, reward=1.0, **{"reward/a": 1.0})])  # the one part is the reward itself
+
+
+def test_options_are_said_in_the_words_of_make(monkeypatch):
+    said = 'pass --resume to go on, --overwrite to delete it; "--resume auto starts one"; runs/x--resume; --resumed'
+    assert in_words_of_caller(said) == said
+    monkeypatch.setenv(CALLER, "make demo")
+    assert in_words_of_caller(said) == (
+        "make demo ARGS=--resume to go on, make demo ARGS=--overwrite to delete it; "
+        '"make demo ARGS="--resume auto" starts one"; runs/x--resume; --resumed'
+    )
+    assert "Go on with make demo ARGS=--resume" in run([lambda s: s.message("Go on with --resume")])

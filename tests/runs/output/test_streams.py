@@ -136,16 +136,33 @@ def test_a_process_leaves_no_noise() -> None:
     assert done.stderr == "ppo-jax: standard output cannot be written: [Errno 28] No space left on device\n"
 
 
-def test_a_run_whose_reader_goes_trains_to_its_end(tmp_path: Path) -> None:
+SFT = "sft --model model --data sft.jsonl --run-dir run --sft.steps 3 --sft.batch-size 8"
+
+
+def check_trained(folder: Path) -> None:
+    assert (folder / "run" / rundir.REPORT).is_file()
+    said = (folder / "run" / rundir.LOG).read_text()
+    assert "[sft]  3/3" in said and "the model is at run/export/model" in said
+
+
+def test_a_run_whose_reader_has_gone_trains_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_stage_files(tmp_path)
+    with stream("nobody") as out, stream("nobody") as error, monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", error)
+        assert cli.main(SFT.split()) == 0
+    check_trained(tmp_path)
+
+
+@pytest.mark.long
+def test_a_process_whose_reader_goes_trains_to_its_end(tmp_path: Path) -> None:
     """`ppo-jax sft ... 2>&1 | head -1`"""
     write_stage_files(tmp_path)
-    words = "sft --model model --data sft.jsonl --run-dir run --sft.steps 3 --sft.batch-size 8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": tmp_path, "env": environment}
-    run = subprocess.Popen([COMMAND, *words.split()], **pipes)  # type: ignore[call-overload]
+    run = subprocess.Popen([COMMAND, *SFT.split()], **pipes)  # type: ignore[call-overload]
     assert run.stdout.readline()
     run.stdout.close()
     assert run.wait(240) == 0
-    assert (tmp_path / "run" / rundir.REPORT).is_file()
-    said = (tmp_path / "run" / rundir.LOG).read_text()
-    assert "[sft]  3/3" in said and "the model is at run/export/model" in said
+    check_trained(tmp_path)

@@ -46,6 +46,7 @@ def test_slices_ask_at_the_same_time(server: Server, tmp_path: Path) -> None:
     assert len(studies) == 3 and sorted(found) == [(r, g) for r in (4, 8) for g in (0.5, 0.6, 0.7, 0.8)]
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_and_comes_back(server: Server, tmp_path: Path, capsys) -> None:
     """Training goes on meanwhile, nobody is taken for dead, and every result is told once it is back."""
     base = dataclasses.replace(Settings(), pause=0.1, loop=dataclasses.replace(Settings().loop, updates=12))

@@ -45,6 +45,7 @@ def check_whole(directory: Path, updates: int = UPDATES) -> None:
             assert [r["step"] for r in records(path, "eval")] == [s for s in range(updates + 1) if s % 3 == 0]
             assert store.latest_step(path / rundir.CHECKPOINTS) == updates
             assert (path / EXPORT / "policy").is_dir() and (path / rundir.CONFIG).exists()
+            assert rundir.read_facts(path)["sessions"][0]["commit"] and (path / "README.txt").exists()
 
 
 class Swept:
@@ -107,11 +108,11 @@ def test_a_trial_is_the_run_alone(swept: Swept, tmp_path: Path) -> None:
 def test_pruned_trials_are_saved_where_they_ended_and_their_places_are_filled(tmp_path: Path) -> None:
     base = dataclasses.replace(Settings(), loop=dataclasses.replace(Settings().loop, updates=12))
     with compilations() as compiled:
-        sweep(tmp_path, base, task=TASK, trials=9, members=3, prune="halving", prune_factor=3, seed=1)
+        sweep(tmp_path, base, task=TASK, trials=6, members=2, prune="halving", prune_factor=3, seed=1)
     assert sum("iterate_members" in name for name in compiled) <= 1
     rows = read_results(tmp_path).rows
     pruned = [row for row in rows if row.state == "pruned"]
-    assert len(rows) == 9 and pruned and {row.state for row in rows} == {"finished", "pruned"}
+    assert len(rows) == 6 and pruned and {row.state for row in rows} == {"finished", "pruned"}
     for row in pruned:
         path = tmp_path / "trials" / row.names[0]
         last = records(path)[-1]["step"]

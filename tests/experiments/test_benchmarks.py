@@ -1,0 +1,57 @@
+"""What the benchmarks make of their measurements, by hand; the workers themselves are rehearsed with --tiny."""
+
+import json
+
+from experiments.benchmarks.side_by_side import PEERS, install, summary, table
+from experiments.benchmarks.workloads import WORKLOADS, Clock, Shape, Workload, find_workload
+
+
+def test_operations_of_an_update_are_those_counted_by_hand() -> None:
+    """One layer of width 2, one head of 2, MLP 3, vocabulary 5; one row of 1 + 1 tokens, one epoch."""
+    shape = Shape(vocabulary=5, width=2, layers=1, heads=1, kv_heads=1, mlp=3)
+    weights = 4 * 2 * 2 + 3 * 2 * 3  # q k v o, gate up down
+    assert shape.products == weights
+    trunk, scores, table = 2 * 2 * weights, 2 * (2 * 2 * 2 * 2), 2 * 2 * 5  # 2 tokens; q k' and w v; 1 response token
+    work = Workload(shape, batch=1, prompt=1, response=1, epochs=1)
+    assert work.update_flops() == (trunk + scores + table) + 3 * (trunk + scores + table)
+    lora = Workload(shape, batch=1, prompt=1, response=1, epochs=1, adapter="lora")
+    assert lora.update_flops() == (trunk + scores + table) + 2 * (trunk + table) + 3 * scores
+
+
+def test_every_workload_has_a_rehearsal_and_every_peer_does_some_of_them() -> None:
+    for name, work in WORKLOADS.items():
+        tiny = find_workload(f"tiny:{name}")
+        assert tiny.tokens < work.tokens / 10 and tiny.batch % tiny.micro_batches == 0
+        assert (tiny.adapter, tiny.own_critic, tiny.reward) == (work.adapter, work.own_critic, work.reward)
+    assert {name for peer in PEERS.values() for name in peer.workloads} <= WORKLOADS.keys()
+
+
+def test_a_clock_adds_up_by_phase_and_returns_what_the_work_returns() -> None:
+    clock = Clock()
+    clock.begin()
+    assert clock.time("a", divmod, 7, 2) == (3, 1) and clock.time("a", sorted, [2, 1], reverse=True) == [2, 1]
+    assert list(clock.iterations[0]) == ["a"] and all(seconds >= 0 for seconds in clock.iterations[0]["a"])
+
+
+def test_figures_are_medians_over_all_processes_without_their_first_iterations() -> None:
+    def record(*updates: float, **more: float) -> dict:
+        return {"iterations": [{"generate": [1, 2], "update": [u, 2 * u]} for u in updates], "peak_mib": 100} | more
+
+    row = summary("T", [record(90, 3, 5), record(70, 4, 40, decode_ms=7.0, decode_floor_ms=5.0, product_gflops=100.0)])
+    assert row["wall"]["update"] == 4.5 and row["cpu"]["update"] == 9 and row["wall"]["whole"] == 5.5
+    assert row["wall"]["first"] == [91, 71] and row["wall"]["spread"] == [4, 41]
+    assert row["update_gflops"] == WORKLOADS["T"].update_flops() / 4.5 / 1e9
+    slower = summary("T", [record(9, 9), record(9, 9)])
+    lines = list(table([{"workload": "T", "trainer": "ours"} | row, {"workload": "T", "trainer": "peer"} | slower]))
+    assert len({line.count("|") for line in lines}) == 1
+    assert "7.0 (5.0)" in lines[2] and "91.0 / 71.0" in lines[2] and f"| {20 / 11:.2f} |" in lines[3]
+
+
+def test_an_environment_is_installed_once(tmp_path, monkeypatch) -> None:
+    commands: list[list] = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
+    tmp_path.joinpath("bin").mkdir()
+    for _ in range(2):
+        install(tmp_path, PEERS["TRL 0.11.4"])
+    assert len(commands) == 3 and commands[1][-1] == "torch==2.13.0" and "trl==0.11.4" in commands[2]
+    assert json.loads(tmp_path.joinpath("installed.json").read_text())[0] == ["torch==2.13.0"]
