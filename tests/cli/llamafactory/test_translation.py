@@ -69,6 +69,7 @@ def test_ppo_keeps_its_semantics(tmp_path: Path) -> None:
     assert (loop["batch_size"], loop["updates"], loop["warmup"]) == (2, 12, 2)
     assert hyper == {
         "learning_rate": 1e-4, "temperature": 0.95, "max_grad_norm": 1.0, "kl_coef": 0.2, "kl_target": 6.0,
+        "kl_horizon": 10_000.0, "gamma": 1.0, "lam": 0.95, "clip_low": 0.2, "clip_high": 0.2,
         "vf_coef": 0.1, "value_clip": 0.2, "ratio_threshold": 10.0,
     }  # fmt: skip
     assert settings.settings["reward"] == ["saves/rm"] and settings.settings["scoring"] == {"at": "sampled"}
