@@ -164,7 +164,7 @@ def edited(path: Path, **fields: object) -> None:
         ({"num_labels": None, "id2label": {"0": "a", "1": "b", "2": "c"}}, "num_labels=3"),
         ({"num_labels": None, "id2label": None}, "num_labels=2"),
         ({"architectures": ["LlamaForCausalLM"]}, r"architectures=\['LlamaForCausalLM'\] is not supported"),
-        ({"architectures": ["GPT2ForSequenceClassification"]}, "supported: LlamaForSequenceClassification"),
+        ({"architectures": ["BloomForSequenceClassification"]}, "supported: LlamaForSequenceClassification"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "contradicts model_type='llama'"),
         ({"architectures": None}, "architectures=None is not supported"),
         ({"ppo_jax_bias": "x"}, "ppo_jax_bias='x' is not a finite number"),

@@ -200,8 +200,8 @@ def test_a_config_says_nothing_twice(copy: Path) -> None:
 
 
 def test_an_unsupported_config_names_file_and_field(copy: Path) -> None:
-    edit(copy, "config.json", hidden_act="gelu")
-    with pytest.raises(ValueError, match=r"model/config.json: hidden_act='gelu' is not supported"):
+    edit(copy, "config.json", hidden_act="relu")
+    with pytest.raises(ValueError, match=r"model/config.json: hidden_act='relu' is not supported"):
         hf.load(copy)
 
 
