@@ -15,9 +15,9 @@ def plan_rating_models(wanted: Sequence[Any], config: ModelConfig, test: int) ->
     plan: dict[str, PlannedPhase] = {}
     for name, train, reward in wanted:
         depth, trained = reward.trunk(config).num_layers, reward.lora_layers if reward.trains else 0
-        plan[f"{name} features"] = PlannedPhase(f"what {LABELS[name]} reads", len(train) * (depth - trained))
+        plan[f"{name} features"] = PlannedPhase(f"what {LABELS.get(name, name)} reads", len(train) * (depth - trained))
         if trained:
-            plan[name] = PlannedPhase(LABELS[name], WITH_GRADIENT * reward.epochs * len(train) * trained)
+            plan[name] = PlannedPhase(LABELS.get(name, name), WITH_GRADIENT * reward.epochs * len(train) * trained)
     if wanted:
         depth = max(one.reward.trunk(config).num_layers for one in wanted)
         plan["held-out features"] = PlannedPhase("measuring both on held-out sentences", test * depth)

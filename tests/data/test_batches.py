@@ -125,7 +125,7 @@ def _mixed(weights: list[float], sizes: list[int], batch_size: int, seed: int = 
     st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 0.5]), st.integers(1, 9)), min_size=1, max_size=4),
     st.integers(0, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_each_file_gets_its_share_of_every_batch(files: list[tuple[float, int]], seed: int) -> None:
     """Of the first n rows each file has its share to within a row for each file, at every batch's end."""
     weights, sizes = [weight for weight, _ in files], [size for _, size in files]

@@ -162,7 +162,8 @@ def test_a_place_is_filled_anew_without_compiling_and_the_newcomer_is_who_it_is_
     assert compiled  # the counter counts
 
 
-@pytest.mark.parametrize(("count", "shape"), [(8, (4, 2, 1)), pytest.param(2, (4, 2, 1), marks=pytest.mark.long)])
+@pytest.mark.long  # where members lie: test_members_that_do_not_divide..., parallel/test_members
+@pytest.mark.parametrize(("count", "shape"), [(8, (4, 2, 1)), (2, (4, 2, 1))])
 def test_on_eight_devices_members_are_spread_or_else_their_rows(count: int, shape: tuple[int, int, int]) -> None:
     """The other seven are untouched there too, and nothing compiles when a place is filled anew."""
     here = Run(list(range(count)), iteration=make_members(ALGORITHM) if count != K else None)
