@@ -128,7 +128,7 @@ def test_a_member_that_explodes_ends_alone_and_its_place_is_filled(tmp_path: Pat
     assert [r["step"] for r in records(tmp_path / "trials" / calm.names[0])] == list(range(1, UPDATES + 1))
 
 
-@pytest.mark.long  # the plan of groups: test_plan; places that are filled by other runs: above
+@pytest.mark.long  # the plan of groups: test_ranges; places that are filled by other runs: above
 def test_static_fields_are_groups_that_run_one_after_another(tmp_path: Path) -> None:
     ranges = {"rank": "1 2", "hyper.learning_rate": "1e-3 1e-2"}
     sweep(tmp_path, ranges=ranges, task=TASK, search="grid", members=2)
