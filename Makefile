@@ -2,7 +2,8 @@
 # make test   everything it needs, then the tests                                 (ARGS="tests/ops -x" to choose)
 # make test-all   the long ones too: every mesh, every place to be killed in, long fuzzing (see docs/testing.md)
 # make lint   ruff (lint and format) and mypy
-# make serve  the packages of the reward server; likewise: sweep, wandb, notebooks, cuda, tpu
+# make notebooks  the notebooks of the papers, each on a toy in seconds (ARGS="--only 05" to choose)
+# make serve  the packages of the reward server; likewise: sweep, wandb, cuda, tpu
 # make clean  removes the environment and caches; never runs/
 #
 # Needs Python 3.11 or newer with venv and pip; another interpreter: make PYTHON=python3.12 demo
@@ -22,6 +23,7 @@ PYTEST := $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations
 CREATED := $(VENV)/.stamp-created
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
+NOTEBOOKS := $(VENV)/.stamp-notebooks
 
 .PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint format install dev clean
 .DEFAULT_GOAL := demo
@@ -44,8 +46,11 @@ format: $(DEV)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-# The packages of an extra: the reward server, sweeps, Weights & Biases, notebooks, JAX for NVIDIA GPUs or TPUs.
-serve sweep wandb notebooks cuda tpu: $(CORE)
+notebooks: $(NOTEBOOKS)
+	$(PY) -m experiments.papers.execute --smoke $(ARGS)
+
+# The packages of an extra: the reward server, sweeps, Weights & Biases, JAX for NVIDIA GPUs or TPUs.
+serve sweep wandb cuda tpu: $(CORE)
 	$(INSTALL) --no-build-isolation --editable ".[$@]"
 
 install: $(CORE)
@@ -67,6 +72,10 @@ $(DEV): $(CREATED) pyproject.toml constraints.txt
 	$(INSTALL) setuptools torch==2.13.0
 	$(INSTALL) --no-build-isolation --editable ".[dev,parity,experiments,tensorboard,sweep]"
 	touch $(CORE) $@
+
+$(NOTEBOOKS): $(CORE)
+	$(INSTALL) --no-build-isolation --editable ".[notebooks]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -67,14 +67,21 @@ def run_study(study: Study, args: list[str] | None = None) -> Path:
             "processor_minutes": round((time.process_time() - processor) / 60, 3),
         }
         line = json.dumps({"setting": setting, "result": result, **times, **facts}, allow_nan=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(path, line)
         print(f"{study.name} {number}/{len(missing)}  {times['minutes']:.2f} min  {setting}", flush=True)
     return path
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line; one that a stop has cut off before it stays a line of its own."""
+    with path.open("a+b") as file:
+        if file.tell() and path.read_bytes()[-1:] != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
 def read_records(path: Path) -> list[Record]:
-    """The records of a file, in its order; a last line that a stop cut off does not count."""
+    """The records of a file, in its order; a line that a stop cut off does not count."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
