@@ -50,12 +50,7 @@ class Score(NamedTuple):
 @functools.cache
 def learn_language(steps: int = 400) -> Language:
     """Train the four-layer model of the demo on random sentences, the same in every process."""
-    config, rng = model(0).config, np.random.default_rng(0)
-    logits = 1.5 * rng.normal(size=(config.vocab_size, config.vocab_size))
-    logits[:, END] = -np.inf
-    chances = np.exp(logits)
-    chances *= 0.9 / chances.sum(1, keepdims=True)
-    chances[:, END] = 0.1
+    config, chances = model(0).config, make_chances()
 
     def rows(step: int) -> Demonstrations:
         tokens = write_sentences(chances, 64, np.random.default_rng(step + 1))
@@ -70,6 +65,16 @@ def learn_language(steps: int = 400) -> Language:
         entropy = np.nansum(-chances * np.log(chances), axis=1)
     visited = np.concatenate([row[:-1][np.cumprod(row[:-1] != END) > 0] for row in rows(10**6).tokens])
     return Language(config, base, chances, float(np.mean(losses[-20:])), float(entropy[visited].mean()))
+
+
+def make_chances() -> np.ndarray:
+    """[V, V]: which word follows which, drawn once; END with probability 0.1 always."""
+    logits = 1.5 * np.random.default_rng(0).normal(size=(len(WORTH), len(WORTH)))
+    logits[:, END] = -np.inf
+    chances = np.exp(logits)
+    chances *= 0.9 / chances.sum(1, keepdims=True)
+    chances[:, END] = 0.1
+    return chances
 
 
 def write_sentences(chances: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
