@@ -4,7 +4,8 @@
 
 The gold score is good words less bad ones, less the squares of how often each word is repeated. A proxy is a logistic
 regression on the counts of the words, which cannot see a repetition, from comparisons of the reference's responses
-whose labels are drawn by Bradley and Terry's rule from the gold score. No network takes part: the reference is the language.
+whose labels are drawn by Bradley and Terry's rule from the gold score. No network takes part: the reference is the
+language itself.
 """
 
 import functools
