@@ -17,7 +17,7 @@ from ppo_jax.models.adapters import init_full
 from ppo_jax.parallel.members import feed_members
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.dpo import DPOConfig, DPOScalars, Preferences, make_dpo_step
-from ppo_jax.train.optimizer import make_optimizer
+from ppo_jax.train.optimizer import descend, make_optimizer
 from ppo_jax.train.options import Algorithm, KLConfig, PPOConfig
 from ppo_jax.train.population import make_members, stack_hypers, stack_prompts
 from ppo_jax.train.state import init_state
@@ -37,13 +37,14 @@ METHODS = {
         **GROUPED, advantage="dr_grpo", aggregation="constant", kl=KLConfig("k2", "loss", "response")
     ),
 }
+EXACT = "exact gradient, no samples"
 RATES = {"DPO": 1e-3}  # the others learn at 3e-3
 
 
 def settings(toy: bool) -> list[Setting]:
     """One for each method; all seeds of it are one population."""
     size = {"rows": 64, "iterations": 6} if toy else {"rows": ROWS, "iterations": ITERATIONS}
-    return [{"method": m, "beta": BETA, "seeds": SEEDS[:2] if toy else SEEDS, **size} for m in [*METHODS, "DPO"]]
+    return [{"method": m, "beta": BETA, "seeds": SEEDS[:2] if toy else SEEDS, **size} for m in [*METHODS, "DPO", EXACT]]
 
 
 def run(setting: Setting, toy: bool) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run(setting: Setting, toy: bool) -> dict[str, Any]:
     worlds = [World(base, make_world(seed).rewards) for seed in setting["seeds"]]
     targets = np.stack([optimum(world, setting["beta"]) for world in worlds])
     start = np.stack([np.asarray(enumerable.probabilities(world.base, {})) for world in worlds])
-    train = train_dpo if setting["method"] == "DPO" else train_population
+    train = {"DPO": train_dpo, EXACT: train_exactly}.get(setting["method"], train_population)
     steps, policies = train(setting, worlds)
     return rounded(
         {
@@ -77,6 +78,7 @@ def measured(iterations: int) -> set[int]:
 
 
 _chances = jax.jit(jax.vmap(enumerable.probabilities))
+_probabilities = jax.jit(enumerable.probabilities)
 
 
 def reward(frozen: Frozen, rollout: Rollout, prefix: jax.Array | None, layers: int) -> Scores:
@@ -123,7 +125,7 @@ def train_dpo(setting: Setting, worlds: list[World]) -> tuple[list[int], list[np
             scalars = DPOScalars(rate(setting, number / (iterations * STEPS)), 1.0, setting["beta"], 0.0)
             adapter, state, _ = step(adapter, state, worlds[0].base, draw(pairs), scalars)
             if number % STEPS == STEPS - 1 and number // STEPS + 1 in measured(iterations):
-                curve.append(np.asarray(enumerable.probabilities(worlds[0].base, adapter)))
+                curve.append(np.asarray(_probabilities(worlds[0].base, adapter)))
         found.append(curve)
     return sorted(measured(iterations)), list(np.stack(found, axis=1))
 
@@ -144,6 +146,31 @@ def pair_drawer(base: PyTree, world: World, seed: int) -> Callable[[int], Prefer
         return Preferences(*(jnp.asarray(x[both]) for x in (tokens, mask, loss_mask)))
 
     return draw
+
+
+def train_exactly(setting: Setting, worlds: list[World]) -> tuple[list[int], list[np.ndarray]]:
+    """Adam on the objective itself, a sum over all responses: what this model and number of steps can reach at all."""
+    iterations, optimizer, beta = setting["iterations"], make_optimizer(), setting["beta"]
+
+    @jax.jit
+    def move(adapter: PyTree, state: Any, world: World, rate: float) -> tuple[PyTree, Any]:
+        def loss(adapter: PyTree) -> jax.Array:
+            logprobs = jnp.sum(enumerable.token_logprobs(world.base, adapter), axis=1)
+            reference = jnp.sum(enumerable.token_logprobs(world.base, {}), axis=1)
+            return -jnp.sum(jnp.exp(logprobs) * (world.rewards - beta * (logprobs - reference)))
+
+        return descend(adapter, jax.grad(loss)(adapter), state, optimizer, rate, 1.0)[:2]
+
+    found = []
+    for world in worlds:
+        adapter, curve = init_full(world.base), []
+        state = optimizer.init(adapter)
+        for number in range(iterations * STEPS):
+            adapter, state = move(adapter, state, world, rate(setting, number / (iterations * STEPS)))
+            if number % STEPS == STEPS - 1 and number // STEPS + 1 in measured(iterations):
+                curve.append(np.asarray(_probabilities(world.base, adapter)))
+        found.append(curve)
+    return sorted(measured(iterations)), list(np.stack(found, axis=1))
 
 
 STUDY = Study("optimum", settings, run)
