@@ -65,7 +65,7 @@ for place, line in (("pytorch", "o-"), ("tensorflow1", "s--")):
     axes.plot(gradients, first[place]["w"], line, markevery=6, label=place)
 axes.set(xscale="log", xlabel="size of the gradient of one parameter", ylabel="first step / learning rate",
          title="Adam's first step at eps = 1e-5")  # fmt: skip
-axes.legend()
+_ = axes.legend()
 
 # %% [markdown]
 # ## Training

@@ -64,7 +64,7 @@ print("KL    kind   bias: exact   sampled (5 seeds)      paper     std: exact   
 for (shift, kind), paper in PAPER.items():
     exact = select(records, part="exact", shift=shift)[0]["result"][kind]
     sampled = [r["result"][kind] for r in select(records, part="sampled", shift=shift)]
-    row = f"{shift**2 / 2:<5} {kind}"
+    row = f"{shift**2 / 2:<5.3g} {kind}"
     for number, name in enumerate(("bias", "std")):
         values = np.array([s[name] for s in sampled])
         error = values.std(ddof=1) / np.sqrt(len(values))
@@ -75,7 +75,7 @@ for (shift, kind), paper in PAPER.items():
 
 # %% [markdown]
 # ## The gradients
-# The bars are means over 5 policies; a line ends at the smallest and at the largest of them.
+# Marks are means over 5 policies; a bar ends at the smallest and at the largest of them.
 
 # %%
 kls = sorted({r["setting"]["kl"] for r in select(records, part="gradients")})
@@ -145,7 +145,7 @@ for number, (kind, found) in enumerate(curves.items()):
     draw_band(axes, np.arange(31), found, f"{kind} in the loss", number)
 axes.set(xlabel="updates", ylabel="KL to the reference (nats per response)", yscale="log",
          title="The penalty alone, mean and standard deviation of 3 seeds")  # fmt: skip
-axes.legend()
+_ = axes.legend()
 
 # %% [markdown]
 # ## Verdict
