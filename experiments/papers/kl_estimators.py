@@ -151,7 +151,7 @@ def expected_gradient(place: str, base: PyTree, adapter: PyTree, weights: Float[
     def loss(adapter: PyTree) -> Float[Array, ""]:
         if place == "k1 in loss":  # the options refuse it
             k1 = kl_penalty(token_logprobs(base, adapter), reference, "k1")
-            return jnp.sum(batch.weights * jnp.where(rows.response_mask, k1, 0.0))
+            return jnp.sum(weights[:, None] * jnp.where(rows.response_mask, k1, 0.0))
         policy, hyper = Policy(adapter, zero_value_head(CONFIG)), Hyper(temperature=1.0, kl_coef=1.0)
         return ppo_loss(policy, algorithm, Frozen(base), batch, Counts(jnp.ones(())), hyper)[0]
 

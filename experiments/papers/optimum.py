@@ -14,7 +14,6 @@ from experiments.papers import enumerable
 from experiments.papers.enumerable import CONFIG, RESPONSES, T, World, list_rows, make_world, optimum, total_variation
 from experiments.papers.records import Setting, Study, rounded, run_as_command
 from ppo_jax.models.adapters import init_full
-from ppo_jax.parallel.members import feed_members
 from ppo_jax.rollout import Sampling
 from ppo_jax.train.dpo import DPOConfig, DPOScalars, Preferences, make_dpo_step
 from ppo_jax.train.optimizer import descend, make_optimizer
@@ -81,10 +80,10 @@ _chances = jax.jit(jax.vmap(enumerable.probabilities))
 _probabilities = jax.jit(enumerable.probabilities)
 
 
-def reward(frozen: Frozen, rollout: Rollout, prefix: jax.Array | None, layers: int) -> Scores:
+def reward(frozen: Frozen, rollout: Rollout, prefix: jax.Array | None, prefix_layers: int) -> Scores:
     """A device reward of a population: the world of a member is that of its prompts' index."""
     own = frozen.reward[rollout.index[0]]
-    return enumerable.reward(frozen._replace(reward=own), rollout, prefix, layers)
+    return enumerable.reward(frozen._replace(reward=own), rollout, prefix, prefix_layers)
 
 
 def train_population(setting: Setting, worlds: list[World]) -> tuple[list[int], list[np.ndarray]]:
@@ -92,15 +91,15 @@ def train_population(setting: Setting, worlds: list[World]) -> tuple[list[int], 
     ppo, rows, iterations = METHODS[setting["method"]], setting["rows"], setting["iterations"]
     members = make_members(Algorithm(CONFIG, ppo, make_optimizer(), reward))
     base = worlds[0].base
-    states = [init_state(jax.random.key(s), init_full(base), CONFIG, make_optimizer(), BETA) for s in setting["seeds"]]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    alone = [init_state(jax.random.key(s), init_full(base), CONFIG, make_optimizer(), BETA) for s in setting["seeds"]]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *alone)
     asked = [enumerable.prompts(rows // ppo.group_size) for _ in worlds]
     asked = [p._replace(index=jnp.full(p.index.shape, place)) for place, p in enumerate(asked)]
     prompts = stack_prompts(asked)
     frozen = Frozen(base, jnp.stack([world.rewards for world in worlds]))
     critic = {"lam": 1.0, "value_clip": 1e6, "vf_coef": 0.3} if ppo.has_critic else {}
     hyper = Hyper(temperature=1.0, kl_coef=setting["beta"], **critic)
-    active = feed_members(np.ones(len(worlds), bool))
+    active = jnp.ones(len(worlds), bool)
     steps, found = [], []
     for step in range(iterations):
         hypers = stack_hypers([hyper._replace(learning_rate=rate(setting, step / iterations))] * len(worlds))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,4 +114,4 @@ def rounded(values: Any, digits: int = 5) -> Any:
 
 def run_as_command(study: Study) -> None:
     """What `python -m experiments.papers.NAME` does."""
-    sys.exit(exit_code(f"experiments.papers.{study.name}", lambda args=None: run_study(study, args), resumable=True))
+    sys.exit(exit_code(f"experiments.papers.{study.name}", partial(run_study, study), resumable=True))

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from ppo_jax.cli.demo.language import BAD, GOOD, model
 from ppo_jax.models.adapters import init_full
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.parallel.members import feed_members
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm
@@ -153,7 +152,7 @@ def train_members(
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Train a population for `updates`; metrics as [member, update]. Members have prompts of their own."""
     language, members = learn_language(), members_of(algorithm)
-    frozen, active = Frozen(language.base, score), feed_members(np.ones(len(hypers), bool))
+    frozen, active = Frozen(language.base, score), jnp.ones(len(hypers), bool)
     rngs = [np.random.default_rng([seed, place]) for place in range(len(hypers))]
     found = []
     for _ in range(updates):
