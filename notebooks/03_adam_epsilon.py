@@ -111,5 +111,7 @@ print_verdict([
 ])  # fmt: skip
 
 # %% [markdown]
+# Claim 3 fails because both placements reach the same plateau: the lead of the larger steps is gone by update 30.
+#
 # **What binds.** The size of one parameter's gradient against 3.16e-4, which depends on model size and clip. At one learning
 # rate for both, a larger step is not a better algorithm: a higher rate gives TensorFlow's placement the same.

@@ -136,5 +136,5 @@ if optimum.EXACT in last:
 # %% [markdown]
 # **What binds.** The model and the number of steps: the exact gradient of the objective, which samples nothing, ends above .05
 # in the mean, too, and the unbiased methods end close to it, seed by seed. So claims 1 and 2 fail on their threshold, which was
-# set without this line, and 3 stands far above the floor. One prompt and 40 responses: nothing here is about generalisation, and every algorithm sees every response
-# many times. The learning rates (3e-3, DPO 1e-3, both falling by a cosine) were not tuned method by method.
+# set without this line, and 3 stands far above the floor. One prompt and 40 responses: nothing here is about
+# generalisation, and every algorithm sees every response many times. The learning rates (3e-3, DPO 1e-3, both falling by a cosine) were not tuned method by method.

@@ -73,11 +73,12 @@ def print_verdict(claims: Sequence[tuple[str, bool, str]]) -> None:
 
 
 def draw_band(axes: Any, x: Any, curves: Any, label: str, number: int) -> None:
-    """The mean of the curves [seeds, points], and a band of one standard deviation over the seeds."""
+    """The mean of the curves [seeds, points], and a band of one standard deviation, no lower than the lowest seed."""
     y, style = np.asarray(curves, float), STYLES[number % len(STYLES)]
     mean, spread = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
     axes.plot(x, mean, label=label, markevery=max(len(mean) // 8, 1), markersize=5, linewidth=1.4, **style)
-    axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
+    lowest = np.maximum(mean - spread, y.min(0))  # on a logarithmic axis a band must not reach 0
+    axes.fill_between(x, lowest, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def keep_picture(figure: Any, name: str) -> None:
