@@ -57,7 +57,8 @@ def describe_records(records: Sequence[Record]) -> None:
     loads = [record["machine"]["load"] for record in records]
     print(f"{len(records)} records of {', '.join(sorted({r['date'] for r in records}))}; {', '.join(machines)}")
     print(f"{wall:.1f} minutes by the clock, {work:.1f} of one core; load average {min(loads):.0f} to {max(loads):.0f}")
-    print(f"code: {', '.join(sorted({str(record['commit'])[:12] for record in records}))}")
+    commits = sorted({str(record["commit"]) for record in records})
+    print(f"code: {', '.join(name.replace(name[12:40], '') for name in commits)}")
 
 
 def select(records: Sequence[Record], **setting: Any) -> list[Record]:
