@@ -2,6 +2,10 @@
 
 Four tokens, one of which ends a response, at most three of them: 1 + 3 + 9 * 4 = 40 responses to one prompt. Every
 seed is a world of its own: other weights of the reference, other rewards.
+
+By default the prompt is one token, 3. One layer cannot tell a 3 from two or three of them: attention averages equal
+values, wherever they stand. So the policy has the same distribution after 3, 3 3 and 3 3 3, and not every optimum can
+be reached. Behind the prompt 0 3 it can.
 """
 
 import itertools
@@ -64,14 +68,14 @@ def make_world(seed: int, spread: float = 0.8) -> World:
     return World(params, jnp.asarray(rewards))
 
 
-def list_rows() -> Listed:
+def list_rows(prompt: tuple[int, ...] = PROMPT) -> Listed:
     """The rows that a rollout would have for each response."""
-    tokens = np.zeros((len(RESPONSES), len(PROMPT) + T), np.int32)
-    tokens[:, : len(PROMPT)] = PROMPT
+    tokens = np.zeros((len(RESPONSES), len(prompt) + T), np.int32)
+    tokens[:, : len(prompt)] = prompt
     mask = np.zeros((len(RESPONSES), T), bool)
     for row, words in enumerate(RESPONSES):
-        tokens[row, len(PROMPT) : len(PROMPT) + len(words)], mask[row, : len(words)] = words, True
-    whole = np.concatenate([np.ones((len(RESPONSES), len(PROMPT)), bool), mask], axis=1)
+        tokens[row, len(prompt) : len(prompt) + len(words)], mask[row, : len(words)] = words, True
+    whole = np.concatenate([np.ones((len(RESPONSES), len(prompt)), bool), mask], axis=1)
     return Listed(jnp.asarray(tokens), jnp.asarray(whole), jnp.asarray(mask))
 
 
@@ -101,29 +105,29 @@ def reward(frozen: Frozen, rollout: Rollout, prefix: Array | None, prefix_layers
     return Scores(scores, jnp.ones(scores.shape, bool), {})
 
 
-def prompts(rows: int) -> Prompts:
+def prompts(rows: int, prompt: tuple[int, ...] = PROMPT) -> Prompts:
     """The one prompt, `rows` times."""
     return Prompts(
-        jnp.tile(jnp.asarray(PROMPT, jnp.int32), (rows, 1)), jnp.ones((rows, len(PROMPT)), bool), jnp.arange(rows)
+        jnp.tile(jnp.asarray(prompt, jnp.int32), (rows, 1)), jnp.ones((rows, len(prompt)), bool), jnp.arange(rows)
     )
 
 
-def token_logprobs(base: PyTree, adapter: PyTree) -> Float[Array, "R T"]:
+def token_logprobs(base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT) -> Float[Array, "R T"]:
     """log pi of the tokens of all responses, 0 outside of them, at temperature 1."""
-    rows = list_rows()
+    rows = list_rows(prompt)
     hidden = before_response(role_hidden(base, adapter, CONFIG, rows.tokens, rows.mask), T)
     logprobs = hidden_logprobs(hidden, unembedding(base, adapter), rows.tokens[:, -T:], 1.0)
     return jnp.where(rows.response_mask, logprobs, 0.0)
 
 
-def probabilities(base: PyTree, adapter: PyTree) -> Float[Array, " R"]:
+def probabilities(base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT) -> Float[Array, " R"]:
     """pi(y) of all responses, exactly."""
-    return jnp.exp(jnp.sum(token_logprobs(base, adapter), axis=1))
+    return jnp.exp(jnp.sum(token_logprobs(base, adapter, prompt), axis=1))
 
 
-def optimum(world: World, beta: float) -> np.ndarray:
+def optimum(world: World, beta: float, prompt: tuple[int, ...] = PROMPT) -> np.ndarray:
     """rho(y) exp(r(y) / beta) / Z of all responses."""
-    weights = np.asarray(probabilities(world.base, {}), np.float64) * np.exp(np.asarray(world.rewards) / beta)
+    weights = np.asarray(probabilities(world.base, {}, prompt), np.float64) * np.exp(np.asarray(world.rewards) / beta)
     return weights / weights.sum()
 
 

@@ -4,6 +4,7 @@ python -m experiments.papers.optimum
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen, Hyper, PyTree, Rollout, Scores
 
 BETA, ROWS, ITERATIONS, STEPS, GROUP = 0.7, 256, 120, 4, 8  # steps of the optimizer per iteration
-SEEDS = [0, 1, 2, 3, 4]
+SEEDS, PROMPT = [0, 1, 2, 3, 4], (0, 3)
 SAMPLING = Sampling(response_length=T, stop_ids=(enumerable.STOP,))
 SAME: dict[str, Any] = {"sampling": SAMPLING, "epochs": 2, "num_minibatches": 2, "whiten_advantages": False}
 GROUPED: dict[str, Any] = SAME | {"group_size": GROUP}
@@ -43,15 +44,17 @@ RATES = {"DPO": 1e-3}  # the others learn at 3e-3
 def settings(toy: bool) -> list[Setting]:
     """One for each method; all seeds of it are one population."""
     size = {"rows": 64, "iterations": 6} if toy else {"rows": ROWS, "iterations": ITERATIONS}
-    return [{"method": m, "beta": BETA, "seeds": SEEDS[:2] if toy else SEEDS, **size} for m in [*METHODS, "DPO", EXACT]]
+    same = {"beta": BETA, "prompt": list(PROMPT), "seeds": SEEDS[:2] if toy else SEEDS, **size}
+    methods = ["PPO", "GRPO as published, k3 in the loss", "DPO"] if toy else [*METHODS, "DPO", EXACT]
+    return [{"method": method, **same} for method in methods]
 
 
 def run(setting: Setting, toy: bool) -> dict[str, Any]:
     """Total variation to the optimum over training: one curve for each seed."""
     base = make_world(2).base  # a population has one base, so seeds differ in their rewards and in what is sampled
     worlds = [World(base, make_world(seed).rewards) for seed in setting["seeds"]]
-    targets = np.stack([optimum(world, setting["beta"]) for world in worlds])
-    start = np.stack([np.asarray(enumerable.probabilities(world.base, {})) for world in worlds])
+    targets = np.stack([optimum(world, setting["beta"], PROMPT) for world in worlds])
+    start = np.stack([np.asarray(enumerable.probabilities(world.base, {}, PROMPT)) for world in worlds])
     train = {"DPO": train_dpo, EXACT: train_exactly}.get(setting["method"], train_population)
     steps, policies = train(setting, worlds)
     return rounded(
@@ -76,8 +79,8 @@ def measured(iterations: int) -> set[int]:
     return {*np.unique(np.linspace(1, iterations, min(iterations, 30)).astype(int)).tolist()}
 
 
-_chances = jax.jit(jax.vmap(enumerable.probabilities))
-_probabilities = jax.jit(enumerable.probabilities)
+_probabilities = jax.jit(partial(enumerable.probabilities, prompt=PROMPT))
+_chances = jax.jit(jax.vmap(partial(enumerable.probabilities, prompt=PROMPT)))
 
 
 def reward(frozen: Frozen, rollout: Rollout, prefix: jax.Array | None, prefix_layers: int) -> Scores:
@@ -93,7 +96,7 @@ def train_population(setting: Setting, worlds: list[World]) -> tuple[list[int], 
     base = worlds[0].base
     alone = [init_state(jax.random.key(s), init_full(base), CONFIG, make_optimizer(), BETA) for s in setting["seeds"]]
     states = jax.tree.map(lambda *x: jnp.stack(x), *alone)
-    asked = [enumerable.prompts(rows // ppo.group_size) for _ in worlds]
+    asked = [enumerable.prompts(rows // ppo.group_size, PROMPT) for _ in worlds]
     asked = [p._replace(index=jnp.full(p.index.shape, place)) for place, p in enumerate(asked)]
     prompts = stack_prompts(asked)
     frozen = Frozen(base, jnp.stack([world.rewards for world in worlds]))
@@ -131,8 +134,8 @@ def train_dpo(setting: Setting, worlds: list[World]) -> tuple[list[int], list[np
 
 def pair_drawer(base: PyTree, world: World, seed: int) -> Callable[[int], Preferences]:
     """draw(pairs): two responses of the reference, the better one first with probability sigmoid(r1 - r2)."""
-    rng, rows = np.random.default_rng(seed), list_rows()
-    chances = np.asarray(enumerable.probabilities(base, {}), np.float64)
+    rng, rows = np.random.default_rng(seed), list_rows(PROMPT)
+    chances = np.asarray(enumerable.probabilities(base, {}, PROMPT), np.float64)
     rewards, prompt = np.asarray(world.rewards), rows.mask.shape[1] - T
     loss_mask = np.asarray(rows.mask) & (np.arange(rows.mask.shape[1]) >= prompt)
 
@@ -154,8 +157,8 @@ def train_exactly(setting: Setting, worlds: list[World]) -> tuple[list[int], lis
     @jax.jit
     def move(adapter: PyTree, state: Any, world: World, rate: float) -> tuple[PyTree, Any]:
         def loss(adapter: PyTree) -> jax.Array:
-            logprobs = jnp.sum(enumerable.token_logprobs(world.base, adapter), axis=1)
-            reference = jnp.sum(enumerable.token_logprobs(world.base, {}), axis=1)
+            logprobs = jnp.sum(enumerable.token_logprobs(world.base, adapter, PROMPT), axis=1)
+            reference = jnp.sum(enumerable.token_logprobs(world.base, {}, PROMPT), axis=1)
             return -jnp.sum(jnp.exp(logprobs) * (world.rewards - beta * (logprobs - reference)))
 
         return descend(adapter, jax.grad(loss)(adapter), state, optimizer, rate, 1.0)[:2]
