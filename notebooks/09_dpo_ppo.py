@@ -158,5 +158,6 @@ print_verdict([
 # compares optima of the same reward class, unseen responses at their least favourable; the guess of a learnt head is
 # another thing, and here a worse one than DPO's. With 300 pairs every response is in some pair (the empty panel), and the two
 # are alike within their bands. That DPO's chosen responses become less likely, and that it was better earlier, is as in
-# the paper. Nothing here says anything of large models, where a reward model generalises by language and DPO is stopped
+# the paper. (Behind the prompt "3" this policy cannot reach every distribution, see notebook 7: that holds DPO back, and not the
+# reward model's optimum.) Nothing here says anything of large models, where a reward model generalises by language and DPO is stopped
 # after an epoch. The l2 of the head is the reward model's only prior, and stands for early stopping of a real one.
