@@ -31,7 +31,7 @@ METRICS = ("shaped_reward", "reward", "kl", "response_length")
 def settings(toy: bool) -> list[Setting]:
     """Each method on the words' task; and the two GRPOs where the score has nothing to do with length."""
     size = {"updates": 3 if toy else 100, "rows": 16 if toy else 64}
-    ours = ["PPO", "GRPO"] if toy else list(METHODS)
+    ours = ["GRPO"] if toy else list(METHODS)
     found: list[Setting] = [{"task": "worth", "method": method, "beta": BETA, **size} for method in ours]
     length = ["GRPO"] if toy else ["GRPO", "Dr. GRPO"]
     return found + [{"task": "first word", "method": method, "beta": 0.0, **size} for method in length]

@@ -16,6 +16,10 @@ from experiments.papers.records import RESULTS
 from ppo_jax.cli.main import exit_code
 from ppo_jax.cli.parse import parse
 
+# A toy spends its time on compilation: the flags of tests/conftest.py.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 FOLDER = RESULTS.parent.parent.parent / "notebooks"
 
 
@@ -33,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
     """Execute one after another; the first error ends it."""
     options = parse(Execution, args, prog="experiments.papers.execute")
     if options.smoke:
-        os.environ["SMOKE"] = "1"
+        os.environ |= {"SMOKE": "1", "XLA_FLAGS": f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"}
     for path in sorted(FOLDER.glob(f"{options.only}*.py")):
         begin = time.monotonic()
         execute(path, options.smoke)
