@@ -3,7 +3,8 @@
 # make test-all   the long ones too: every mesh, every place to be killed in, long fuzzing (see docs/testing.md)
 # make lint   ruff (lint and format) and mypy
 # make docs   the documentation as a site in build/site; fails for a link that leads nowhere
-# make serve  the packages of the reward server; likewise: sweep, wandb, notebooks, cuda, tpu
+# make notebooks  the notebooks of the papers, each on a toy in seconds (ARGS="--only 05" to choose)
+# make serve  the packages of the reward server; likewise: sweep, wandb, cuda, tpu
 # make clean  removes the environment and caches; never runs/
 #
 # Needs Python 3.11 or newer with venv and pip; another interpreter: make PYTHON=python3.12 demo
@@ -24,6 +25,7 @@ CREATED := $(VENV)/.stamp-created
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
 DOCS := $(VENV)/.stamp-docs
+NOTEBOOKS := $(VENV)/.stamp-notebooks
 
 .PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint docs format install dev clean
 .DEFAULT_GOAL := demo
@@ -49,8 +51,11 @@ format: $(DEV)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-# The packages of an extra: the reward server, sweeps, Weights & Biases, notebooks, JAX for NVIDIA GPUs or TPUs.
-serve sweep wandb notebooks cuda tpu: $(CORE)
+notebooks: $(NOTEBOOKS)
+	$(PY) -m experiments.papers.execute --smoke $(ARGS)
+
+# The packages of an extra: the reward server, sweeps, Weights & Biases, JAX for NVIDIA GPUs or TPUs.
+serve sweep wandb cuda tpu: $(CORE)
 	$(INSTALL) --no-build-isolation --editable ".[$@]"
 
 install: $(CORE)
@@ -75,6 +80,10 @@ $(DEV): $(CREATED) pyproject.toml constraints.txt
 
 $(DOCS): $(CORE)
 	$(INSTALL) --no-build-isolation --editable ".[docs]"
+	touch $@
+
+$(NOTEBOOKS): $(CORE)
+	$(INSTALL) --no-build-isolation --editable ".[notebooks]"
 	touch $@
 
 clean:
