@@ -65,7 +65,7 @@ figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
 for number, (method, record) in enumerate(records.items()):
     draw_band(axes, record["result"]["iteration"], record["result"]["distance"], method, number)
 axes.axhline(0.05, color="black", linewidth=0.8)
-axes.set(xlabel="iterations (256 responses and 4 optimizer steps each)", yscale="log",
+axes.set(xlabel="iterations (256 responses and 4 optimizer steps each)", yscale="log", ylim=(0.005, 0.7),
          ylabel="total variation to rho exp(r / beta) / Z",
          title="Distance to the optimum: mean and standard deviation of 5 seeds")  # fmt: skip
 axes.legend(fontsize=8)

@@ -5,18 +5,22 @@ SMOKE=1 runs a toy of it in this process, into a temporary folder; else the save
 """
 
 import importlib
+import io
 import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from experiments.papers.records import RESULTS, Record, read_records, run_study
 
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars in text will do
 ROOT = RESULTS.parent.parent.parent
 SMOKE, FULL = (os.environ.get(name, "") not in ("", "0") for name in ("SMOKE", "FULL"))
 # Told apart without colour.
@@ -83,9 +87,12 @@ def draw_band(axes: Any, x: Any, curves: Any, label: str, number: int) -> None:
 
 
 def keep_picture(figure: Any, name: str) -> None:
-    """The picture of docs/papers.md; only of real records."""
+    """The picture of docs/papers.md, in few colours; only of real records."""
     if not SMOKE:
-        figure.savefig(ROOT / "docs" / "papers" / f"{name}.png", dpi=70, metadata={"Software": None})
+        file = io.BytesIO()
+        figure.savefig(file, dpi=70)
+        with Image.open(file) as image:
+            image.convert("RGB").quantize(160).save(ROOT / "docs" / "papers" / f"{name}.png", optimize=True)
 
 
 def mean_and_spread(values: Any) -> str:
