@@ -70,10 +70,16 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file: whoever looks finds the old one or this one, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    publish(temporary, path)
+    """Write a whole file: whoever looks finds the old one or this one, also after a power cut.
+
+    Several processes may do so at once, as the slices of a sweep do: the last one's stays.
+    """
+    partial = _name_beside(path)
+    try:
+        partial.write_bytes(data)
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -85,18 +91,26 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     make_directory(target.parent)
-    begun = f".{target.name}.partial-"
-    for left in target.parent.glob(f"{glob.escape(begun)}*"):
-        _, process, host = (left.name.removeprefix(begun).split(".", 2) + ["", ""])[:3]
-        if host == socket.gethostname() and not _lives(process):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = target.parent / f"{begun}{uuid.uuid4().hex[:8]}.{os.getpid()}.{socket.gethostname()}"
+    partial = _name_beside(target)
     partial.mkdir()
     try:
         yield partial
         publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _name_beside(target: Path) -> Path:
+    """Name what will take the place of `target`, as nobody else does; what processes that were killed left goes."""
+    begun = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{glob.escape(begun)}*"):
+        _, process, host = (left.name.removeprefix(begun).split(".", 2) + ["", ""])[:3]
+        if host == socket.gethostname() and not _lives(process):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return target.parent / f"{begun}{uuid.uuid4().hex[:8]}.{os.getpid()}.{socket.gethostname()}"
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -1,7 +1,9 @@
 """After a power cut at any moment of a write there is the old file or the new one, whole; so for directories."""
 
 import os
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -112,3 +114,12 @@ def test_a_checkpoint_has_its_name_when_it_is_on_the_disk(tmp_path: Path, monkey
         top = machine._tree(os.stat(tmp_path).st_ino, lambda inode: machine.safe_names.get(inode, {}))
         assert isinstance(top, dict)
         assert dict(files(top["run"]["checkpoints"]["3"])).items() >= safe.items()
+
+
+def test_two_that_replace_a_file_at_once_both_succeed(tmp_path: Path) -> None:
+    """As the slices of a sweep replace its tables; what a killed process began is gone."""
+    path, dead = tmp_path / "table", f".table.partial-0123abcd.{2**22 + 1}.{socket.gethostname()}"
+    (tmp_path / dead).write_bytes(b"half")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: [disk.replace_file(path, b"%d" % seed * 5000) for _ in range(50)], range(4)))
+    assert path.read_bytes() in {b"%d" % seed * 5000 for seed in range(4)} and os.listdir(tmp_path) == ["table"]
