@@ -34,7 +34,8 @@ def settings(toy: bool) -> list[Setting]:
     ours = ["GRPO"] if toy else list(METHODS)
     found: list[Setting] = [{"task": "worth", "method": method, "beta": BETA, **size} for method in ours]
     length = ["GRPO"] if toy else ["GRPO", "Dr. GRPO"]
-    return found + [{"task": "first word", "method": method, "beta": 0.0, **size} for method in length]
+    early = size | {"updates": min(size["updates"], 10)}  # where there are wrong responses left
+    return found + [{"task": "first word", "method": m, "beta": 0.0, **many} for many in (size, early) for m in length]
 
 
 def run(setting: Setting, toy: bool) -> dict[str, Any]:
