@@ -18,7 +18,7 @@ import numpy as np
 from ppo_jax.data.chat import end_ids
 from ppo_jax.data.tokens import leading_bos, with_bos, without_ends
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.files import artifacts, classifiers, value_heads
+from ppo_jax.models.files import artifacts, classifiers, peft_reading, value_heads
 from ppo_jax.models.files.artifacts import EXPORT, REWARD
 from ppo_jax.models.files.foreign import describe_directory
 from ppo_jax.models.files.hub import resolve
@@ -65,7 +65,7 @@ def load_reward(
         device = adapter_reward(found.trunk(policy_model.config), ends, reading.closing)
         role = RewardRole(found.adapter, found.head)
         return _told(Reward(device, params=role, layers=found.layers, metadata=found.meta), reading)
-    if value_heads.is_adapter(where):
+    if peft_reading.is_adapter(where):
         return _load_their_adapter(where, str(path), policy_model, stop_ids, at)
     mesh = current_mesh()
     model, tokenizer = classifiers.load(where, policy_model.config.dtype, mesh), load_tokenizer(where)
@@ -92,7 +92,7 @@ def load_reward(
 def _load_their_adapter(where: Path, name: str, policy_model: Model, stop_ids: tuple[int, ...], at: At) -> Reward:
     """Load LLaMA-Factory's adapter with a value head, on the policy's base."""
     config = policy_model.config
-    role = RewardRole(value_heads.load_adapter(where, config), value_heads.load_head(where, config.hidden_size))
+    role = RewardRole(peft_reading.read_lora(config, where), value_heads.load_head(where, config.hidden_size))
     reading = choose_reading(name, at, policy_model.tokenizer, ours=False)
     device = adapter_reward(config, () if reading.sampled else stop_ids, reading.closing)
     return _told(Reward(device, params=role), reading)
@@ -178,7 +178,7 @@ def load_scorer(
     where = find_reward(path)
     if at == "sampled":
         raise ValueError("at=sampled is for the responses of PPO; texts are read at last-text or end-token")
-    if value_heads.is_adapter(where):
+    if peft_reading.is_adapter(where):
         raise ValueError(
             f"{where} is an adapter of LLaMA-Factory with a value head, which is read in PPO alone; merge it into its "
             "base (`llamafactory-cli export`)"
@@ -232,7 +232,7 @@ def find_reward(path: str | Path) -> Path:
     for where in (given, given / EXPORT / REWARD):
         if (where / artifacts.DESCRIPTION).is_file() or (where / "config.json").is_file():
             return where
-        if value_heads.has_value_head(where) and value_heads.is_adapter(where):
+        if value_heads.has_value_head(where) and peft_reading.is_adapter(where):
             return where
     if not given.exists():
         return resolve(path)  # a hub name, or its error

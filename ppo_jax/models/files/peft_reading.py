@@ -1,4 +1,4 @@
-"""An adapter of the `peft` library, read and merged into its base: the model that somebody's LoRA makes."""
+"""An adapter of the `peft` library: merged into its base, the model that somebody's LoRA makes, or beside it."""
 
 import math
 import re
@@ -70,15 +70,7 @@ def merge_into(config: ModelConfig, params: PyTree, where: Path) -> PyTree:
     Raises:
       ValueError: a file is damaged, does not fit the base, or says what is not supported; file and field are named.
     """
-    try:
-        settings = read_json(where / CONFIG)
-        for field, neutral in NEUTRAL.items():
-            if settings.get(field) is not None and settings[field] not in neutral:
-                raise ValueError(f"{field}={settings[field]!r} is not supported. {MERGE}")
-        arrays = _read_arrays(where)
-        maps = _read_maps(config, settings, arrays)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    maps = _read(config, where)
     lowest = min(layer for one in maps.values() for layer in one.a)
     lora = {name: _stack(one, config, lowest) for name, one in maps.items()}
     merged = merge(params, {"lora": lora}, config)
@@ -86,6 +78,29 @@ def merge_into(config: ModelConfig, params: PyTree, where: Path) -> PyTree:
         if one.magnitude:
             merged["layers"][name] = _with_magnitudes(merged["layers"][name], one.magnitude)
     return merged
+
+
+def read_lora(config: ModelConfig, where: Path) -> PyTree:
+    """The adapter of the directory `where`, of all layers, beside its base: W + s B A as in `merge_into`, s in B.
+
+    Raises ValueError as `merge_into`, and for DoRA, whose lengths are no low-rank update.
+    """
+    maps = _read(config, where)
+    if any(one.magnitude for one in maps.values()):
+        raise ValueError(f"{where}: use_dora=True is not supported beside a base. {MERGE}")
+    return {"lora": {name: _stack(one, config, 0) for name, one in maps.items()}}
+
+
+def _read(config: ModelConfig, where: Path) -> dict[str, _Maps]:
+    """Read and check both files of a directory: {our map: its updates}."""
+    try:
+        settings = read_json(where / CONFIG)
+        for field, neutral in NEUTRAL.items():
+            if settings.get(field) is not None and settings[field] not in neutral:
+                raise ValueError(f"{field}={settings[field]!r} is not supported. {MERGE}")
+        return _read_maps(config, settings, _read_arrays(where))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _read_arrays(where: Path) -> dict[str, np.ndarray]:
