@@ -83,7 +83,7 @@ def number(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Int[Array, " 
     """Place of each response in `RESPONSES`."""
     codes = np.zeros(V**T + V**2 + V, np.int32)
     for place, words in enumerate(RESPONSES):
-        codes[_code(words)] = place
+        codes[code(words)] = place
     lengths = jnp.sum(mask, axis=1)
     value = jnp.zeros(tokens.shape[0], jnp.int32)
     for t in range(T):
@@ -91,7 +91,7 @@ def number(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Int[Array, " 
     return jnp.asarray(codes)[value + jnp.asarray([0, 0, V, V + V**2])[lengths]]
 
 
-def _code(words: tuple[int, ...]) -> int:
+def code(words: tuple[int, ...]) -> int:
     """The tokens as digits, after the shorter responses."""
     value = 0
     for word in words:
@@ -112,22 +112,27 @@ def prompts(rows: int, prompt: tuple[int, ...] = PROMPT) -> Prompts:
     )
 
 
-def token_logprobs(base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT) -> Float[Array, "R T"]:
-    """log pi of the tokens of all responses, 0 outside of them, at temperature 1."""
+def token_logprobs(
+    base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT, temperature: float = 1.0
+) -> Float[Array, "R T"]:
+    """log pi of the tokens of all responses, 0 outside of them."""
     rows = list_rows(prompt)
     hidden = before_response(role_hidden(base, adapter, CONFIG, rows.tokens, rows.mask), T)
-    logprobs = hidden_logprobs(hidden, unembedding(base, adapter), rows.tokens[:, -T:], 1.0)
+    logprobs = hidden_logprobs(hidden, unembedding(base, adapter), rows.tokens[:, -T:], temperature)
     return jnp.where(rows.response_mask, logprobs, 0.0)
 
 
-def probabilities(base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT) -> Float[Array, " R"]:
+def probabilities(
+    base: PyTree, adapter: PyTree, prompt: tuple[int, ...] = PROMPT, temperature: float = 1.0
+) -> Float[Array, " R"]:
     """pi(y) of all responses, exactly."""
-    return jnp.exp(jnp.sum(token_logprobs(base, adapter, prompt), axis=1))
+    return jnp.exp(jnp.sum(token_logprobs(base, adapter, prompt, temperature), axis=1))
 
 
-def optimum(world: World, beta: float, prompt: tuple[int, ...] = PROMPT) -> np.ndarray:
+def optimum(world: World, beta: float, prompt: tuple[int, ...] = PROMPT, temperature: float = 1.0) -> np.ndarray:
     """rho(y) exp(r(y) / beta) / Z of all responses."""
-    weights = np.asarray(probabilities(world.base, {}, prompt), np.float64) * np.exp(np.asarray(world.rewards) / beta)
+    reference = np.asarray(probabilities(world.base, {}, prompt, temperature), np.float64)
+    weights = reference * np.exp(np.asarray(world.rewards) / beta)
     return weights / weights.sum()
 
 
