@@ -28,6 +28,7 @@ METRICS = {
     "response_length": ("Response length", "tokens"),
     "explained_variance": ("Value head: explained variance", "fraction"),
 }
+ABSENT = "–"  # of a setting that a run does not have: it is of another command, or of older code
 OWN = ("run_dir", "resume", "overwrite")  # settings in which any two runs differ
 
 
@@ -56,11 +57,13 @@ def gather(directory: Path, paths: Sequence[Path]) -> dict[str, Any]:
     ]
     facts = [rundir.read_facts(path) for path in paths]
     metrics = name_metrics(runs, {name: label for one in facts for name, label in one.get("judges", {}).items()})
+    differing = differences([read_settings(path) for path in paths])
     measured_on = sorted({one.get("measured_on", EVALUATED) for one in facts})
     return {
         "title": f"{len(paths)} runs compared",
         "names": names,
-        "differences": differences([read_settings(path) for path in paths]),
+        "differences": [(name, values) for name, values in differing if ABSENT not in values],
+        "missing": [(name, values) for name, values in differing if ABSENT in values],
         "numbers": final_numbers(runs, metrics),
         "plots": draw(directory, runs, metrics, " and ".join(measured_on)),
         "samples": samples_side_by_side(list(zip(names, paths, strict=True)), prompts=6),
@@ -96,7 +99,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def differences(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     """(name, its value in each run) of every setting that is not the same in all."""
     names = dict.fromkeys(name for one in settings for name in one)
-    rows = [(name, [one.get(name, "–") for one in settings]) for name in names if name not in OWN]
+    rows = [(name, [one.get(name, ABSENT) for one in settings]) for name in names if name not in OWN]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 

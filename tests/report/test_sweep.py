@@ -91,10 +91,15 @@ def test_the_judges_of_compared_runs_and_what_they_measured_are_named(tmp_path: 
             {"step": i, "phase": "eval", "reward": i, "kl": 0.1 * i, "cat": 7 + i, "cat_std": 1.0} for i in range(3)
         ]
         append_jsonl(path / rundir.METRICS, rows)
+        (path / rundir.CONFIG).write_text(
+            "hyper: {kl_coef: 0.1}" if path.name == "a" else "hyper: {kl_coef: 0.2, gamma: 1}"
+        )
         rundir.add_facts(path, judges={"cat": "Cats say"}, measured_on="training prompts")
     page = compare.write(tmp_path / "out", runs)
     said = text_of(page)
     assert "Cats say (score)" in said and "Training prompts." in said and "Held-out" not in said
+    shown, folded = page.read_text(encoding="utf-8").split("<details>")
+    assert "hyper.kl_coef" in shown and "hyper.gamma" not in shown and "hyper.gamma" in folded
     assert "9" in said and (tmp_path / "out" / "plots" / "cat_eval.svg").exists()
 
 
