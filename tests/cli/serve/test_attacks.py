@@ -229,6 +229,7 @@ def test_a_retry_of_the_same_rows_joins_the_first(plain: Scorer, moment: str) ->
         if moment == "waiting":
             pool.submit(httpx.post, f"{url}{THEIRS}", content=body_of("d"), timeout=60)
             wait_until(lambda: metrics_of(url).get("ppo_jax_rows_total") == 1)
+            wait_until(lambda: metrics_of(url)["ppo_jax_rows_waiting"] == 0)  # else its batch takes of the next rows
         ahead = int(moment == "waiting")
         with peer(url, head(len(rows)) + rows):
             wait_until(lambda: metrics_of(url).get("ppo_jax_rows_total") == 3 + ahead)
