@@ -26,6 +26,7 @@ class RewardServer:
 
     def __init__(self) -> None:
         self.mode: Mode = "works"
+        self.takes = 0.0  # seconds, for a score
         self.failures: Counter[str] = Counter()
         self.port = 0
 
@@ -83,6 +84,7 @@ class RewardServer:
             return
         if mode == "is slow":
             time.sleep(1.0)
+        time.sleep(self.takes)
         failed = mode == "503"
         scores = [{"score": goodness(sample["response"])} for sample in asked["samples"]]
         body = json.dumps({"detail": "out of luck"} if failed else {"scores": scores}).encode()

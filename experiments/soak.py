@@ -2,6 +2,7 @@
 
     python -m experiments.soak --minutes 60
     python -m experiments.soak --minutes 30 --pieces 48 --record runs/soak.json   # a day; stopped, it goes on
+    python -m experiments.soak_report runs/soak-*.json > docs/soak.md             # of pieces made side by side
 
 `experiments.soak_run` trains in a process of its own. Meanwhile, at random moments: SIGKILL; SIGTERM, which has to save
 and exit in time; a full disk; a reward server that answers 503, drops connections, is slow, or is down; and, between
@@ -63,6 +64,8 @@ class SoakConfig:
     """This number seeds the faults."""
     pause: float = 6.0
     """Two faults are this many seconds apart in the mean."""
+    score: float = 0.0
+    """A score takes the reward server this many seconds, so that a long soak leaves the machine to others."""
     limit: float = 120.0
     """A process must end within this many seconds after SIGTERM."""
 
@@ -78,7 +81,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
             print(json.dumps(piece))
             if settings.record:
                 settings.record.write_text(json.dumps(done, indent=1) + "\n")
-    text = report(settings.minutes, done)
+    text = report(done)
     print(text)
     if settings.report:
         settings.report.write_text(text, encoding="utf-8")
@@ -95,7 +98,9 @@ def soak(settings: SoakConfig) -> dict[str, Any]:
         if (code := warm.process.wait()) != 0:
             raise SoakError(f"the run does not work: exit status {code}; see {log.name}")
         torment = Torment(settings, hurt, server, log)
+        server.takes = settings.score
         torment.run()
+        server.takes = 0.0
         target = (store.latest_step(hurt / rundir.CHECKPOINTS) or 0) + CALM
         say(log, f"the time is up: {dict(torment.counts)}; both runs go to update {target}")
         server.mode = "works"
@@ -112,6 +117,7 @@ def soak(settings: SoakConfig) -> dict[str, Any]:
         "machine": facts["machine"],
         "versions": {name: facts["versions"][name] for name in ("python", "jax", "orbax-checkpoint")},
         "minutes": settings.minutes,
+        "options": f"--minutes {settings.minutes:g} --pause {settings.pause:g} --score {settings.score:g}",
         "updates": target,
         "faults": dict(sorted(torment.counts.items())),
         "requests": dict(sorted(server.failures.items())),

@@ -1,6 +1,7 @@
-"""What a soak leaves, compared with the quiet run, and its report."""
+"""What a soak leaves, compared with the quiet run, and its report: `python -m experiments.soak_report RECORD ...`."""
 
-import shlex
+import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,10 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
-def report(minutes: float, pieces: list[dict[str, Any]]) -> str:
+def report(pieces: list[dict[str, Any]]) -> str:
     """Markdown."""
-    options = ["--minutes", f"{minutes:g}"] + (["--pieces", str(len(pieces))] if len(pieces) > 1 else [])
-    command = shlex.join(["python", "-m", "experiments.soak", *options])
+    pieces = sorted(pieces, key=lambda piece: piece["seed"])
+    commands = dict.fromkeys(f"`python -m experiments.soak {piece['options']}`" for piece in pieces)
     faults: Counter[str] = sum((Counter(piece["faults"]) for piece in pieces), Counter())
     requests: Counter[str] = sum((Counter(piece["requests"]) for piece in pieces), Counter())
     days, commits = sorted({piece["date"] for piece in pieces}), sorted({str(piece["commit"])[:7] for piece in pieces})
@@ -64,8 +65,8 @@ def report(minutes: float, pieces: list[dict[str, Any]]) -> str:
     lines = [
         "# The soak: last report",
         "",
-        f"`{command}`, {' to '.join(dict.fromkeys((days[0], days[-1])))}, {pieces[-1]['machine']}, {versions}, commit "
-        f"{', '.join(commits)}.",
+        f"{', '.join(commands)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}, {pieces[-1]['machine']}, "
+        f"{versions}, commit {', '.join(commits)}.",
         f"{sum(piece['minutes'] for piece in pieces) / 60:.3g} hours of faults in {len(pieces)} pieces, "
         f"{sum(piece['updates'] for piece in pieces)} PPO updates, {faults.pop('lives')} processes. The run that "
         "those of a piece make up is bit for bit the quiet one that was never disturbed.",
@@ -89,3 +90,7 @@ def report(minutes: float, pieces: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {piece['seed']} | {equal} | {'; '.join(held[1:][:: max(len(held) // 3, 1)])} |")
     return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(report([piece for file in sys.argv[1:] for piece in json.loads(Path(file).read_text())]), end="")
