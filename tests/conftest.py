@@ -45,7 +45,7 @@ import tests.typecheck  # noqa: E402, F401  (the hook looks it up by name)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Every annotation such as Float[Array, "B T"] in ppo_jax is checked on each call, with all others of its module. Modules
+# Every annotation such as Float[Array, "B T"] in ppo_jax is checked on each call, with all others of its module. Those
 # without arrays are left to mypy: there the checks would cost a tenth of the tests' time.
 ARRAYS = [path for path in (ROOT / "ppo_jax").rglob("*.py") if "from jaxtyping import" in path.read_text("utf-8")]
 install_import_hook(

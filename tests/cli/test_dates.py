@@ -131,6 +131,7 @@ def test_a_sweep_has_one_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sweep.fix_date(AdapterConfig()) == AdapterConfig()
 
 
+@pytest.mark.long  # the day that a run has kept: above
 def test_ppo_resumes_after_midnight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     hf.save(tmp_path / "model", SMALL, random_params(SMALL), dated_tokenizer())

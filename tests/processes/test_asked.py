@@ -25,7 +25,8 @@ ENDLESS = ("--resume", "auto", "--loop.updates", "1000000")
 BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
-@pytest.mark.parametrize("signals", [BOTH[:1], pytest.param(4 * BOTH, marks=pytest.mark.long)], ids=["1", "8"])
+@pytest.mark.long  # SIGTERM of real processes: test_preemption; each moment and signal: runs/test_signals
+@pytest.mark.parametrize("signals", [BOTH[:1], 4 * BOTH], ids=["1", "8"])
 def test_it_ends_with_75_at_the_update_that_is_saved_whenever_it_is_asked(
     folder: Path, signals: Sequence[signal.Signals]
 ) -> None:
