@@ -201,7 +201,7 @@ def test_a_reward_model_of_its_own(world: Path, capsys: pytest.CaptureFixture, r
         assert record["invalid_scores"] == 0 and 0 < abs(record["reward"] - 7) < 20  # 7 and what the model says
 
 
-@pytest.mark.long  # a process ends while a call hangs: rewards/test_function; a batch without scores: below
+@pytest.mark.long  # a process ends while a call hangs: rewards/test_function; a batch without scores: above
 def test_a_function_that_hangs_holds_up_neither_the_run_nor_its_end(world: Path):
     """A process of its own: the second batch never returns, and the process still ends by itself."""
     (world / "hangs.py").write_text(
