@@ -4,7 +4,7 @@
 # make lint   ruff (lint and format) and mypy
 # make docs   the documentation as a site in build/site; fails for a link that leads nowhere
 # make notebooks  the notebooks of the papers, each on a toy in seconds (ARGS="--only 05" to choose)
-# make serve  the packages of the reward server; likewise: sweep, wandb, cuda, tpu
+# make serve  the packages of the reward server; likewise: sweep, wandb, mlflow, trackio, cuda, tpu
 # make clean  removes the environment and caches; never runs/
 #
 # Needs Python 3.11 or newer with venv and pip; another interpreter: make PYTHON=python3.12 demo
@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 DOCS := $(VENV)/.stamp-docs
 NOTEBOOKS := $(VENV)/.stamp-notebooks
 
-.PHONY: serve sweep wandb notebooks cuda tpu demo test test-all lint docs format install dev clean
+.PHONY: serve sweep wandb mlflow trackio notebooks cuda tpu demo test test-all lint docs format install dev clean
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
@@ -54,8 +54,8 @@ format: $(DEV)
 notebooks: $(NOTEBOOKS)
 	$(PY) -m experiments.papers.execute --smoke $(ARGS)
 
-# The packages of an extra: the reward server, sweeps, Weights & Biases, JAX for NVIDIA GPUs or TPUs.
-serve sweep wandb cuda tpu: $(CORE)
+# The packages of an extra: the reward server, sweeps, Weights & Biases, MLflow, Trackio, JAX for NVIDIA GPUs or TPUs.
+serve sweep wandb mlflow trackio cuda tpu: $(CORE)
 	$(INSTALL) --no-build-isolation --editable ".[$@]"
 
 install: $(CORE)

@@ -54,8 +54,8 @@ from ppo_jax.rollout import Sampling
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
+from ppo_jax.runs.output.recording import run_writer
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Judge, Setup, with_stops

@@ -26,7 +26,7 @@ FLOORS = (
 LOWER_INSIDE = {"ppo_jax.runs": ("output", "checkpoints"), "ppo_jax.cli": ("common", "parse")}
 OPS_MAY_IMPORT = {"jax", "chex", "jaxtyping", "typing", "collections", "functools", "math"}
 # HTTP, checkpoints, screens and options stay out of the arithmetic, the network and the algorithms.
-OUTSIDE = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "yaml"}
+OUTSIDE = {"httpx", "orbax", "requests", "rich", "tensorboardX", "tyro", "urllib", "wandb", "mlflow", "trackio", "yaml"}
 PURE = {"types", "ops", "parallel", "models", "rollout", "train"}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 350, 60, 8
 # The trunk is a public contract: its four keyword-only arguments (cache, fresh, layers, hidden) are each of one use,

@@ -9,12 +9,15 @@ files, ppo_jax_export.json, by which an export is known as one: only such a dire
 
 import dataclasses
 import json
+import re
+import shlex
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ppo_jax.cli.common import next_commands
 from ppo_jax.cli.parse import Brief
 from ppo_jax.data.disk import make_directory, replaced_directory
 from ppo_jax.data.locks import hold_target
@@ -96,6 +99,7 @@ def _export_held(target: Path, settings: ExportSettings) -> None:
         check_apart(target, Path(resolve(settings.model or found.base)), settings)
     write(target, found, settings)
     print(f"{found.source} of {settings.run or settings.model} is at {settings.to}")
+    print(next_commands((upload_command(target), "to the Hugging Face hub, private; before it: hf auth login")))
 
 
 def write(target: Path, found: trained.Trained, settings: ExportSettings) -> None:
@@ -120,6 +124,16 @@ def write(target: Path, found: trained.Trained, settings: ExportSettings) -> Non
         files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
         mark = json.dumps({"format": settings.format, "files": files}, indent=2)
         (partial / MARK).write_text(mark + "\n", encoding="utf-8")
+
+
+def upload_command(target: Path) -> str:
+    """Write the command of `huggingface_hub` that uploads a directory, as a shell takes it.
+
+    The repository is called like the directory, in letters that the hub allows.
+    """
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", target.resolve().name).strip("-")[:96].rstrip("-") or "model"
+    path = str(target) if not str(target).startswith("-") else f"./{target}"
+    return shlex.join(["hf", "upload", name, path, ".", "--private"])
 
 
 def base_name(found: trained.Trained, settings: ExportSettings) -> str:

@@ -120,6 +120,7 @@ class BaseFacts(TypedDict, total=False):
 class RunFacts(TypedDict, total=False):
     base: BaseFacts
     stage: str | None
+    lora_scales: Numbers
 
 
 @_may_say_more
@@ -197,7 +198,18 @@ class StoredRun(TypedDict, total=False):
     reward_accuracy: Finite
     reward_mean: Finite
     reward_std: Finite
-    wandb: str
+    wandb: str  # its id there, of runs before there was trackers.json
+
+
+@_may_say_more
+class StoredPage(TypedDict):
+    """What is known of a run's page in a tracker."""
+
+    id: str
+    sent: dict[str, Step]  # "phase/name": the last step
+
+
+StoredTrackers = dict[str, StoredPage]  # trackers.json
 
 
 LINES = {

@@ -12,7 +12,8 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
 from ppo_jax.runs.output import rundir
-from ppo_jax.runs.output.writers import Writer, combine, resilient, run_files
+from ppo_jax.runs.output.recording import run_files
+from ppo_jax.runs.output.writers import Writer, combine, resilient
 from ppo_jax.runs.signals import Requests, stop_requests
 from ppo_jax.runs.stage import Stage, Start
 from ppo_jax.train.loop import Interrupted, LoopConfig, Stopped, assess, evaluation_due
@@ -62,7 +63,7 @@ class Hooks:
         self.put_samples = resilient(rundir.write_samples, screen.message, rundir.SAMPLES)
         self.put_scores = resilient(rundir.write_scores, screen.message, rundir.EVALUATIONS)
         self.put_evaluation = partial(rundir.write_evaluation, put_samples=self.put_samples, put_scores=self.put_scores)
-        self.files = run_files(directory, screen, stage.loop.wandb, stage.config, stage.phases)
+        self.files = run_files(directory, screen, stage.loop, stage.config, stage.phases)
         self.given: tuple[int, Any] | None = None  # the last step that was done, and its state
         self.measure: Callable[[int, Any], Values | None] = lambda step, state: {}
         self.dump: Callable[[int, Any], str] = lambda number, state: ""

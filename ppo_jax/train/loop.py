@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,14 @@ from ppo_jax.types import FloatOrOff, Hyper, Metrics, Off
 
 State = TypeVar("State", bound=Any)
 Step: TypeAlias = Callable[[State, int], tuple[State, Metrics]]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def of_earlier_code(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a file written before there was `log` stands for: `wandb` named a project, or was off."""
+    rest = {name: value for name, value in fields.items() if name != "wandb"}
+    asked = fields.get("wandb") not in (None, "", "off")
+    return rest | ({"log": ["tensorboard", "wandb"], "project": fields["wandb"]} if asked else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +57,10 @@ class LoopConfig:
     """This fraction of a batch's rewards may fail; the run stops when more did in several batches. 1 is off."""
     max_failed_batches: int = 3
     """The run stops after this many batches in a row with more failed rewards than max_failed."""
-    wandb: Annotated[str, Off("")] = ""
-    """Metrics are also sent to this project of Weights & Biases; "" is off."""
+    log: tuple[Tracker, ...] = ("tensorboard",)
+    """Metrics go to metrics.jsonl, and to each of these: tensorboard, wandb, mlflow, trackio."""
+    project: str = "ppo_jax"
+    """Trackers hold the run in this project, which MLflow calls an experiment."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -65,6 +75,12 @@ class LoopConfig:
             raise ValueError(f"max_failed={self.max_failed} must lie in [0, 1]")
         if self.warmup >= self.updates:
             raise ValueError(f"warmup={self.warmup} must be shorter than updates={self.updates}")
+        if len(set(self.log)) < len(self.log) or set(self.log) - set(get_args(Tracker)):
+            raise ValueError(f"log={', '.join(self.log)} must be of {', '.join(get_args(Tracker))}, each once")
+        if not self.project:
+            raise ValueError("project is empty; trackers need the name of one")
+
+    of_earlier_code = staticmethod(of_earlier_code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +104,17 @@ class OfflineLoop:
     """The checkpoint of the measurement with the highest value of this stays; -name: the lowest; "" is off."""
     max_nonfinite: int = 20
     """At most this many steps in a row are skipped because loss or gradient was not finite; then the run stops."""
-    wandb: Annotated[str, Off("")] = ""
-    """Metrics are also sent to this project of Weights & Biases; "" is off."""
+    log: tuple[Tracker, ...] = ("tensorboard",)
+    """Metrics go to metrics.jsonl, and to each of these: tensorboard, wandb, mlflow, trackio."""
+    project: str = "ppo_jax"
+    """Trackers hold the run in this project, which MLflow calls an experiment."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < math.inf or self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup} must be a number of steps, or a share of all below 1")
         self.of(int(self.warmup) + 1)
+
+    of_earlier_code = staticmethod(of_earlier_code)
 
     def of(self, steps: int) -> LoopConfig:
         """Say the same of a run of `steps` updates; an update is one optimizer step."""

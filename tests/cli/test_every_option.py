@@ -256,7 +256,7 @@ def test_off_means_the_value_that_the_help_says_is_off(cls: type) -> None:
             ("ppo", "hyper.dual_clip"),
             ("ppo", "ppo.sampling.top_k"),
             ("ppo", "ppo.sampling.top_p"),
-            ("ppo", "loop.wandb"),
+            ("ppo", "hyper.score_clip"),
         ),
         *(
             ("ppo", "loop.max_failed"),
@@ -276,7 +276,11 @@ def test_off_is_a_word_of_the_command_line(command: str, path: str) -> None:
     ("path", "word", "value"),
     [
         *(("hyper.dual_clip", "inf", math.inf), ("loop.max_kl", "inf", math.inf), ("loop.best_metric", "-kl", "-kl")),
-        *(("loop.wandb", "", ""), ("distributed.start", "off", "off"), ("ppo.score.normalise", "off", "off")),
+        *(
+            ("loop.log", "wandb", ("wandb",)),
+            ("distributed.start", "off", "off"),
+            ("ppo.score.normalise", "off", "off"),
+        ),
         *(
             ("compute.remat", "none", "none"),
             ("pretrain", "None", None),

@@ -1,20 +1,25 @@
 """`ppo-jax export`: transformers and peft write the same greedy text as we do; the card; what is refused."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub.cli import hf as hub
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_jax.cli import main as cli
-from ppo_jax.cli.export import MARK
+from ppo_jax.cli.export import MARK, upload_command
 from ppo_jax.models.adapters import AdapterConfig
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.runs import trained
@@ -232,3 +237,31 @@ def test_wrong_options(run: Path, tmp_path: Path, mistake: Callable[..., str]) -
     assert "give RUN too" in mistake("generate", "--step", 3, "--prompt", "a")
     assert "are one option" in mistake("generate", run, "--policy", run, "--prompt", "a")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my-model", "my-model"),
+        ("my model's [v2]", "my-model-s-v2"),
+        ("-x", "x"),
+        ("Qwen2.5..tuned.git", "Qwen2-5-tuned-git"),
+        ("müsli", "m-sli"),
+        ("$(echo hi)", "echo-hi"),
+        ("a" * 120, "a" * 96),
+        ("…", "model"),
+    ],
+)
+def test_the_line_that_uploads_is_a_command_of_the_hub_library(folder: str, name: str, tmp_path: Path) -> None:
+    """Read by the real command; nothing is sent."""
+    (tmp_path / folder).mkdir()
+    words = shlex.split(upload_command(tmp_path / folder))
+    assert words[:2] == ["hf", "upload"] and "hf" in {entry.name for entry in entry_points(group="console_scripts")}
+    _, command, options = hub.app.resolve_command(click.Context(hub.app), words[1:])
+    given = command.make_context("upload", options).params
+    assert given["repo_id"] == name and given["private"] is True and validate_repo_id(name) is None
+    assert (given["local_path"], given["path_in_repo"]) == (str(tmp_path / folder), ".")
+
+
+def test_a_directory_that_begins_with_a_dash_is_no_option() -> None:
+    assert upload_command(Path("-x")) == "hf upload x ./-x . --private"

@@ -18,8 +18,9 @@ from ppo_jax.cli.main import PREEMPTED
 from ppo_jax.data.jsonl import append_jsonl
 from ppo_jax.runs import ppo
 from ppo_jax.runs.checkpoints import store
-from ppo_jax.runs.output import rundir, writers
+from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
+from ppo_jax.runs.output.tensorboard import tensorboard_writer
 from ppo_jax.train.loop import Interrupted
 from ppo_jax.types import Scores
 
@@ -32,7 +33,7 @@ def kill(where: str, kills: int, others: list[str]) -> None:
     """Lives until so many were killed, one that is not, and the other runs; lives.jsonl says what happened."""
     folder = Path(where)
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))  # some die while they write to it
-    writers.tensorboard_writer(folder / "unused")  # imports it before the forks
+    tensorboard_writer(folder / "unused")  # imports it before the forks
     killed = folder / "killed"
     for seed in range(10 * kills):
         place = PLACES[seed % len(PLACES)]

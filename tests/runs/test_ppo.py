@@ -25,8 +25,8 @@ from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.resuming import IncompatibleRun, Resume
 from ppo_jax.runs.facts import environment
 from ppo_jax.runs.output import rundir
+from ppo_jax.runs.output.recording import run_writer
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.output.writers import run_writer
 from ppo_jax.runs.ppo import run_ppo
 from ppo_jax.runs.prompts import PromptSet
 from ppo_jax.runs.setup import Result, Setup, decode_responses

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ppo_jax.cli.llamafactory.reading import Arguments
 from ppo_jax.data.forms import Stage
@@ -11,6 +11,7 @@ from ppo_jax.data.llamafactory.registry import FILE
 from ppo_jax.data.options import AUTO, DatasetOptions
 from ppo_jax.data.reading import read_records
 from ppo_jax.models.adapters import LINEARS
+from ppo_jax.train.loop import Tracker
 
 Mapping = dict[str, Any]
 _NEVER = 1e30  # a norm of the gradient that is never reached
@@ -181,8 +182,8 @@ def translate_loop(
     if best and (arguments.get("metric_for_best_model") or arguments.flag("load_best_model_at_end")):
         loop["best_metric"] = "-loss" if metric == "loss" else "accuracy"
     trackers = [name for name in arguments.names("report_to") if name not in ("none", "all", "tensorboard")]
-    if trackers not in ([], ["wandb"]):
-        raise arguments.wrong("report_to", "is not had here; allowed: none, tensorboard, wandb")
+    if set(trackers) - set(get_args(Tracker)):
+        raise arguments.wrong("report_to", f"is not had here; allowed: none, {', '.join(get_args(Tracker))}")
     if trackers:
-        loop["wandb"] = "huggingface"
+        loop |= {"log": ["tensorboard", *dict.fromkeys(trackers)], "project": "huggingface"}
     return loop

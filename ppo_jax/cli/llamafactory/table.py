@@ -63,7 +63,7 @@ TRANSLATED: dict[str, str] = {
     "logging_steps": "loop.eval_every where eval_steps is not given; every step is logged",
     "load_best_model_at_end": "loop.best_metric; the best one is in export/best, beside the last one",
     "metric_for_best_model": "loop.best_metric: loss and accuracy",
-    "report_to": "wandb: loop.wandb (project huggingface); TensorBoard's files are written anyway",
+    "report_to": "loop.log: wandb, mlflow, trackio (loop.project huggingface); TensorBoard's files are written anyway",
     # -- preferences --------------------------------------------------------------------------------------------------
     "pref_beta": "dpo.beta",
     "pref_loss": "sigmoid; the other losses are refused",

@@ -153,6 +153,8 @@ def _record(cls: type, value: Any, path: str, base: Any = None) -> Any:
     if not isinstance(value, dict):
         raise FieldError(path, f"expected a mapping with the fields of {cls.__name__}, got {_shown(value)}")
     kinds = _field_types(cls)
+    if rename := getattr(cls, "of_earlier_code", None):
+        value = rename(value)
     for key in value:
         if key not in kinds:
             _refuse_key(cls, key, kinds, path)

@@ -6,7 +6,7 @@
     samples.jsonl      the same prompts at several steps       export/        adapter and heads, merged model
     evaluations.jsonl  the scores of every held-out prompt     damaged/       checkpoints that could not be read
     run.json           command, commit, machine, facts         faults/        batches that training stopped at
-    summary.json       what the report is told
+    summary.json       what the report is told             trackers.json  the run's pages elsewhere
     report.html        one self-contained page
     log.txt            all that was said
 
@@ -26,7 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from ppo_jax.data.disk import make_directory, parse_json, read_bytes, replace_file, strict
-from ppo_jax.data.documents import StoredRun, StoredSummary, check_document
+from ppo_jax.data.documents import StoredRun, StoredSummary, StoredTrackers, check_document
 from ppo_jax.data.jsonl import append_jsonl, repair_jsonl, truncate_jsonl
 from ppo_jax.data.locks import LOCK, hold_directory, release_directory
 from ppo_jax.models.files.artifacts import EXPORT
@@ -38,6 +38,7 @@ CONFIG, METRICS, SAMPLES, EVALUATIONS = "config.yaml", "metrics.jsonl", "samples
 RUN, SUMMARY, REPORT, LOG, README = "run.json", "summary.json", "report.html", "log.txt", "README.txt"
 TENSORBOARD, PLOTS, CHECKPOINTS = "tensorboard", "plots", "checkpoints"
 DAMAGED, FAULTS = "damaged", "faults"  # only where something went wrong
+TRACKERS = "trackers.json"  # only where there are some (`output.trackers`)
 
 FILES = (REPORT, CONFIG, METRICS, EVALUATIONS, SAMPLES, RUN, SUMMARY, LOG)
 LAYOUT = (*FILES, TENSORBOARD, PLOTS, CHECKPOINTS, EXPORT)
@@ -108,7 +109,7 @@ def _look(path: Path, resume: bool | Literal["no", "yes", "auto"], overwrite: bo
     """What of a run lies in `path`. Raises ValueError where that is not what was asked for."""
     if resume in (True, "yes") and not any((path / name).exists() for name in LAYOUT):
         raise ValueError(f"{path} holds no run to go on with: --resume auto starts one, or name another directory")
-    found = [name for name in (*LAYOUT, DAMAGED, FAULTS) if (path / name).exists()]
+    found = [name for name in (*LAYOUT, DAMAGED, FAULTS, TRACKERS) if (path / name).exists()]
     if not found or resume not in (False, "no"):
         return found
     if not overwrite:
@@ -215,6 +216,17 @@ def read_facts(path: str | os.PathLike) -> dict[str, Any]:
     """Read what run.json says; {} when there is none."""
     file = Path(path) / RUN
     return check_document(StoredRun, _read_json(file), str(file))
+
+
+def write_trackers(path: str | os.PathLike, known: Mapping[str, Any]) -> None:
+    """Write trackers.json: {tracker: {"id": of the run there, "sent": {"phase/name": last step}}}."""
+    _write_json(Path(path) / TRACKERS, known)
+
+
+def read_trackers(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what `write_trackers` wrote; {} when there is none."""
+    file = Path(path) / TRACKERS
+    return check_document(StoredTrackers, _read_json(file), str(file))
 
 
 def _write_json(file: Path, record: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ def test_what_says_nothing_new_is_listed(tmp_path: Path) -> None:
         ("lr_scheduler_type: polynomial", "lr_scheduler_type: 'polynomial' is not had here; allowed: linear, cosine"),
         ("resume_from_checkpoint: saves/checkpoint-5", "resume_from_checkpoint: .* must be true or false"),
         ("optim: adafactor", "optim: 'adafactor' is not had here"),
-        ("report_to: mlflow", "report_to: 'mlflow' is not had here"),
+        ("report_to: swanlab", "report_to: 'swanlab' is not had here; allowed: none, tensorboard, wandb, mlflow"),
         ("freeze_trainable_layers: -2\nfinetuning_type: freeze", "counts from the bottom"),
     ],
 )
@@ -171,3 +171,10 @@ def test_numbers_as_its_users_write_them(tmp_path: Path) -> None:
     """YAML 1.1 takes 1e-5 for text; JSON files are read too."""
     given: dict[str, Any] = make(tmp_path, "stage: sft\ndataset: messages\n", "learning_rate=1e-5").settings
     assert given["sft"]["learning_rate"] == 1e-5
+
+
+def test_trackers(tmp_path: Path) -> None:
+    text = "stage: sft\ndataset: messages\n"
+    loop = make(tmp_path, text, "report_to=mlflow,wandb").settings["loop"]
+    assert loop["log"] == ["tensorboard", "mlflow", "wandb"] and loop["project"] == "huggingface"
+    assert "log" not in make(tmp_path, text, "report_to=none").settings["loop"]

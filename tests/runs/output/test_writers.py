@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ppo_jax.data.jsonl import append_jsonl, read_jsonl, truncate_jsonl
-from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output import writers as metrics
+from ppo_jax.runs.output.tensorboard import tensorboard_writer
 from tests.disk import small_disk
 
 
@@ -108,12 +108,12 @@ def events(folder: Path) -> list:
 def test_tensorboard_events_are_readable_and_a_resume_purges(tmp_path: Path):
     code = """if True:
         import math, sys
-        from ppo_jax.runs.output import writers as metrics
-        first = metrics.tensorboard_writer(sys.argv[1])
+        from ppo_jax.runs.output.tensorboard import tensorboard_writer
+        first = tensorboard_writer(sys.argv[1])
         first(1, "ppo", {"reward": 0.5, "kl": math.nan})
         first(2, "ppo", {"reward": 0.25})
         first(9, "reward", {"loss": 0.75})
-        again = metrics.tensorboard_writer(sys.argv[1])  # as a resumed process would do update 2 again
+        again = tensorboard_writer(sys.argv[1])  # as a resumed process would do update 2 again
         again(2, "ppo", {"reward": 0.125})
     """  # a process of its own: nothing may be lost when it ends
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -127,52 +127,11 @@ def test_tensorboard_events_are_readable_and_a_resume_purges(tmp_path: Path):
 def test_missing_tensorboard_is_one_notice_and_the_run_goes_on(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     notices = []
-    write = metrics.tensorboard_writer(tmp_path, notify=notices.append)
+    write = tensorboard_writer(tmp_path, notify=notices.append)
     write(1, "ppo", {"reward": 1.0})
     write(2, "ppo", {"reward": 1.0})
     assert len(notices) == 1 and "pip install 'tensorboardX<3,>=2.6'" in notices[0]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_wandb_says_how_to_get_it(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"pip install 'wandb<1,>="):
-        metrics.wandb_writer("project", tmp_path)
-
-
-def test_settings_are_flat_for_wandb():
-    nested = {"model": "m", "hyper": {"kl_coef": 0.1}, "ppo": {"kl": {"place": "loss"}, "sampling": {"stop_ids": [1]}}}
-    assert metrics.flatten_config(nested) == {
-        "model": "m", "hyper.kl_coef": 0.1, "ppo.kl.place": "loss", "ppo.sampling.stop_ids": [1],
-    }  # fmt: skip
-
-
-def test_two_runs_of_one_name_have_two_ids_and_each_keeps_its_own(tmp_path: Path):
-    one, two, old = (tmp_path / parent / "ppo" for parent in "abc")
-    for directory in (one, two, old / "wandb"):
-        directory.mkdir(parents=True)
-    ids = [metrics.choose_id(directory) for directory in (one, two, old)]
-    assert ids[0] != ids[1] and all(name.startswith("ppo-") for name in ids[:2])
-    assert ids[2] == "ppo"  # of earlier code: its page goes on
-    assert [metrics.choose_id(directory) for directory in (one, two, old)] == ids
-
-
-def test_wandb_gets_flat_settings_metrics_and_samples(tmp_path: Path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_dir = tmp_path / "ppo"
-    run_dir.mkdir()
-    rundir.write_samples(run_dir, 10, ["the film"], [" is"], {"reward": [0.5]})
-    write = metrics.wandb_writer("project", run_dir, {"hyper": {"kl_coef": 0.1}})
-    write(1, "ppo", {"reward": 1.0})
-    write(10, "eval", {"reward": 0.5})
-    assert wandb.run.config["hyper.kl_coef"] == 0.1 and wandb.run.id == metrics.choose_id(run_dir)
-    assert wandb.run.summary["ppo/reward"] == 1.0 and "samples" in dict(wandb.run.summary)
-    wandb.finish()
-    (table,) = run_dir.glob("wandb/offline-run-*/files/media/table/samples*.json")
-    assert json.loads(table.read_text()) == {
-        "columns": ["step", "prompt", "response", "reward"], "data": [[10, "the film", " is", 0.5]],
-    }  # fmt: skip
 
 
 def test_what_is_done_again_is_recorded_once(tmp_path: Path):
@@ -217,7 +176,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path):
 
 
 def test_tensorboard_on_a_full_disk_raises_here_and_goes_on_later(tmp_path: Path):
-    write = metrics.tensorboard_writer(tmp_path)
+    write = tensorboard_writer(tmp_path)
     write(1, "ppo", {"reward": 1.0})
     with small_disk(50), pytest.raises(OSError):
         for step in range(2, 2000):  # more than a buffer holds
