@@ -4,6 +4,9 @@ disturbed: `python -m tests.processes.kills --kills 200 --out experiments/result
 A round is one run directory: a life for each place, in random order, in which the process is killed there, and one that
 comes to its end. A thread of the process looks where the main thread is, and kills it at a random moment of a visit of
 the place. The record holds where each process was when it died. Stopped itself, the command goes on from its record.
+
+Python 3.11 crashes now and then where a thread walks the frames of another one (twice in 300 lives on a busy machine, in
+the thread that looks). Such a life counts as none; what it left is gone on with like that of a kill.
 """
 
 import argparse
@@ -14,7 +17,6 @@ import faulthandler
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 if __name__ == "__main__":
@@ -73,6 +76,7 @@ LIFE = 7200.0  # seconds: at the lowest priority of a busy machine a life takes 
 
 def live(words: list[str], where: str, place: str | None, visit: int, delay: float) -> int:
     """The command; killed so many seconds after it has come to the place for the so-many-eth time. None: never."""
+    faulthandler.enable()  # says which thread has crashed
     if place == "compile":  # nothing is there yet
         jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(dir=Path(where).parent))
     seen = Visits(threading.main_thread().ident or 0)
@@ -89,14 +93,11 @@ class Visits:
     def __init__(self, thread: int) -> None:
         self.thread, self.at, self.since, self.trained = thread, "", time.monotonic(), False
         self.record: dict[str, list[float]] = {}
-        self.stack = Stack()
 
     def look(self) -> str:
-        names = self.stack.read(self.thread)
-        found = find_place(names or [])
+        found = find_place(sys._current_frames().get(self.thread))
         self.trained |= found == "rollout"
-        if found is None:  # of a stack that is too deep to be read whole nothing is known: it is where it was
-            found = self.at if names is None else "end" if self.trained else "start"
+        found = found or ("end" if self.trained else "start")
         now = time.monotonic()
         if found != self.at:
             self.record.setdefault(found, [0, 0.0])[0] += 1
@@ -115,28 +116,11 @@ def watch(seen: Visits, where: Path, place: str | None, visit: int, delay: float
         time.sleep(LOOK)
 
 
-class Stack:
-    """The functions that a thread is in, as faulthandler writes them down.
-
-    Python 3.11 can crash where a thread walks the frames of another one that runs (seen once in 1,000 lives).
-    """
-
-    def __init__(self) -> None:
-        self.file = os.memfd_create("stack")
-
-    def read(self, thread: int) -> list[str] | None:
-        """["file:function", ...], innermost first; None where it is too deep to be written whole, and none matches."""
-        os.ftruncate(self.file, 0)
-        os.lseek(self.file, 0, os.SEEK_SET)
-        faulthandler.dump_traceback(self.file, all_threads=True)
-        text = os.pread(self.file, os.fstat(self.file).st_size, 0).decode(errors="replace")
-        _, _, rest = text.partition(f"hread 0x{thread:016x}")
-        part = rest.partition("\n\n")[0]
-        names = [f"{file}:{function}" for file, function in re.findall(r'File "(.*)", line \S+ in (.*)', part)]
-        return None if part.rstrip().endswith("...") and find_place(names) is None else names
-
-
-def find_place(names: Sequence[str]) -> str | None:
+def find_place(frame: FrameType | None) -> str | None:
+    names = []
+    while frame is not None:
+        names.append(f"{frame.f_code.co_filename}:{frame.f_code.co_name}")
+        frame = frame.f_back
     for place, functions in FUNCTIONS.items():
         for name in names:
             for function in functions:
@@ -173,9 +157,18 @@ def run_life(
 
 def run_quiet(folder: Path, stage: str) -> dict[str, list[float]]:
     """The run that nobody disturbs: {place: visits and seconds}. It is left in the folder of its stage's name."""
-    code, seen, said = run_life(folder, stage, stage)
-    assert code == 0, said
-    return seen
+    while True:
+        shutil.rmtree(folder / stage, ignore_errors=True)
+        code, seen, said = run_life(folder, stage, stage)
+        if not is_of_watcher(code, said):
+            assert code == 0, said
+            return seen
+
+
+def is_of_watcher(code: int, said: str) -> bool:
+    """Whether a process was ended by the thread that looks, and not by the command."""
+    crashed = said.partition("Current thread")[2].partition("\n\n")[0]
+    return code == -signal.SIGSEGV and "in look\n" in crashed
 
 
 def run_round(
@@ -189,6 +182,10 @@ def run_round(
         visit = 1 if place == "start" else rng.randint(1, max(1, min(4, int(visits))))
         most = seconds if place == "start" else seconds / visits  # how long it is there, about
         code, where, said = run_life(folder, stage, name, place, visit, rng.uniform(0, most))
+        while place is None and is_of_watcher(code, said):
+            code, where, said = run_life(folder, stage, name)
+        if is_of_watcher(code, said):
+            continue
         if code == -signal.SIGKILL:
             killed[where or "start"] += 1
         elif code:
