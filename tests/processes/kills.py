@@ -5,8 +5,8 @@ A round is one run directory: a life for each place, in random order, in which t
 comes to its end. A thread of the process looks where the main thread is, and kills it at a random moment of a visit of
 the place. The record holds where each process was when it died. Stopped itself, the command goes on from its record.
 
-Python 3.11 crashes now and then where a thread walks the frames of another one (twice in 300 lives on a busy machine, in
-the thread that looks). Such a life counts as none; what it left is gone on with like that of a kill.
+Python 3.11 crashes now and then where a thread walks the frames of another one (twice in 300 lives on a busy machine,
+in the thread that looks). Such a life counts as none; what it left is gone on with like that of a kill.
 """
 
 import argparse
