@@ -23,6 +23,7 @@ Curve = dict[str, Any]  # "mean" and "error" of the rewards of every update, and
 
 def record(file: str, out: str) -> None:
     """Run their PPO, and keep what its reward model says of each update's responses."""
+    import yaml
     from llamafactory.train.ppo.trainer import CustomPPOTrainer
     from llamafactory.train.tuner import run_exp
 
@@ -31,13 +32,11 @@ def record(file: str, out: str) -> None:
 
     def recorded(self: Any, queries: Any, responses: Any, scores: Sequence[Any], *more: Any) -> Any:
         updates.append([float(score) for score in scores])
+        Path(out).write_text(json.dumps(curve_of(updates)) + "\n")
         return step(self, queries, responses, scores, *more)
 
     CustomPPOTrainer.step = recorded
-    import yaml
-
     run_exp(yaml.safe_load(Path(file).read_text()))
-    Path(out).write_text(json.dumps(curve_of(updates)) + "\n")
 
 
 def curve_of(updates: Sequence[Sequence[float]]) -> Curve:
