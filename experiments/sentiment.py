@@ -45,6 +45,7 @@ from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT
 from ppo_jax.models.pretrained import Model, load_model
+from ppo_jax.models.quantised import quantise_params
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.report import page
 from ppo_jax.rewards.addresses import named_sources, saved_sources
@@ -333,9 +334,9 @@ def world(settings: SentimentConfig) -> tuple[Model, movie_reviews.Splits]:
         where = gemma.gemma3() if settings.base == "gemma3-270m" else assets.smollm2()
         return load_model(where, settings.compute), movie_reviews.splits(movie_reviews.load(), seed)
     toy = smoke.model(seed)
-    params = jax.tree.map(lambda x: x.astype(settings.compute.dtype), toy.params)
-    toy = toy._replace(config=settings.compute.of(toy.config), params=params)
-    return toy, movie_reviews.splits(smoke.reviews(seed=seed), seed, test=40, prompts=40, judge_train=40)
+    config, splits = settings.compute.of(toy.config), movie_reviews.splits(smoke.reviews(seed=seed), seed, 40, 40, 40)
+    params = quantise_params(config, jax.tree.map(lambda x: x.astype(config.dtype), toy.params))
+    return toy._replace(config=config, params=params), splits
 
 
 def sentence_ends(model: Model, sampling: Sampling | None = None) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layout import TENSORS, linear_shapes
+from ppo_jax.models.quantised import Quantised, dequantise
 from ppo_jax.types import PyTree
 
 LINEARS = tuple(tensor.name for tensor in TENSORS if tensor.linear)
@@ -116,15 +117,22 @@ def init_top_k(params: PyTree, config: ModelConfig, k: int) -> PyTree:
     """The last `k` layers copied, to be trained in place of the base's ("freeze" tuning); float32 as in `init_full`."""
     if not 1 <= k <= config.num_layers:
         raise ValueError(f"top-k tuning of k={k} layers; the model has {config.num_layers}")
-    return {"layers": jax.tree.map(lambda w: jnp.array(w[-k:], jnp.float32, copy=True), params["layers"])}
+    last = {name: jax.tree.map(lambda w: w[-k:], weight) for name, weight in params["layers"].items()}
+    return {"layers": {name: jnp.array(dequantise(w, jnp.float32), jnp.float32, copy=True) for name, w in last.items()}}
 
 
 def init_full(params: PyTree) -> PyTree:
     """A full copy of the parameters: full fine-tuning.
 
     Always float32, whatever the base: bfloat16 has 8 bits, so a step below 0.2 % of a weight would be lost. The trunk
-    casts to its activations' dtype, one layer at a time.
+    casts to its activations' dtype, one layer at a time. Raises ValueError for a quantised base, which has no whole
+    weights to start from.
     """
+    if any(isinstance(weight, Quantised) for weight in params["layers"].values()):
+        raise ValueError(
+            "full fine-tuning changes every weight, and those of --compute.quantise are frozen: train lora or top_k, "
+            "or leave --compute.quantise out"
+        )
     return jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), params)
 
 
@@ -149,12 +157,13 @@ def shared_layers(adapter: PyTree, config: ModelConfig) -> int:
 
 
 def merge(params: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
-    """Parameters of a plain model that computes what `apply(params, adapter, ...)` does."""
-    layers, touched = dict(params["layers"]), {**adapter.get("layers", {}), **adapter.get("lora", {})}
+    """Parameters of a plain model that computes what `apply(params, adapter, ...)` does, whatever the base's bits."""
+    dtype = params["embedding"].dtype
+    layers = {name: dequantise(weight, dtype) for name, weight in params["layers"].items()}
+    touched = {**adapter.get("layers", {}), **adapter.get("lora", {})}
     for name in touched:
         count = jax.tree.leaves(touched[name])[0].shape[0]
         layers[name] = layers[name].at[-count:].set(_merged(layers[name][-count:], adapter, name))
-    dtype = params["embedding"].dtype
     whole = {name: _as(array, dtype) for name, array in adapter.items() if name not in ("lora", "layers")}
     return {**params, **whole, "layers": layers}
 
@@ -170,7 +179,8 @@ def merge_one(params: PyTree, adapter: PyTree, key: str, layer: int = 0) -> Arra
     untouched = base.shape[0] - max((x.shape[0] for x in jax.tree.leaves(changes)), default=0)
     if layer < untouched:
         changes = {}
-    return _merged(take(base, layer), jax.tree.map(lambda x: take(x, layer - untouched), changes), name)[0]
+    one = dequantise(jax.tree.map(lambda x: take(x, layer), base), params["embedding"].dtype)
+    return _merged(one, jax.tree.map(lambda x: take(x, layer - untouched), changes), name)[0]
 
 
 def _merged(base: Array, adapter: PyTree, name: str) -> Array:

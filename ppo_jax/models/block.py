@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from ppo_jax.models.attention import Rule, attend, attend_cached
 from ppo_jax.models.cache import Cache, store
 from ppo_jax.models.config import Activation, ModelConfig
+from ppo_jax.models.quantised import multiply
 from ppo_jax.models.rotary import Rotations, rotate
 from ppo_jax.parallel.sharding import constrain
 from ppo_jax.types import PyTree
@@ -144,7 +145,7 @@ def _linear(layer: PyTree, lora: PyTree) -> Linear:
 
     def linear(name: str, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])  # one contracted dimension in the weight's gradient: no transposed copies
-        y = rows @ layer[name].astype(x.dtype)
+        y = multiply(rows, layer[name])
         if name in lora:
             update = lora[name]
             y += ((rows @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale

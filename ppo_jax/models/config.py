@@ -5,11 +5,13 @@ from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Quantise = Literal["none", "int8", "int4"]
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Norm = Literal["rms", "layer"]
 Place = Literal["before", "after", "both"]
 HeadNorm = Literal["none", "head", "width"]
+_OPTIONS = (("dtype", Dtype), ("remat", Remat), ("attention", Attention), ("quantise", Quantise))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +24,17 @@ class ModelOptions:
     """The backward pass computes again what costs little (none), attention too (dots), or whole layers (full)."""
     attention: Attention = "auto"
     """Attention runs in this implementation; auto is splash attention on TPUs, cuDNN on GPUs in bfloat16, else XLA."""
+    quantise: Quantise = "none"
+    """The frozen base's linear maps are kept as they are (none), or in 8 or 4 bits with scales (needs qwix)."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", Dtype), ("remat", Remat), ("attention", Attention)):
+        for name, allowed in _OPTIONS:
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
 
     def of(self, config: "ModelConfig") -> "ModelConfig":
         """The same model, run this way. Parameters must be given in `dtype` themselves."""
-        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat, attention=self.attention)
+        return dataclasses.replace(config, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ class ModelConfig:
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
     family: str = "llama"  # the Hugging Face `model_type` that wrote it
     dtype: Dtype = "float32"  # of parameters and activations; norms and softmax stay float32
+    quantise: Quantise = "none"  # how the linear maps of the base are kept, see `models.quantised`
     remat: Remat = "none"  # what the backward pass computes again, see ModelOptions
     attention: Attention = "auto"  # implementation, see ModelOptions
     bos_token_id: int | None = None

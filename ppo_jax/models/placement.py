@@ -31,10 +31,13 @@ def leaf_spec(path: tuple, leaf: Any, mesh: AnyMesh) -> PartitionSpec:
     """The spec of one leaf of a tree of parameters, by the names on its path.
 
     The last name decides, so that an optimizer's state, an average of parameters or a gradient lies like the parameter
-    it belongs to. LoRA's a and b take the linear map's input and output axis. What the table does not know (heads,
-    counters, keys, factored moments) is held whole by every device: it is small.
+    it belongs to. LoRA's a and b take the linear map's input and output axis, and a quantised map's codes and scales
+    its own. What the table does not know (heads, counters, keys, factored moments) is held whole by every device: it is
+    small.
     """
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    if len(names) >= 2 and names[-1] in ("codes", "scales"):
+        names = names[:-1]
     axes = AXES_BY_NAME.get(names[-1], ()) if names else ()
     if len(names) >= 3 and names[-3] == "lora" and names[-1] in ("a", "b"):
         linear = AXES_BY_NAME.get(names[-2], ())

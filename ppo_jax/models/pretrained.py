@@ -73,7 +73,7 @@ def load_model(path: str | Path, options: ModelOptions | None = None, template: 
     """
     where = resolve(path)
     options = options or ModelOptions()
-    config, params = hf.load(where, options.dtype, current_mesh())
+    config, params = hf.load(where, options.dtype, current_mesh(), options.quantise)
     tokenizer = load_tokenizer(where)
     if template is not None:
         tokenizer.chat_template = read_template(template, tokenizer)

@@ -15,6 +15,7 @@ from ppo_jax.models.adapters import first_layer, unembedding
 from ppo_jax.models.block import Block, layer_block, normalise
 from ppo_jax.models.cache import Cache, store_positions
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.quantised import Quantised
 from ppo_jax.models.rotary import rotations
 from ppo_jax.ops.logprobs import LOWEST, unembed
 from ppo_jax.parallel.sharding import constrain
@@ -203,7 +204,7 @@ def _run_one_by_one(
 def unstack(params: PyTree, adapter: PyTree, config: ModelConfig) -> tuple[PyTree, PyTree]:
     """(params, adapter) of the same role with every layer's arrays apart, for `apply` with a cache that is `unstacked`.
 
-    It copies every layer, matrices in the activations' dtype.
+    It copies every layer, matrices in the activations' dtype, or quantised as they are.
     """
 
     def take(stack: PyTree, i: int) -> PyTree:
@@ -211,12 +212,13 @@ def unstack(params: PyTree, adapter: PyTree, config: ModelConfig) -> tuple[PyTre
         skipped = config.num_layers - max((leaf.shape[0] for leaf in jax.tree.leaves(stack)), default=0)
         return {} if i < skipped else jax.tree.map(lambda leaf: leaf[i - skipped], stack)
 
-    def cast(array: Array) -> Array:
-        return array.astype(config.dtype) if array.ndim > 1 else array
+    def cast(array: Array | Quantised) -> Array | Quantised:
+        return array if isinstance(array, Quantised) or array.ndim < 2 else array.astype(config.dtype)
 
     layers, lora = [], []
     for i in range(config.num_layers):
-        layers.append(jax.tree.map(cast, take(params["layers"], i) | take(adapter.get("layers", {}), i)))
+        layer = take(params["layers"], i) | take(adapter.get("layers", {}), i)
+        layers.append({name: cast(array) for name, array in layer.items()})
         lora.append(take(adapter.get("lora", {}), i))
     rest = {name: array for name, array in adapter.items() if name != "layers"}
     return params | {"layers": tuple(layers)}, rest | {"lora": tuple(lora)}

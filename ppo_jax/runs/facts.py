@@ -98,11 +98,12 @@ def reported_facts(setup: Setup) -> dict[str, Any]:
 
 def shared_facts(model: Model, loras: PyTree, seed: int) -> dict[str, Any]:
     """Collect what is named of every stage: its base, how that is run, the scales of LoRAs, the machine."""
-    around = environment()
+    around, kind = environment(), model.config.quantise
+    quantised = {} if kind == "none" else {"quantise": kind}  # what was not there before counts as its default
     return {
         "base": {"name": model.name, "fingerprint": model.fingerprint},
         "lora_scales": _scales(loras),
-        "compute": {name: getattr(model.config, name) for name in ("dtype", "remat", "attention")},
+        "compute": {name: getattr(model.config, name) for name in ("dtype", "remat", "attention")} | quantised,
         "seed": seed,
         "versions": around["versions"],
         "machine": {"devices": around["machine"], "processes": jax.process_count(), "mesh": _mesh()},

@@ -141,7 +141,8 @@ class StageResult:
         fresh = lambda params, adapter: merge(params, adapter, self.base.config)  # noqa: E731
         params = create_on_mesh(fresh, self.base.params, self.adapter)
         fingerprint = processes.first_writes(lambda _: fingerprint_of(self.path))
-        return self.base._replace(name=str(self.path), params=params, fingerprint=fingerprint or "")
+        config = dataclasses.replace(self.base.config, quantise="none")
+        return self.base._replace(name=str(self.path), config=config, params=params, fingerprint=fingerprint or "")
 
 
 def init_policy(setup: OfflineSetup) -> PyTree:

@@ -24,8 +24,9 @@ from ppo_jax.train.state import init_state
 from ppo_jax.types import Frozen
 from tests.train import toy
 
-SMALL = ModelOptions("bfloat16", "dots", "xla")
+SMALL = ModelOptions("bfloat16", "dots", "xla", "int8")
 FLAGS = ["--compute.dtype", "bfloat16", "--compute.remat", "dots", "--compute.attention", "xla"]
+FLAGS += ["--compute.quantise", "int8"]
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,14 @@ def test_a_model_is_loaded_to_be_run_that_way(tmp_path: Path) -> None:
     made = smoke.model()
     hf.save(tmp_path / "model", made.config, made.params, made.tokenizer)
     found = load_model(tmp_path / "model", SMALL)
-    assert (found.config.dtype, found.config.remat, found.config.attention) == ("bfloat16", "dots", "xla")
-    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert SMALL.of(found.config) == found.config
+    dtypes = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(found.params)}
+    assert {dtypes.pop(name).name for name in list(dtypes) if name.endswith(".codes")} == {"int8"}
+    assert {dtypes.pop(name).name for name in list(dtypes) if name.endswith(".scales")} == {"float32"}
+    assert set(dtypes.values()) == {jnp.dtype(jnp.bfloat16)}
     toy_world, _ = world(SentimentConfig(smoke=True, compute=SMALL))
     assert toy_world.config.remat == "dots" and toy_world.params["embedding"].dtype == jnp.bfloat16
+    assert toy_world.params["layers"]["q"].codes.dtype == jnp.int8
 
 
 def test_a_whole_iteration_trains_float32_masters_of_a_bfloat16_base() -> None:

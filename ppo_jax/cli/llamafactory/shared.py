@@ -41,8 +41,19 @@ def translate_run(arguments: Arguments, stage: str, devices: int, resume: str) -
         "overwrite": overwrite and not goes_on,
         "resume": "yes" if goes_on else "no" if overwrite else resume,
         "too_long": "share",
-        "compute": {"dtype": "bfloat16" if half else "float32", "remat": "full" if spare else "none"},
+        "compute": {"dtype": "bfloat16" if half else "float32", "remat": "full" if spare else "none"}
+        | _quantised(arguments),
     } | ({"mesh": {"data": devices}} if devices > 1 else {})
+
+
+def _quantised(arguments: Arguments) -> Mapping:
+    """Translate the bits of the base, where there are any."""
+    if arguments.get("quantization_bit") is None:
+        return {}
+    arguments.choose("quantization_method", "bnb")
+    if str(arguments.get("finetuning_type")) == "full":
+        raise arguments.wrong("quantization_bit", "needs finetuning_type lora or freeze")
+    return {"quantise": f"int{arguments.choose('quantization_bit', '4', '8')}"}
 
 
 def translate_data(arguments: Arguments, stage: str) -> Mapping:

@@ -17,6 +17,8 @@ TRANSLATED: dict[str, str] = {
     "seed": "seed",
     "bf16": "compute.dtype bfloat16; what is trained stays float32",
     "pure_bf16": "compute.dtype bfloat16; what is trained stays float32 all the same",
+    "quantization_bit": "compute.quantise: 8 is int8, 4 is int4; 2 and 3 are refused",
+    "quantization_method": "bnb is the only one beside quantization_bit; the numbers are those of qwix",
     "disable_gradient_checkpointing": "compute.remat: full unless it is true",
     # -- data ---------------------------------------------------------------------------------------------------------
     "dataset": "data, pairs or prompts: DATASET_DIR/dataset_info.json:NAME; further ones are dataset.more",
@@ -126,13 +128,15 @@ NO_EFFECT: dict[str, str] = {
     "rows are read one after another anyway, and all of them are shuffled": "streaming buffer_size overwrite_cache",
     "pad tokens are never learnt": "ignore_pad_token_for_loss",
     "it is printed nowhere": "print_param_status",
-    "it matters only beside an argument that is refused": """quantization_method quantization_type double_quantization
-        quantization_device_map kto_chosen_weight kto_rejected_weight simpo_gamma loraplus_lr_embedding pissa_iter
-        pissa_convert galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise
-        apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type
-        apollo_layerwise apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval
-        badam_update_ratio badam_mask_mode badam_verbose swanlab_project swanlab_workspace swanlab_run_name
-        swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret adapter_folder""",
+    "4 bits are whole numbers with a float32 scale for every 32 inputs, not NF4 with scales in 8 bits": """
+        quantization_type double_quantization quantization_device_map""",
+    "it matters only beside an argument that is refused": """kto_chosen_weight kto_rejected_weight simpo_gamma
+        loraplus_lr_embedding pissa_iter pissa_convert galore_target galore_rank galore_update_interval galore_scale
+        galore_proj_type galore_layerwise apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj
+        apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block
+        badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose swanlab_project
+        swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url
+        swanlab_lark_secret adapter_folder""",
     "adapters are always new here, since none is gone on with": "create_new_adapter",
 }
 
@@ -142,7 +146,7 @@ REFUSED: dict[str, str] = {
     "the reference is the model that training starts from": """ref_model ref_model_adapters
         ref_model_quantization_bit""",
     "merge the adapter into the reward model first": "reward_model_adapters",
-    "bases are not quantised here": "quantization_bit reward_model_quantization_bit",
+    "the reward model lies on the policy's base, in its bits": "reward_model_quantization_bit",
     "there is no dropout here": "lora_dropout",
     "only LoRA's own matrices are trained beside the base": "additional_target freeze_extra_modules",
     "whole layers are trained": "freeze_trainable_modules",

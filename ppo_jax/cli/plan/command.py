@@ -134,6 +134,8 @@ def advice(report: Report, limit: float, settings: PlanSettings) -> list[str]:
         tips.append("--policy.kind lora: optimizer state and float32 masters shrink to a few per cent")
     if settings.compute.dtype == "float32":
         tips.append("--compute.dtype bfloat16 halves the base and the activations")
+    if settings.compute.quantise == "none" and settings.policy.kind != "full":
+        tips.append("--compute.quantise int8: a quarter of the base's linear maps in float32, half of bfloat16")
     if stays > limit:
         return tips
     if report["program"] in ("update", "iteration"):

@@ -28,6 +28,7 @@ from ppo_jax.models.files import hf
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import check_model, init_params
 from ppo_jax.models.placement import shardings
+from ppo_jax.models.quantised import quantise_params
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.members import batch_sharding, member_shardings, over_members
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
@@ -106,7 +107,7 @@ BRIEF = Brief(
             *("compute", "ppo", "programs", "search", "memory", "json"),
         ),
         AdapterConfig: ("kind", "layers", "rank"),
-        ModelOptions: ("dtype", "remat"),
+        ModelOptions: ("dtype", "quantise", "remat"),
         PPOConfig: ("num_minibatches", "accumulate", "group_size"),
     },
 )
@@ -188,7 +189,7 @@ def arguments(settings: PlanSettings, config: ModelConfig, mesh: jax.sharding.Me
         )
         return init_state(key, adapter, config, optimizer, 0.05, critic=critic, ema=ppo.ema_decay > 0), role
 
-    base = jax.eval_shape(lambda: init_params(key, config))
+    base = jax.eval_shape(lambda: quantise_params(config, init_params(key, config)))
     state, role = jax.eval_shape(trained, base)
     frozen = Frozen(base, role)
     rows, slots = settings.batch, settings.prompt_length
@@ -268,7 +269,8 @@ def held_bytes(inputs: dict[str, PyTree]) -> dict[str, int]:
 
     def size(tree: PyTree) -> int:
         leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
-        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+        bits = (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize for x in leaves)
+        return sum(n * math.prod(x.sharding.shard_shape(x.shape)) for n, x in zip(bits, leaves, strict=True)) // 8
 
     state, frozen = inputs["state"], inputs["frozen"]
     sizes = {

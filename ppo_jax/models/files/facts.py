@@ -7,7 +7,7 @@ from typing import Any
 from ppo_jax.models.config import ModelConfig, RopeScaling
 
 # Fields of a ModelConfig that say how it is run or where it stops, not what its weights compute.
-_CHOICES = ("dtype", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids", "tokenless")
+_CHOICES = ("dtype", "quantise", "remat", "attention", "max_positions", "bos_token_id", "eos_token_ids", "tokenless")
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Quantised tensors are expanded to float32; nothing is claimed about the weights from before the quantisation.
 """
 
+import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.config import ModelConfig, Quantise, RopeScaling
 from ppo_jax.models.files import gguf_container, weights
 from ppo_jax.models.files.families import FAMILIES, Dtype
 from ppo_jax.models.files.fields import LARGEST, token_ids
@@ -52,7 +53,9 @@ ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, expanded into one divisor 
 LARGEST_ROPE = 2**16  # of these; a head has some 64
 
 
-def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
+def load(
+    path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None, quantise: Quantise = "none"
+) -> tuple[ModelConfig, PyTree]:
     """Reads configuration and weights of a GGUF file of architecture `llama` or `gemma3`.
 
     llama.cpp rotates the neighbours (2j, 2j+1) of a head in `llama`, where Hugging Face and we rotate (j, j + H/2), so
@@ -69,7 +72,7 @@ def load(path: Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tupl
         if stored is not None and math.prod(stored.shape) > LARGEST_ROPE:
             raise ValueError(f"tensor {ROPE_FACTORS} has shape {stored.shape}; at most {LARGEST_ROPE} values are read")
         factors = None if stored is None else gguf_container.dequantize(ROPE_FACTORS, stored)
-        config = read_config(metadata, found, factors, dtype)
+        config = dataclasses.replace(read_config(metadata, found, factors, dtype), quantise=quantise)
 
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
 

@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 
 from ppo_jax.data.disk import is_out_of_memory, keep_files, replaced_directory
 from ppo_jax.models.adapters import merge, merge_one
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import ModelConfig, Quantise
 from ppo_jax.models.files import families, fields, foreign, gguf, names, peft_reading, tensor_file, weights
 from ppo_jax.models.files.families import Dtype
 from ppo_jax.models.files.hub import read_json, resolve, write_json
 from ppo_jax.models.files.names import Stored
 from ppo_jax.models.files.tokenizer import check_vocabulary, save_tokenizer
 from ppo_jax.models.layout import check_params, leaf
+from ppo_jax.models.quantised import quantise_params
 from ppo_jax.parallel.processes import first_writes, pieces
 from ppo_jax.types import PyTree
 
@@ -31,7 +32,9 @@ GENERATION = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, PyTree]:
+def load(
+    path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None, quantise: Quantise = "none"
+) -> tuple[ModelConfig, PyTree]:
     """Reads a model.
 
     Args:
@@ -39,6 +42,8 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         the peft library is its base with the adapter merged in (`peft_reading`).
       dtype: of the parameters that are returned, whatever the file holds.
       mesh: where the parameters go (`sharding.make_mesh`); by default to the default device.
+      quantise: how the linear maps are kept (`models.quantised`): one stacked array after the other is quantised when
+        it has been read, but a base with an adapter to merge in first is read whole.
 
     Returns:
       The configuration and the parameters (jax arrays, laid out as `models.layout` says). Tensors are read one at a
@@ -54,15 +59,21 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
         raise ValueError(f"dtype={dtype!r} is not supported; supported: float32, bfloat16")
     where = resolve(path)
     if where.suffix == ".gguf":
-        return gguf.load(where, dtype, mesh)
+        return gguf.load(where, dtype, mesh, quantise)
     if where.is_file():
         raise ValueError(f"{where} is a file; give a Hugging Face directory or a .gguf file")
     if peft_reading.is_adapter(where) and not foreign.has_value_head(where):
         config, params = load(peft_reading.base_of(where), dtype, mesh)
-        return config, peft_reading.merge_into(config, params, where)
+        config = dataclasses.replace(config, quantise=quantise)
+        return config, quantise_params(config, peft_reading.merge_into(config, params, where), mesh)
     if not (where / "config.json").is_file() and (what := foreign.describe_directory(where)):
         raise FileNotFoundError(what)
-    config = read_config(where, dtype)
+    config = dataclasses.replace(read_config(where, dtype), quantise=quantise)
+    return config, _read_weights(where, config, mesh)
+
+
+def _read_weights(where: Path, config: ModelConfig, mesh: Mesh | None) -> PyTree:
+    """The parameters in the safetensors files of a directory."""
     shards = weight_files(where)
     with contextlib.ExitStack() as stack:
         source: dict[str, tuple[Path, Any]] = {}
@@ -90,7 +101,7 @@ def load(path: str | Path, dtype: Dtype = "float32", mesh: Mesh | None = None) -
             raise ValueError(f"{shards[0] if len(shards) == 1 else where / INDEX}: {error}") from error
         if repeated is not None:
             _check_repeated(config, lambda part: read(prefix + head, part), params["embedding"], where)
-    return config, params
+    return params
 
 
 def save(

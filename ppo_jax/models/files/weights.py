@@ -13,6 +13,7 @@ from ppo_jax.models.files.foreign import describe_names, describe_value_head
 from ppo_jax.models.files.names import Stored, stored_tensors
 from ppo_jax.models.layout import Tensor, check_model, nest
 from ppo_jax.models.placement import parameter_sharding
+from ppo_jax.models.quantised import Quantised, quantise_array
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import AXES, MeshConfig
 from ppo_jax.types import PyTree
@@ -32,7 +33,7 @@ def gather(
     """Builds the parameter tree, one stacked array at a time; on a mesh, one device's shard of it at a time.
 
     Args:
-      config: shapes and dtype of the result.
+      config: shapes and dtype of the result; what is to be quantised is so as soon as it is read.
       shapes: of every tensor in the file, by its name there; they are compared before anything is read.
       read: name in the file -> the tensor. Called once per tensor and array of ours in it, so that the host never
         holds more than one of our arrays and one of theirs.
@@ -61,7 +62,11 @@ def gather(
         more = describe_value_head(surplus)
         raise ValueError(f"{len(surplus)} tensors have no place in the model: {some}{more}")
     pairs = [(one, tensor) for one in stored for tensor in one.parts]
-    return nest({tensor.key: _read_array(config, one, tensor, read, mesh, read_part) for one, tensor in pairs})
+
+    def array(one: Stored, tensor: Tensor) -> jax.Array | Quantised:
+        return quantise_array(config, tensor, _read_array(config, one, tensor, read, mesh, read_part), mesh)
+
+    return nest({tensor.key: array(one, tensor) for one, tensor in pairs})
 
 
 def _read_array(

@@ -145,6 +145,20 @@ def test_what_stays_is_what_a_run_holds(tiny: str) -> None:
     assert PlanSettings("x", "cpu:1").ppo == PPOConfig()  # what training takes when nothing is said
 
 
+@pytest.mark.parametrize(("kind", "bits", "blocks"), [("int8", 8, 1), ("int4", 4, 4)])
+def test_a_quantised_base_is_counted_in_its_bits(tiny: str, kind: Any, bits: int, blocks: int) -> None:
+    """Two layers of four maps of 128 x 128, two of 128 x 256 and one back; scales in float32 by output and block."""
+    options = ModelOptions(quantise=kind)
+    given = settings(tiny, "cpu:1", mesh=MeshConfig(), batch=4, compute=options, ppo=ONE)
+    mesh = make_mesh(MeshConfig())
+    wide, narrow = 3 * 128 * 256, 4 * 128 * 128
+    scales = blocks * (4 * 128 + 2 * 256 + 128) + (4 * 128 if kind == "int4" else 0)  # down has 256 inputs
+    rest = 512 * 128 + 128 + 2 * 2 * 128  # embedding and norms
+    assert held_bytes(arguments(given, check(given), mesh))["base"] == (
+        2 * (wide + narrow) * bits // 8 + 2 * 4 * scales + 4 * rest
+    )
+
+
 def test_the_kernel_is_that_of_the_planned_platform() -> None:
     assert model_config(settings()).attention == "splash"  # although this process has a CPU
     assert model_config(settings(topology="cpu:8")).attention == "xla"
