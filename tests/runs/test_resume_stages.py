@@ -147,10 +147,10 @@ def die_at(step: int) -> Callable[[int, Any], None]:
     return act
 
 
-LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("dpo", "pairs")]  # the same loop and files
+LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("dpo", "pairs", "ratings")]  # the same loop and files
 
 
-@pytest.mark.parametrize("stage", ["sft", "ratings", *LONG])
+@pytest.mark.parametrize("stage", ["sft", *LONG])
 def test_killed_before_a_checkpoint_between_two_and_in_the_export(
     stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
