@@ -127,6 +127,7 @@ class Frozen(NamedTuple):
 
     base: PyTree  # the trunk that all roles share
     reward: PyTree = None  # what the on-device reward needs: adapter and head, or a whole model
+    reference: PyTree = {}  # the adapter that the KL is measured to; {}: the base itself
 
 
 class Off(NamedTuple):

@@ -17,6 +17,8 @@ from ppo_jax.data.disk import replace_file
 from ppo_jax.data.llamafactory.encoding import Encoder, list_stops, make_encoder
 from ppo_jax.data.options import TemplateOptions
 from ppo_jax.models.config import ModelOptions
+from ppo_jax.models.files.hub import resolve
+from ppo_jax.models.files.peft_reading import is_adapter, read_trained
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.agreement import of_first
@@ -29,7 +31,9 @@ from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.prompts import Split
+from ppo_jax.runs.setup import check_reference
 from ppo_jax.train.offline import OfflineConfig
+from ppo_jax.types import PyTree
 
 SHOWN_OF_DATASET = ("columns", "max_samples", "more", "weights")  # of the options of data, in --help
 S = TypeVar("S", bound=Any)
@@ -42,6 +46,9 @@ class RunSettings:
     model: str
     """The model is a Hugging Face directory, a name on the hub, or a .gguf file."""
     _: dataclasses.KW_ONLY
+    start: str = ""
+    """Training goes on with this LoRA adapter of the peft library (a directory or a name on the hub), as large as it
+    is."""
     seed: int = 0
     """This number seeds the order of the data, sampling and initialisation."""
     too_long: TooLong = "error"
@@ -85,6 +92,33 @@ def load_base(
     encoder = make_encoder(template, model.tokenizer)
     stops = {*model.config.eos_token_ids, *list_stops(encoder.template, model.tokenizer)}
     return model._replace(config=dataclasses.replace(model.config, eos_token_ids=tuple(sorted(stops)))), encoder
+
+
+def load_start(settings: RunSettings, model: Model, chosen: Any, option: str, reference: str = "base") -> PyTree:
+    """Read the adapter that training goes on with; None where it begins with a fresh one.
+
+    Args:
+      chosen: the options under `option` that say what is trained, which an adapter says itself.
+      reference: where the KL is measured from.
+    """
+    check_reference(reference, "--dpo.reference" if option == "adapter" else "--ppo.kl.reference", settings.start)
+    if not settings.start:
+        return None
+    if chosen != type(chosen)():
+        raise ValueError(f"--start says itself what is trained; leave out what else --{option}.* says of it")
+    where = Path(resolve(settings.start))
+    if not is_adapter(where):
+        how = "write one by `ppo-jax export RUN --to DIR --format peft`, or give a whole model as --model"
+        raise ValueError(f"--start {settings.start} is no adapter of the peft library: {how}")
+    return read_trained(model.config, where)
+
+
+def describe_roles(settings: RunSettings, reference: str) -> str:
+    """Say which model is the base, which the reference, and what a policy starts from."""
+    if not settings.start:
+        return f"Base and reference: {settings.model}."
+    start = Path(settings.start).name
+    return f"Base: {settings.model}. Start: {start}. Reference: {start if reference == 'start' else settings.model}."
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ BRIEF = Brief(
     {
         DPOSettings: (
             *("model", "pairs", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("chat_template", "dataset", "compute", "adapter", "dpo", "loop", "resume"),
+            *("start", "chat_template", "dataset", "compute", "adapter", "dpo", "loop", "resume"),
         ),
         DatasetOptions: common.SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
@@ -83,19 +83,20 @@ def _dpo(settings: DPOSettings) -> None:
     check_room(model, [row for side in sides for row in side])
     if settings.dpo.batch_size > len(train.starts):
         raise ValueError(too_few_rows("--dpo.batch-size", settings.dpo.batch_size, len(train.starts), settings.pairs))
+    start = common.load_start(settings, model, settings.adapter, "adapter", settings.dpo.reference)
     directory = run_directory(settings.run_dir, lambda: common.open_directory(settings))
     with progress("ppo-jax dpo", is_first(), log=directory / LOG) as screen:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
-        task = f"Base and reference: {settings.model}. Preferences: {settings.pairs.name}."
+        task = f"{common.describe_roles(settings, settings.dpo.reference)} Preferences: {settings.pairs.name}."
         title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
         summary = common.describe_run(settings, title, task, measured_on=measured_on)
         common.begin_report(directory, summary)
         config = common.repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.dpo, settings.seed, settings.adapter, settings.loop, config,
-            mix=make_mixture(settings.dataset, split.training, train.encoded.kept),
+            mix=make_mixture(settings.dataset, split.training, train.encoded.kept), start=start,
         )  # fmt: skip
         result = run_dpo(directory, setup, screen, settings.resume)
         page = common.write_report(directory, summary, before=result.before, after=result.after)

@@ -9,8 +9,10 @@ from ppo_jax.cli.common import (
     SHOWN_OF_DATASET,
     RunSettings,
     begin_report,
+    describe_roles,
     describe_run,
     load_base,
+    load_start,
     next_commands,
     open_directory,
     repeatable_yaml,
@@ -26,7 +28,7 @@ from ppo_jax.data.llamafactory.encoding import Encoder
 from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelOptions
 from ppo_jax.models.files.artifacts import EXPORT, MODEL
-from ppo_jax.models.placement import create_on_mesh
+from ppo_jax.models.placement import create_on_mesh, place_on_mesh
 from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel import launch
 from ppo_jax.parallel.mesh import use_mesh
@@ -49,7 +51,7 @@ from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
 from ppo_jax.train.options import PPOConfig, ScoreConfig, check_hyper, check_micro_batches, check_scalars_of
 from ppo_jax.train.state import key_stream
-from ppo_jax.types import Hyper
+from ppo_jax.types import Hyper, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ BRIEF = Brief(
     {
         PPOSettings: (
             *("model", "prompts", "reward", "run_dir", "max_prompt", "seed", "resume", "overwrite"),
-            *("chat_template", "dataset", "compute", "policy", "ppo", "hyper", "loop"),
+            *("start", "chat_template", "dataset", "compute", "policy", "ppo", "hyper", "loop"),
         ),
         DatasetOptions: SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
@@ -160,10 +162,10 @@ def make_setup(
         raise ValueError(
             too_few_rows("--loop.batch-size", settings.loop.batch_size, len(prompts.rows), settings.prompts)
         )
-    key = key_stream(settings.seed, "adapter")
     setup = Setup(
         model=model,
-        adapter=create_on_mesh(lambda k, base: init_adapter(k, base, model.config, settings.policy), key, model.params),
+        adapter=make_policy(settings, model),
+        start=settings.start,
         prompts=prompts,
         held_out=held_out,
         measured_on=split.kind,
@@ -179,9 +181,18 @@ def make_setup(
     return setup, split, long + long_too
 
 
+def make_policy(settings: PPOSettings, model: Model) -> PyTree:
+    """Take the adapter that training goes on with, or make a fresh one."""
+    start = load_start(settings, model, settings.policy, "policy", settings.ppo.kl.reference)
+    if start is not None:
+        return place_on_mesh(start)
+    fresh = lambda key, base: init_adapter(key, base, model.config, settings.policy)  # noqa: E731
+    return create_on_mesh(fresh, key_stream(settings.seed, "adapter"), model.params)
+
+
 def summarise(settings: PPOSettings, setup: Setup) -> page.Summary:
     """Gather what the report is told before there are results."""
-    task = f"Base and reference: {settings.model}. Reward: {named_sources(settings.reward)}."
+    task = f"{describe_roles(settings, settings.ppo.kl.reference)} Reward: {named_sources(settings.reward)}."
     more: dict[str, Any] = {"prompts": len(setup.held_out.rows), "measured_on": f"{setup.measured_on} prompts"}
     reward = setup.reward.metadata
     if "accuracy" in reward:

@@ -89,7 +89,7 @@ BRIEF = Brief(
     {
         RewardSettings: (
             *("model", "pairs", "ratings", "choices", "run_dir", "max_length", "held_out", "seed", "too_long"),
-            *("overwrite", "chat_template", "dataset", "compute", "reward", "loop", "resume"),
+            *("overwrite", "start", "chat_template", "dataset", "compute", "reward", "loop", "resume"),
         ),
         DatasetOptions: common.SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
@@ -122,6 +122,8 @@ def reward(settings: RewardSettings) -> None:
 def _reward(settings: RewardSettings) -> None:
     model, encoder = common.load_base(*settings.base)
     settings.reward.trunk(model.config)  # raises before the directory is touched
+    said = {name: getattr(settings.reward, name) for name in ("kind", "depth", "lora_layers", "rank", "alpha")}
+    start = common.load_start(settings, model, dataclasses.replace(RewardConfig(), **said), "reward")
     train, held_out, split, where, mix = _data(settings, model, encoder)
     reference = _reference(settings, model)
     for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
@@ -139,7 +141,7 @@ def _reward(settings: RewardSettings) -> None:
         common.begin_report(directory, summary)
         setup = OfflineSetup(
             model, train, held_out, settings.reward, settings.seed, loop=settings.loop, reference=reference,
-            config=common.repeatable_yaml(settings), mix=mix,
+            config=common.repeatable_yaml(settings), mix=mix, start=start,
         )  # fmt: skip
         result = run_reward(directory, setup, screen, settings.resume)
         table = [bucket._asdict() for bucket in result.calibration]

@@ -13,6 +13,7 @@ from ppo_jax.cli.common import (
     describe_micro_batch,
     describe_run,
     load_base,
+    load_start,
     next_commands,
     open_directory,
     repeatable_yaml,
@@ -76,7 +77,7 @@ BRIEF = Brief(
     {
         SFTSettings: (
             *("model", "data", "run_dir", "max_length", "held_out", "seed", "too_long", "overwrite"),
-            *("chat_template", "dataset", "compute", "adapter", "sft", "loop", "resume"),
+            *("start", "chat_template", "dataset", "compute", "adapter", "sft", "loop", "resume"),
         ),
         DatasetOptions: SHOWN_OF_DATASET,
         ModelOptions: ("dtype",),
@@ -120,6 +121,7 @@ def _sft(settings: SFTSettings) -> None:
     check_room(model, [*train.rows, *held_out.rows])
     if settings.sft.batch_size > len(train.rows):
         raise ValueError(too_few_rows("--sft.batch-size", settings.sft.batch_size, len(train.rows), settings.data))
+    start = load_start(settings, model, settings.adapter, "adapter")
     directory = run_directory(settings.run_dir, lambda: open_directory(settings))
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
@@ -131,7 +133,7 @@ def _sft(settings: SFTSettings) -> None:
         config = repeatable_yaml(settings)
         setup = OfflineSetup(
             model, train, held_out, settings.sft, settings.seed, settings.adapter, settings.loop, config,
-            mix=make_mixture(settings.dataset, split.training, train.kept),
+            mix=make_mixture(settings.dataset, split.training, train.kept), start=start,
         )  # fmt: skip
         result = run_sft(directory, setup, screen, settings.resume)
         page = write_report(directory, summary, before=result.before, after=result.after)

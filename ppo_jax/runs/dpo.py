@@ -20,7 +20,7 @@ from ppo_jax.parallel.mesh import round_up_to_devices
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.offline import PassOn, StageResult, Work, export_policy, init_policy, train_offline
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import OfflineSetup
+from ppo_jax.runs.setup import OfflineSetup, check_reference
 from ppo_jax.train import offline
 from ppo_jax.train.dpo import Preferences, bind_dpo_step, evaluate, make_measure
 from ppo_jax.types import PyTree
@@ -69,20 +69,22 @@ def run_dpo(directory: Path, setup: OfflineSetup, screen: Screen, resume: bool |
     Args:
       setup: with a DPOConfig, and `Pairs` as data.
     """
+    check_reference(setup.options.reference, "--dpo.reference", setup.start)
     model, dpo, train, held_out = setup.model, setup.options, setup.train, setup.held_out
     batches = _batches(train, dpo.batch_size, setup.seed, model.pad_id, setup.mix)
     steps, size = dpo.num_steps(len(train.starts)), round_up_to_devices(min(dpo.micro_batch, len(held_out.starts)))
     run, base = make_measure(model.config, dpo), place_on_mesh(model.params)
+    reference = place_on_mesh(setup.start) if dpo.reference == "start" else None
     setup = setup._replace(model=model._replace(params=base))
 
     def measure(done: int, tuned: PyTree, pass_on: PassOn) -> dict[str, float]:
-        return evaluate(run, tuned, base, pass_on(batch_in_order(held_out, size, model.pad_id)))
+        return evaluate(run, tuned, base, pass_on(batch_in_order(held_out, size, model.pad_id)), reference)
 
     work = Work(
         phase="dpo",
         steps=steps,
         params=init_policy(setup),
-        bind_step=partial(bind_dpo_step, base, model.config, dpo),
+        bind_step=partial(bind_dpo_step, base, model.config, dpo, reference=reference),
         batches=lambda step: preferences(batches[step], train.starts),
         measure=measure,
     )

@@ -131,7 +131,7 @@ def run_facts(setup: Setup, policy: Policy) -> dict[str, Any]:
         "hyper": setup.hyper._asdict(),
         "loop": {name: value for name, value in dataclasses.asdict(setup.loop).items() if name != "batch_size"},
     }
-    return strict(found | _mixture(setup))
+    return strict(found | _mixture(setup) | ({"start": _digest(setup.adapter)} if setup.start else {}))
 
 
 def offline_facts(setup: OfflineSetup, stage: str, params: PyTree) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def offline_facts(setup: OfflineSetup, stage: str, params: PyTree) -> dict[str, 
         "hyper": hyper,
         "loop": dataclasses.asdict(setup.loop) | length,
     }
-    return strict(found | _mixture(setup))
+    return strict(found | _mixture(setup) | ({} if setup.start is None else {"start": _digest(setup.start)}))
 
 
 def _mixture(setup: Setup | OfflineSetup) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from ppo_jax.models.adapters import init_adapter, merge
 from ppo_jax.models.files.artifacts import BEST, EXPORT, MODEL, POLICY
 from ppo_jax.models.files.fingerprint import fingerprint_of
-from ppo_jax.models.placement import create_on_mesh
+from ppo_jax.models.placement import create_on_mesh, place_on_mesh
 from ppo_jax.models.pretrained import Model
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.failures import GivenUp
@@ -146,7 +148,9 @@ class StageResult:
 
 
 def init_policy(setup: OfflineSetup) -> PyTree:
-    """Make the fresh adapter of a policy; on a mesh it is born on its shards."""
+    """Take the adapter that a policy starts from, or make a fresh one; on a mesh that is born on its shards."""
+    if setup.start is not None:
+        return place_on_mesh(jax.tree.map(jnp.copy, setup.start))
     model, key = setup.model, key_stream(setup.seed, "adapter")
     return create_on_mesh(lambda k, base: init_adapter(k, base, model.config, setup.adapter), key, model.params)
 

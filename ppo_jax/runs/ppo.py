@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ppo_jax.models.placement import place_on_mesh
 from ppo_jax.rewards.combine import SplitReward
 from ppo_jax.rewards.failures import FailureLog
@@ -19,7 +22,7 @@ from ppo_jax.runs.facts import reported_facts, run_facts
 from ppo_jax.runs.health import watch_run
 from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.setup import Result, Setup, missing_stop
+from ppo_jax.runs.setup import Result, Setup, check_reference, missing_stop
 from ppo_jax.runs.stage import Stage, start_or_resume
 from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
 from ppo_jax.train.host import host_iteration
@@ -60,7 +63,9 @@ def run_ppo(
     loop = setup.loop
 
     # -- restore -------------------------------------------------------------------------------------------------------
-    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward.params))
+    # Copied: what is trained is donated to every step.
+    reference = jax.tree.map(jnp.copy, setup.adapter) if setup.ppo.kl.reference == "start" else {}
+    frozen = place_on_mesh(Frozen(setup.model.params, setup.reward.params, reference))
     optimizer = make_optimizer(setup.ppo.optimizer)
     state = place_on_mesh(make_fresh_state(setup, optimizer))
     stage = Stage(directory, "ppo", loop, run_facts(setup, state.policy), setup.config, screen, resume)
@@ -102,6 +107,7 @@ def check_setup(setup: Setup) -> Setup:
     setup.ppo.check_batch(setup.loop.batch_size)
     setup = setup._replace(hyper=check_hyper(setup.hyper))
     check_scalars_of(setup.ppo, setup.hyper)
+    check_reference(setup.ppo.kl.reference, "--ppo.kl.reference", setup.start)
     if (setup.hyper.ptx_coef > 0) != bool(setup.pretrain):
         raise ValueError(
             f"hyper.ptx_coef={setup.hyper.ptx_coef} and {len(setup.pretrain)} pretraining texts: give both"

@@ -24,7 +24,7 @@ from ppo_jax.rewards import loading
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.exports import read_best, save_role
-from ppo_jax.runs.offline import PassOn, Work, train_offline
+from ppo_jax.runs.offline import PassOn, Work, init_policy, train_offline
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.train.calibration import Bucket, calibration, calibration_error
@@ -90,6 +90,8 @@ def run_reward(directory: Path, setup: OfflineSetup, screen: Screen, resume: boo
     batches, steps = training_batches(setup.train, reward, seed, model.pad_id, setup.mix)
     trunk, key = reward.trunk(model.config), key_stream(seed, "reward")
 
+    role = create_on_mesh(lambda k, base: init_role(k, model.config, reward, base), key, model.params)
+
     def begin(role: RewardRole) -> RewardRole:
         screen.message(f"reward model: reading {len(given.rows)} texts")
         return texts.fit_head(role) if reward.head_steps else role
@@ -97,7 +99,7 @@ def run_reward(directory: Path, setup: OfflineSetup, screen: Screen, resume: boo
     work = Work(
         phase="reward",
         steps=steps,
-        params=create_on_mesh(lambda k, base: init_role(k, model.config, reward, base), key, model.params),
+        params=role if setup.start is None else role._replace(adapter=init_policy(setup)),
         bind_step=partial(bind_reward_step, model.params, trunk, reward, given.loss),
         batches=batches,
         measure=texts.measure,

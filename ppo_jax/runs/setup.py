@@ -40,6 +40,7 @@ class Setup(NamedTuple):
     config: str = ""  # the resolved configuration, YAML; kept in config.yaml and in every checkpoint
     measured_on: str = "held-out"  # prompts; "training" where there were too few to hold any out
     mix: Mixture | None = None  # the shares of several files in the prompts of an update
+    start: str = ""  # what the adapter was read from; "": it is fresh
 
 
 class OfflineSetup(NamedTuple):
@@ -55,6 +56,7 @@ class OfflineSetup(NamedTuple):
     config: str = ""  # as in `Setup`
     reference: Sequence[Sequence[int]] = ()  # what a reward model's scores are normalised on; none: the training texts
     mix: Mixture | None = None  # the shares of several files in a batch
+    start: PyTree = None  # the adapter that is gone on with; None: a fresh one
 
 
 class Result(NamedTuple):
@@ -63,6 +65,12 @@ class Result(NamedTuple):
     policy: Policy
     before: dict[str, float]
     after: dict[str, float]
+
+
+def check_reference(reference: str, option: str, start: Any) -> None:
+    """Raise ValueError where the reference is to be the adapter that training goes on with, and there is none."""
+    if reference == "start" and not start:
+        raise ValueError(f"{option} start needs --start: a policy without an adapter to go on with starts as the base")
 
 
 def decode_responses(model: Model, sampling: Sampling, rollout: Rollout, special: bool = False) -> list[str]:

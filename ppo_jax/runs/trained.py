@@ -200,7 +200,7 @@ def _read(where: Path, step: int, model: str | None, load: Callable[[str], Model
         except config.FieldError as error:
             raise ValueError(f"{where / rundir.CONFIG}: {place.options}.{error}") from error
     try:
-        tree = build_adapter(shapes, scales.alpha)
+        tree = build_adapter(shapes, scales.alpha, _lora_scales(meta))
     except CheckpointError as error:
         raise CheckpointError(f"{at}: {error}") from error
     if problems := artifacts.problems("policy", tree, {}, base.config, base.config.num_layers):
@@ -230,8 +230,15 @@ def _restored(folder: Path, prefix: str, shapes: PyTree, step: int) -> PyTree:
     return functools.reduce(lambda tree, name: tree[name], names, found)
 
 
-def build_adapter(leaves: Mapping[str, Any], alpha: float) -> PyTree:
-    """Build the adapter whose leaves have these paths; LoRA's scale is alpha / rank."""
+def _lora_scales(meta: Mapping[str, Any]) -> dict[str, float]:
+    """Read {map: scale} of the policy's LoRA, as the run itself had them: those of somebody's adapter may differ."""
+    known = meta.get("facts", {}).get("lora_scales", {})
+    prefixes = ("policy.adapter.lora.", "policy.lora.")
+    return {name.rpartition(".")[2]: scale for name, scale in known.items() if name.startswith(prefixes)}
+
+
+def build_adapter(leaves: Mapping[str, Any], alpha: float, scales: Mapping[str, float] | None = None) -> PyTree:
+    """Build the adapter whose leaves have these paths; LoRA's scale is that in `scales`, else alpha / rank."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split(".")
@@ -251,7 +258,7 @@ def build_adapter(leaves: Mapping[str, Any], alpha: float) -> PyTree:
             raise CheckpointError(f"lora.{name} of the adapter is not a pair of arrays a and b")
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
             raise CheckpointError(f"lora.{name}.a of the adapter has shape {rank}, not that of a stack of matrices")
-        pairs[name] = Lora(a=pair["a"], b=pair["b"], scale=alpha / rank[-1])
+        pairs[name] = Lora(a=pair["a"], b=pair["b"], scale=(scales or {}).get(name, alpha / rank[-1]))
     return tree
 
 

@@ -4,16 +4,16 @@
     loss  = mean over pairs of -log sigmoid(r(chosen) - r(rejected))
 
 (Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", eq. 7.) The
-policy is an adapter over the frozen base and the reference is the base itself, so both are one set of weights, and
-layers below the adapter's first are computed once for both. Log-probs are of the model at temperature 1, summed over
-the response, its EOS included.
+policy is an adapter over the frozen base, and the reference is the base itself or another adapter over it, so both are
+one set of weights, and layers below the adapters' first are computed once for both. Log-probs are of the model at
+temperature 1, summed over the response, its EOS included.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +47,16 @@ class DPOConfig(OfflineConfig):
     """Beta is the strength of the pull to the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = 0.0
     """A label is the wrong way round with this probability (conservative DPO, Mitchell 2023); it is below 0.5."""
+    reference: Literal["base", "start"] = "base"
+    """The reference is the base, or the adapter that --start names, as it is before training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "beta")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
+        if self.reference not in ("base", "start"):
+            raise ValueError(f"reference={self.reference!r} must be one of base, start")
 
 
 class Preferences(NamedTuple):
@@ -72,8 +76,9 @@ class DPOScalars(NamedTuple):
     label_smoothing: float | Float[Array, ""]
 
 
-DPOStep = Callable[[PyTree, optax.OptState, PyTree, Preferences, DPOScalars], tuple[PyTree, optax.OptState, Metrics]]
-DPOMeasure = Callable[[PyTree, PyTree, Preferences], Metrics]
+# (adapter, opt_state, base, batch, scalars, reference={}) -> adapter, opt_state, metrics
+DPOStep = Callable[..., tuple[PyTree, optax.OptState, Metrics]]
+DPOMeasure = Callable[..., Metrics]  # (adapter, base, batch, reference={})
 
 
 def response_logprobs(
@@ -107,23 +112,28 @@ def preference_loss(
     config: ModelConfig,
     scalars: DPOScalars,
     logprob_chunk: int = 256,
+    reference: PyTree = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Sum over this batch's pairs of -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), divided by `count`.
 
     h = r(chosen) - r(rejected); `count` is the number of pairs of the logical batch. Metrics, means over pairs: `loss`;
     `accuracy` of h > 0, a tie counting a half; `margin` h; `chosen_reward`, `rejected_reward` r; `chosen_logprob`,
     `rejected_logprob` in nats, which say whether the policy still writes the chosen responses.
+
+    Args:
+      reference: its adapter; None: the base itself.
     """
     tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-    prefix = shared_prefix(base, config, tokens, mask, shared_layers(adapter, config))
-    reference = response_logprobs({}, base, batch, prefix, config, logprob_chunk)
+    shared = min(shared_layers(each, config) for each in (adapter, reference or {}))
+    prefix = shared_prefix(base, config, tokens, mask, shared)
+    before = response_logprobs(reference or {}, base, batch, prefix, config, logprob_chunk)
     logprobs = response_logprobs(adapter, base, batch, prefix, config, logprob_chunk)
     real = counted(batch)
     loss, metrics = dpo_loss(
         logprobs[:, 0],
         logprobs[:, 1],
-        reference[:, 0],
-        reference[:, 1],
+        before[:, 0],
+        before[:, 1],
         scalars.beta,
         scalars.label_smoothing,
         mask=real,
@@ -139,28 +149,39 @@ def preference_loss(
 
 
 def dpo_gradient(
-    adapter: PyTree, base: PyTree, batch: Preferences, config: ModelConfig, dpo: DPOConfig, scalars: DPOScalars
+    adapter: PyTree,
+    base: PyTree,
+    batch: Preferences,
+    config: ModelConfig,
+    dpo: DPOConfig,
+    scalars: DPOScalars,
+    reference: PyTree = None,
 ) -> tuple[PyTree, Metrics]:
     """Gradient of the batch's loss, summed over `dpo.accumulate` micro-batches."""
     count = jnp.sum(counted(batch), dtype=jnp.float32)
 
     def loss(adapter: PyTree, piece: Preferences) -> tuple[Float[Array, ""], Metrics]:
-        return preference_loss(adapter, base, piece, count, config, scalars, dpo.logprob_chunk)
+        return preference_loss(adapter, base, piece, count, config, scalars, dpo.logprob_chunk, reference)
 
     return batch_gradient(loss, adapter, batch, dpo.accumulate)
 
 
 def make_dpo_step(config: ModelConfig, dpo: DPOConfig, optimizer: optax.GradientTransformation) -> DPOStep:
-    """step(adapter, opt_state, base, batch, scalars) -> (adapter, opt_state, metrics), jitted.
+    """step(adapter, opt_state, base, batch, scalars, reference) -> (adapter, opt_state, metrics), jitted.
 
     One optimizer step: gradient of the whole batch, clipped by its global norm, then `optimizer`'s direction. The
     scalars are traced (those in `dpo` are not read); adapter and opt_state are donated.
     """
 
     def step(
-        adapter: PyTree, opt_state: optax.OptState, base: PyTree, batch: Preferences, scalars: DPOScalars
+        adapter: PyTree,
+        opt_state: optax.OptState,
+        base: PyTree,
+        batch: Preferences,
+        scalars: DPOScalars,
+        reference: PyTree = None,
     ) -> tuple[PyTree, optax.OptState, Metrics]:
-        gradient = dpo_gradient(adapter, base, batch, config, dpo, scalars)
+        gradient = dpo_gradient(adapter, base, batch, config, dpo, scalars, reference)
         return descended(adapter, gradient, opt_state, optimizer, scalars.learning_rate, scalars.max_grad_norm)
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -184,27 +205,35 @@ def train_dpo(
 
 
 def bind_dpo_step(
-    base: PyTree, config: ModelConfig, dpo: DPOConfig, optimizer: optax.GradientTransformation
+    base: PyTree,
+    config: ModelConfig,
+    dpo: DPOConfig,
+    optimizer: optax.GradientTransformation,
+    reference: PyTree = None,
 ) -> ParamStep[Preferences]:
     """Make step(adapter, opt_state, batch, learning_rate) of `make_dpo_step` on this base."""
     step = make_dpo_step(config, dpo, optimizer)
     fixed = DPOScalars(0.0, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
-    return lambda adapter, state, pairs, rate: step(adapter, state, base, pairs, fixed._replace(learning_rate=rate))
+    return lambda adapter, state, pairs, rate: step(
+        adapter, state, base, pairs, fixed._replace(learning_rate=rate), reference
+    )
 
 
 def make_measure(config: ModelConfig, dpo: DPOConfig) -> DPOMeasure:
-    """measure(adapter, base, batch) -> metrics of `preference_loss`, jitted, for `evaluate`."""
+    """measure(adapter, base, batch, reference) -> metrics of `preference_loss`, jitted, for `evaluate`."""
     scalars = DPOScalars(dpo.learning_rate, dpo.max_grad_norm, dpo.beta, dpo.label_smoothing)
 
-    def measure(adapter: PyTree, base: PyTree, batch: Preferences) -> Metrics:
+    def measure(adapter: PyTree, base: PyTree, batch: Preferences, reference: PyTree = None) -> Metrics:
         count = jnp.sum(counted(batch), dtype=jnp.float32)
-        return preference_loss(adapter, base, batch, count, config, scalars, dpo.logprob_chunk)[1]
+        return preference_loss(adapter, base, batch, count, config, scalars, dpo.logprob_chunk, reference)[1]
 
     return jax.jit(measure)
 
 
-def evaluate(measure: DPOMeasure, adapter: PyTree, base: PyTree, batches: Iterable[Preferences]) -> dict[str, float]:
+def evaluate(
+    measure: DPOMeasure, adapter: PyTree, base: PyTree, batches: Iterable[Preferences], reference: PyTree = None
+) -> dict[str, float]:
     """Means of the metrics over all pairs of the batches, and `pairs`, their number."""
-    found = totals(lambda batch: measure(adapter, base, batch), batches)
+    found = totals(lambda batch: measure(adapter, base, batch, reference), batches)
     values = {name: total / count if count else math.nan for name, (total, count) in found.items()}
     return values | {"pairs": max((count for _, count in found.values()), default=0.0)}

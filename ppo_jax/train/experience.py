@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.adapters import shared_layers, unembedding
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import last_token, value
 from ppo_jax.models.roles import before_response, policy_depth, role_hidden, shared_prefix
@@ -47,7 +47,7 @@ def share_prefix(
     algorithm: Algorithm, policy: Policy, frozen: Frozen, rollout: Rollout, pretrain: Texts | None = None
 ) -> Collected:
     """The rollout with what all roles share of it, which is constant over the epochs."""
-    depth = policy_depth(policy, algorithm.model)
+    depth = min(policy_depth(policy, algorithm.model), shared_layers(frozen.reference, algorithm.model))
     prefix = shared_prefix(frozen.base, algorithm.model, rollout.tokens, rollout.mask, depth)
     return Collected(rollout, prefix, pretrain)
 
@@ -98,11 +98,12 @@ def next_kl_coefficient(algorithm: Algorithm, hyper: Hyper, metrics: Metrics) ->
 def reference_logprobs(
     config: ModelConfig, frozen: Frozen, collected: Collected, hyper: Hyper, chunk: int = 256
 ) -> Float[Array, "B T"]:
-    """log pi_ref(a_t | s_t) of the response tokens under the empty adapter, at the sampling temperature."""
+    """log pi_ref(a_t | s_t) of the response tokens under the reference's adapter, at the sampling temperature."""
     rollout = collected.rollout
     length = rollout.response_mask.shape[1]
-    hidden = role_hidden(frozen.base, {}, config, rollout.tokens, rollout.mask, collected.prefix)
-    actions, table, finish = rollout.tokens[:, -length:], unembedding(frozen.base, {}), partial(finish_logits, config)
+    hidden = role_hidden(frozen.base, frozen.reference, config, rollout.tokens, rollout.mask, collected.prefix)
+    actions, finish = rollout.tokens[:, -length:], partial(finish_logits, config)
+    table = unembedding(frozen.base, frozen.reference)
     return hidden_logprobs(before_response(hidden, length), table, actions, hyper.temperature, chunk, finish=finish)
 
 
@@ -121,7 +122,7 @@ def evaluate_reference(
         hidden = role_hidden(frozen.base, adapter, config, rollout.tokens, rollout.mask, collected.prefix)
         return before_response(hidden, length)
 
-    hidden, table = states({}), unembedding(frozen.base, {})
+    hidden, table = states(frozen.reference), unembedding(frozen.base, frozen.reference)
     logprobs = hidden_logprobs(hidden, table, actions, temperature, chunk, finish=finish)
     if ppo.kl.place == "loss":
         return Reference(logprobs, hidden=hidden)

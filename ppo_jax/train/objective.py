@@ -161,7 +161,7 @@ def _kl_terms(
     ppo = algorithm.ppo
     if ppo.kl.estimator == "full":
         assert batch.ref_hidden is not None
-        ref_table = unembedding(frozen.base, {})
+        ref_table = unembedding(frozen.base, frozen.reference)
         sides = outputs.hidden, outputs.table, batch.ref_hidden, ref_table
         finish = partial(finish_logits, algorithm.model)
         return hidden_kl(*sides, hyper.temperature, ppo.logprob_chunk, finish=finish)

@@ -48,13 +48,15 @@ class KLConfig:
     per: Literal["token", "response"] = "token"
     """With k2 in the loss this squares each token's log-ratio, or a response's sum of them, whose gradient is that of
     the KL of whole responses, as k1 has it in the reward (with a higher variance)."""
+    reference: Literal["base", "start"] = "base"
+    """The KL is to the base, or to the adapter that --start names, as it is before training."""
     control: Literal["fixed", "adaptive", "linear"] = "fixed"
     """The coefficient hyper.kl_coef stays, is steered to hyper.kl_target (Ziegler et al. 2019), or goes linearly to
     hyper.kl_coef_end."""
 
     def __post_init__(self) -> None:
         check_choices(self, place=Literal["reward", "loss"], control=Literal["fixed", "adaptive", "linear"])
-        check_choices(self, per=Literal["token", "response"])
+        check_choices(self, per=Literal["token", "response"], reference=Literal["base", "start"])
         if self.per == "response" and (self.place, self.estimator) != ("loss", "k2"):
             raise ValueError("kl.per=response is for kl.place=loss with kl.estimator=k2; leave it at token")
         if self.estimator not in (*get_args(Kind), "full"):

@@ -132,6 +132,16 @@ def translate_adapter(arguments: Arguments) -> Mapping:
     return found
 
 
+def translate_start(arguments: Arguments) -> Mapping:
+    """Translate an adapter that there is already: gone on with, or merged under a new one."""
+    names = arguments.names("adapter_name_or_path")
+    if len(names) > 1 or names and str(arguments.get("finetuning_type")) != "lora":
+        raise arguments.wrong("adapter_name_or_path", "must be one adapter, with finetuning_type lora")
+    if not names:
+        return {}
+    return {"model": names[0]} if arguments.flag("create_new_adapter") else {"start": names[0]}
+
+
 def translate_optimizer(arguments: Arguments, others: bool = True) -> Mapping:
     """Translate Adam's own numbers; of stages on fixed data only the default ones are had."""
     arguments.choose("optim", "adamw_torch", "adamw_torch_fused", "adamw_hf", "OptimizerNames.ADAMW_TORCH")

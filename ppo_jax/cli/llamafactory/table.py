@@ -41,6 +41,8 @@ TRANSLATED: dict[str, str] = {
     "lora_target": "adapter.targets; all: every linear map",
     "use_rslora": "adapter.alpha times the root of the rank, which is the same scale",
     "freeze_trainable_layers": "adapter.layers, from the top",
+    "adapter_name_or_path": "start, one of them: it is gone on with, as large as it is; the reference is the base",
+    "create_new_adapter": "model, where true: the adapter is merged into its base, with a new one on it",
     # -- steps --------------------------------------------------------------------------------------------------------
     "per_device_train_batch_size": "batch_size, times gradient_accumulation_steps and --devices; rm: two texts a pair",
     "gradient_accumulation_steps": "accumulate",
@@ -137,13 +139,10 @@ NO_EFFECT: dict[str, str] = {
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose swanlab_project
         swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url
         swanlab_lark_secret adapter_folder""",
-    "adapters are always new here, since none is gone on with": "create_new_adapter",
 }
 
 REFUSED: dict[str, str] = {
-    "a stage starts from a whole model here; merge the adapter into it first (`llamafactory-cli export`)": """
-        adapter_name_or_path""",
-    "the reference is the model that training starts from": """ref_model ref_model_adapters
+    "the reference is the base": """ref_model ref_model_adapters
         ref_model_quantization_bit""",
     "merge the adapter into the reward model first": "reward_model_adapters",
     "the reward model lies on the policy's base, in its bits": "reward_model_quantization_bit",

@@ -14,6 +14,7 @@ from ppo_jax.cli.llamafactory.shared import (
     translate_norm,
     translate_optimizer,
     translate_run,
+    translate_start,
     translate_warmup,
 )
 
@@ -40,6 +41,12 @@ def translate(arguments: Arguments, devices: int, resume: str) -> Translation:
     settings = translate_run(arguments, stage, devices, resume) | translate_data(arguments, stage)
     make = {"sft": _sft, "dpo": _dpo, "rm": _rm, "ppo": _ppo}[stage]
     make(arguments, settings, devices)
+    settings |= translate_start(arguments)
+    if "start" in settings:  # the adapter says itself what is trained
+        for group in ("adapter", "policy"):
+            settings.pop(group, None)
+        for name in ("kind", "rank", "alpha", "lora_layers") if stage == "rm" else ():
+            settings["reward"].pop(name, None)
     return Translation(STAGES[stage], settings)
 
 

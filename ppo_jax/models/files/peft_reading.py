@@ -1,5 +1,6 @@
 """An adapter of the `peft` library: merged into its base, the model that somebody's LoRA makes, or beside it."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from ppo_jax.models.files.names import Stored, module, stored_tensors
 from ppo_jax.models.files.peft import ARRAYS, CONFIG, PREFIX
 from ppo_jax.types import PyTree
 
+NEW = "Give it as --model: merged into its base, with a new LoRA on it"
 MERGE = "Merge it, in Python by `merge_and_unload()` of the loaded PeftModel, save that, and give its directory"
 # Fields that change what the adapter computes, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -41,8 +43,18 @@ class _Maps(NamedTuple):
     """The updates of one map in its layers: {layer: array}."""
 
     a: dict[int, np.ndarray]  # [in, r]
-    b: dict[int, np.ndarray]  # [r, out], the layer's scale in it
+    b: dict[int, np.ndarray]  # [r, out]
+    scale: dict[int, float]
     magnitude: dict[int, np.ndarray]  # [out]: DoRA
+
+
+class _Module(NamedTuple):
+    """The update of one module of the file."""
+
+    a: np.ndarray  # [r, in]
+    b: np.ndarray  # [out, r]
+    scale: float
+    magnitude: np.ndarray | None
 
 
 def is_adapter(where: Path) -> bool:
@@ -91,6 +103,31 @@ def read_lora(config: ModelConfig, where: Path) -> PyTree:
     return {"lora": {name: _stack(one, config, 0) for name, one in maps.items()}}
 
 
+def read_trained(config: ModelConfig, where: Path) -> PyTree:
+    """The adapter of the directory `where` as it is gone on with: its own A, B, ranks and scales, in the layers it has.
+
+    A layer between them that it leaves out gets A = B = 0, whose gradients are 0: it stays as it is.
+
+    Raises ValueError as `merge_into`, and for what is no stack of updates of our maps.
+    """
+    maps = _read(config, where)
+    lowest, lora = min(layer for one in maps.values() for layer in one.a), {}
+    for name, one in maps.items():
+        stored = next(s for s in stored_tensors(config) if any(part.name == name for part in s.parts))
+        fused = ", ".join(part.name for part in stored.parts)
+        ranks = {a.shape[1] for a in one.a.values()}
+        if one.magnitude:
+            raise ValueError(f"{where}: use_dora=True is not trained here. {NEW}")
+        if len(stored.parts) > 1:
+            raise ValueError(f"{where}: {module(config, stored.parts[0])} holds {fused}, an update each here. {NEW}")
+        if len(ranks) > 1 or len(set(one.scale.values())) > 1:
+            raise ValueError(f"{where}: rank or scale of {name} differs by layer; one is had for all. {NEW}")
+        scale = next(iter(one.scale.values()))
+        whole = _stack(one._replace(scale=dict.fromkeys(one.scale, 1.0)), config, lowest)
+        lora[name] = dataclasses.replace(whole, scale=scale)
+    return {"lora": lora}
+
+
 def _read(config: ModelConfig, where: Path) -> dict[str, _Maps]:
     """Read and check both files of a directory: {our map: its updates}."""
     try:
@@ -132,7 +169,7 @@ def _read_maps(config: ModelConfig, settings: Mapping[str, Any], arrays: dict[st
             a, b = (arrays[name].astype(np.float32) for name in names[:2])
             magnitude = arrays.get(names[2], arrays.get(f"{names[2]}.weight"))
             _check_shapes(config, one, path, a, b)
-            _add(maps, config, one, layer, a, b * _scale(settings, path, a.shape[0]), magnitude)
+            _add(maps, config, one, layer, _Module(a, b, _scale(settings, path, a.shape[0]), magnitude))
     if left:
         some = ", ".join(sorted(left)[:3]) + (", ..." if len(left) > 3 else "")
         raise ValueError(f"{len(left)} tensors have no place in a {config.family} model: {some}. {MERGE}")
@@ -170,33 +207,25 @@ def _scale(settings: Mapping[str, Any], path: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if flag(settings, "use_rslora") else rank)
 
 
-def _add(
-    maps: dict[str, _Maps],
-    config: ModelConfig,
-    one: Stored,
-    layer: int,
-    a: np.ndarray,
-    b: np.ndarray,
-    magnitude: np.ndarray | None,
-) -> None:
+def _add(maps: dict[str, _Maps], config: ModelConfig, one: Stored, layer: int, found: _Module) -> None:
     """The updates of our maps that this module of the file holds."""
     for part in one.parts:
         at = one.outputs(config, part)
-        mine = maps.setdefault(part.name, _Maps({}, {}, {}))
-        mine.a[layer], mine.b[layer] = a.T, b.T[:, at]
-        if magnitude is not None:
-            mine.magnitude[layer] = magnitude.reshape(-1).astype(np.float32)[at]
+        mine = maps.setdefault(part.name, _Maps({}, {}, {}, {}))
+        mine.a[layer], mine.b[layer], mine.scale[layer] = found.a.T, found.b.T[:, at], found.scale
+        if found.magnitude is not None:
+            mine.magnitude[layer] = found.magnitude.reshape(-1).astype(np.float32)[at]
 
 
 def _stack(one: _Maps, config: ModelConfig, lowest: int) -> Lora:
-    """The updates of the layers from `lowest` up; where there is none, zeros, and ranks are filled up with zeros."""
+    """The updates of the layers from `lowest` up, scales in b; where there is none, zeros, which also fill up ranks."""
     rank = max(a.shape[1] for a in one.a.values())
     (inputs, _), (_, outputs) = next(iter(one.a.values())).shape, next(iter(one.b.values())).shape
     a = np.zeros((config.num_layers - lowest, inputs, rank), np.float32)
     b = np.zeros((config.num_layers - lowest, rank, outputs), np.float32)
     for layer, own in one.a.items():
         a[layer - lowest, :, : own.shape[1]] = own
-        b[layer - lowest, : own.shape[1]] = one.b[layer]
+        b[layer - lowest, : own.shape[1]] = one.b[layer] * one.scale[layer]
     return Lora(jnp.asarray(a), jnp.asarray(b), scale=1.0)
 
 

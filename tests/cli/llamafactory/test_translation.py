@@ -135,7 +135,7 @@ def test_what_says_nothing_new_is_listed(tmp_path: Path) -> None:
         ("quantization_bit: 8\nquantization_method: hqq", "quantization_method: 'hqq' is not had here; allowed: bnb"),
         ("quantization_bit: 8\nfinetuning_type: full", "quantization_bit: 8 needs finetuning_type lora or freeze"),
         ("packing: true\nuse_dora: true", "packing: True is refused: .*; use_dora: True is refused"),
-        ("adapter_name_or_path: saves/sft", "adapter_name_or_path: 'saves/sft' is refused: .*merge the adapter"),
+        ("adapter_name_or_path: saves/a,saves/b", "adapter_name_or_path: .* must be one adapter, with finetuning_type"),
         ("lora_dropout: 0.05", "lora_dropout: 0.05 is refused: there is no dropout here"),
         ("lora_ranc: 8", "lora_ranc is no argument of LLaMA-Factory 0.9.3; did you mean lora_rank"),
         ("lora_target: c_attn", "lora_target: 'c_attn' must be all, or of q_proj"),
@@ -180,3 +180,15 @@ def test_trackers(tmp_path: Path) -> None:
     loop = make(tmp_path, text, "report_to=mlflow,wandb").settings["loop"]
     assert loop["log"] == ["tensorboard", "mlflow", "wandb"] and loop["project"] == "huggingface"
     assert "log" not in make(tmp_path, text, "report_to=none").settings["loop"]
+
+
+def test_an_adapter_is_gone_on_with_or_merged_under_a_new_one(tmp_path: Path) -> None:
+    text = "lora_rank: 4\nadapter_name_or_path: saves/sft\n"
+    sft = make(tmp_path, f"stage: sft\ndataset: messages\n{text}").settings
+    assert sft["start"] == "saves/sft" and "adapter" not in sft
+    ppo = make(tmp_path, f"stage: ppo\ndataset: messages\nreward_model: r\nper_device_train_batch_size: 1\n{text}")
+    assert ppo.settings["start"] == "saves/sft" and "policy" not in ppo.settings
+    rm = make(tmp_path, f"stage: rm\ndataset: choices\n{text}").settings
+    assert rm["start"] == "saves/sft" and not rm["reward"].keys() & {"kind", "rank", "alpha", "lora_layers"}
+    new = make(tmp_path, f"stage: sft\ndataset: messages\n{text}create_new_adapter: true\n").settings
+    assert new["model"] == "saves/sft" and "start" not in new and new["adapter"]["rank"] == 4

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from ppo_jax.models.files import hf, peft
+from ppo_jax.models.files import hf, peft, peft_reading
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.files.tokenizer import load_tokenizer
 from ppo_jax.models.transformer import apply, logits
@@ -75,6 +75,61 @@ def test_the_merged_model_is_what_peft_computes(name: str, bases: Callable[[str]
     found = np.asarray(logits(params, {}, config, apply(params, {}, config, jnp.asarray(TOKENS), positions)))
     assert error(found, theirs) < 1e-4
     assert config == hf.load(base)[0]
+
+
+GONE_ON_WITH: dict[str, tuple[dict, dict[str, int], float]] = {  # settings -> rank of each map, scale
+    "plain": ({"target_modules": FOUR}, {"q": 3, "v": 3, "up": 3, "down": 3}, 4 / 3),
+    "rslora": ({"target_modules": FOUR[:1], "use_rslora": True}, {"q": 3}, 4 / 3**0.5),
+    "top layers": (
+        {"target_modules": FOUR[:2], "layers_to_transform": [1, 2], "layers_pattern": "layers",
+         "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 8.0}}, {"q": 3, "v": 6}, 4 / 3),
+    "some layers": ({"target_modules": r".*layers\.(0|2)\.self_attn\.q_proj"}, {"q": 3}, 4 / 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GONE_ON_WITH)
+def test_an_adapter_is_gone_on_with_as_it_is_and_goes_back(
+    name: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same logits beside the base, before training; its own rank and scale; and peft reads what is written."""
+    settings, ranks, scale = GONE_ON_WITH[name]
+    base = bases("qwen3")
+    theirs = torch_logits(adapter_on(base, tmp_path / "theirs", **settings), TOKENS)
+    config, params = hf.load(base)
+    lora = peft_reading.read_trained(config, tmp_path / "theirs")["lora"]
+    assert {name: pair.a.shape[-1] for name, pair in lora.items()} == ranks
+    assert all(pair.scale == pytest.approx(scale) for pair in lora.values())
+    assert {pair.a.shape[0] for pair in lora.values()} == {2 if name == "top layers" else 3}
+    positions = jnp.tile(jnp.arange(TOKENS.shape[1]), (2, 1))
+    hidden = apply(params, {"lora": lora}, config, jnp.asarray(TOKENS), positions)
+    assert error(np.asarray(logits(params, {"lora": lora}, config, hidden)), theirs) < 1e-5
+
+    peft.save(tmp_path / "ours", {"lora": lora}, config, str(base))
+    again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    assert error(torch_logits(again.eval(), TOKENS), theirs) < 1e-5
+    before, after = (load_file(tmp_path / who / peft.ARRAYS) for who in ("theirs", "ours"))
+    for tensor, array in before.items():
+        np.testing.assert_array_equal(after[tensor], array, err_msg=tensor)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("qwen3", {"target_modules": FOUR, "use_dora": True}, "use_dora=True is not trained here. Give it as --model"),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn holds q, k, v, an update each here"),
+        (
+            "qwen3",
+            {"target_modules": FOUR, "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2}},
+            "rank or scale of q differs by layer",
+        ),
+    ],
+)
+def test_what_cannot_be_gone_on_with_says_what_to_do(
+    family: str, settings: dict, message: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter_on(bases(family), tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        peft_reading.read_trained(hf.load(bases(family))[0], tmp_path)
 
 
 def test_the_adapter_has_a_fingerprint_and_a_tokenizer(bases: Callable[[str], Path], tmp_path: Path) -> None:
