@@ -79,7 +79,7 @@ def _ppo_settings(settings: Mapping[str, Any], facts: Mapping[str, Any], records
         "Batch": batch and f"{batch} prompts{each}",
         "Learning rate": _number(rate, f", {at(loop, 'schedule') or 'constant'}{warmup}"),
         "KL coefficient": _number(beta, f", {at(kl, 'control') or 'fixed'}, in the {at(kl, 'place') or 'reward'}"),
-        "Trained": _adapter(at(settings, "policy")),
+        "Trained": _adapter(at(settings, "policy"), at(settings, "start")),
         "Responses": length and f"at most {length} tokens, at temperature {temperature}",
         "Response tokens seen": f"{tokens:,.0f}" if tokens else None,
         "Held-out prompts": facts.get("held_out") if facts.get("measured_on") == EVALUATED else None,
@@ -98,7 +98,7 @@ def _offline_settings(settings: Mapping[str, Any], phase: str) -> dict[str, Any]
         "Batch": at(own, "batch_size"),
         "Learning rate": _number(rate),
         "Beta": at(own, "beta"),
-        "Trained": _adapter(reward if phase == "reward" else at(settings, "adapter")),
+        "Trained": _adapter(reward if phase == "reward" else at(settings, "adapter"), at(settings, "start")),
     }
 
 
@@ -106,7 +106,9 @@ def _number(value: Any, more: str = "") -> str | None:
     return f"{value:.3g}{more}" if isinstance(value, int | float) else None
 
 
-def _adapter(settings: Any) -> str | None:
+def _adapter(settings: Any, start: Any) -> str | None:
+    if start:
+        return f"the LoRA adapter {Path(str(start)).name}, further"
     kind, layers = at(settings, "kind"), at(settings, "layers")
     if kind is None:
         return None

@@ -123,7 +123,10 @@ def test_sft_goes_on_with_an_adapter() -> None:
 
 def test_a_reward_model_goes_on_with_an_adapter() -> None:
     """Its head is fitted on what the adapter makes of the texts; with no epochs that is all."""
-    run(f"reward --model model --ratings ratings.jsonl --start adapter --run-dir rm {FEW} --reward.epochs 0")
+    run(
+        f"reward --model model --ratings ratings.jsonl --start adapter --run-dir rm {FEW} --reward.epochs 0 "
+        "--reward.batch-size 8"
+    )
     found = artifacts.load("rm/export/reward", "reward")
     peft.save(Path("rm-peft"), found.adapter, SMALL, "")
     assert (Path("rm-peft") / peft.ARRAYS).read_bytes() == (Path("adapter") / peft.ARRAYS).read_bytes()

@@ -15,6 +15,7 @@ from ppo_jax.parallel.agreement import agree, of_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from ppo_jax.runs.output import rundir
+from ppo_jax.train.dpo import DPOConfig
 from ppo_jax.train.options import PPOConfig
 from ppo_jax.types import PyTree
 
@@ -128,7 +129,7 @@ def drop_later_records(directory: Path, step: int, phases: Sequence[str] = ("ppo
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(lines of facts that must not differ and do, lines of those that may), by dotted name."""
     old, new = _flat(saved), _flat(now)
-    defaults = _flat({"ppo": dataclasses.asdict(PPOConfig())})
+    defaults = _flat({"ppo": dataclasses.asdict(PPOConfig()), "dpo": dataclasses.asdict(DPOConfig())})
     serious: list[str] = []
     harmless: list[str] = []
     for name in sorted(old.keys() | new.keys()):

@@ -186,7 +186,8 @@ def test_an_adapter_is_gone_on_with_or_merged_under_a_new_one(tmp_path: Path) ->
     text = "lora_rank: 4\nadapter_name_or_path: saves/sft\n"
     sft = make(tmp_path, f"stage: sft\ndataset: messages\n{text}").settings
     assert sft["start"] == "saves/sft" and "adapter" not in sft
-    ppo = make(tmp_path, f"stage: ppo\ndataset: messages\nreward_model: r\nper_device_train_batch_size: 1\n{text}")
+    small = "gradient_accumulation_steps=1"
+    ppo = make(tmp_path, f"stage: ppo\ndataset: messages\nreward_model: r\n{text}", small)
     assert ppo.settings["start"] == "saves/sft" and "policy" not in ppo.settings
     rm = make(tmp_path, f"stage: rm\ndataset: choices\n{text}").settings
     assert rm["start"] == "saves/sft" and not rm["reward"].keys() & {"kind", "rank", "alpha", "lora_layers"}

@@ -183,3 +183,10 @@ def test_a_choice_that_came_later_is_no_difference_where_it_is_made_as_before() 
     assert resuming.differences(before, now) == ([], [])
     now["ppo"]["kl"]["per"] = "response"
     assert resuming.differences(before, now) == (["ppo.kl.per: nothing in the checkpoint, response now"], [])
+
+
+def test_a_choice_of_dpo_that_an_older_run_did_not_have_is_made_as_it_did() -> None:
+    before = {"stage": "dpo", "dpo": {"beta": 0.1}}
+    choices = {name: {"stage": "dpo", "dpo": {"beta": 0.1, "reference": name}} for name in ("base", "start")}
+    assert resuming.differences(before, choices["base"]) == ([], [])
+    assert resuming.differences(before, choices["start"])[0] == ["dpo.reference: nothing in the checkpoint, start now"]
