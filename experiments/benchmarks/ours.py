@@ -20,6 +20,7 @@ from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import init_params
 from ppo_jax.rewards.model import FullReward, model_reward
 from ppo_jax.rollout import Sampling, generate
+from ppo_jax.runs.memory import trim_after_compiling
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import CriticConfig, PPOConfig
 from ppo_jax.train.ppo import make_host_iteration
@@ -58,7 +59,9 @@ def start(work: Workload, config: ModelConfig, base: PyTree) -> tuple[TrainState
     """A fresh state, and what it reads."""
     key = jax.random.key(1)
     whole = AdapterConfig(kind="full")
-    adapter = init_adapter(key, base, config, whole if work.adapter == "full" else AdapterConfig(kind="lora", rank=16))
+    adapter = init_adapter(
+        key, base, config, whole if work.adapter == "full" else AdapterConfig(kind="lora", rank=work.rank)
+    )
     critic = init_adapter(key, base, config, whole) if work.own_critic else None
     state = init_state(key, adapter, config, make_optimizer(), 0.05, critic=critic)
     head = RewardHead().init(key, jnp.zeros((1, config.hidden_size)))["params"]
@@ -153,6 +156,7 @@ def decode_step(work: Workload, rows: int, steps: int = 16) -> tuple[float, floa
 def main() -> None:
     name, count = sys.argv[1], int(sys.argv[2])
     work, clock = find_workload(name), Clock()
+    trim_after_compiling()  # as every run does
     iterate(work, count, clock)
     peak, more = peak_mib(), {}
     if "machine" in sys.argv:

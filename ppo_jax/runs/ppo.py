@@ -28,7 +28,7 @@ from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import check_hyper, check_scalars_of
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import Iteration
-from ppo_jax.types import Frozen, Metrics
+from ppo_jax.types import Frozen, Metrics, Rollout
 
 FILTERED = {
     "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour filtered "
@@ -78,6 +78,7 @@ def run_ppo(
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
         hooks.watch = watch_run(directory, reported_facts(setup), screen)
+        hooks.puts_off = iteration is None  # a member's step is over before anything could be done meanwhile
 
         def step(state: Any, number: int) -> tuple[Any, Metrics]:
             return iterate(state, frozen, prompts(number), hyper(number))
@@ -133,7 +134,13 @@ def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     if setup.reward.host is None:
         assert setup.reward.device is not None
         return make_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
-    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+    sample, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+
+    def collect(*inputs: Any) -> Rollout:
+        rollout = sample(*inputs)
+        hooks.meanwhile()  # before anybody waits for it
+        return rollout
+
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
     decode = partial(setup.model.decode, special=setup.reward.special_tokens == "keep")
