@@ -113,7 +113,8 @@ def prepare(work: Workload, members: int) -> tuple[Any, Any, float]:
     base = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     state, frozen = ours.start(work, config, base)
     algorithm = Algorithm(config, ours.options_of(work), make_optimizer(), model_reward(config, ()))
-    prompts, inputs = ours.prompts_of(work), (ours.HYPER,)
+    prompts = ours.prompts_of(work)
+    inputs: tuple[Any, ...] = (ours.HYPER,)
     function: Any = lambda state, frozen, prompts, hyper: iterate(algorithm, state, frozen, prompts, hyper)[0]  # noqa: E731
     if members:
         state = make_places(state, members).fill(state)

@@ -54,6 +54,7 @@ class Hooks:
     dump, causes: as in `train.loop.Hooks`.
     watch: (step, phase, values) of every record, to say what is wrong.
     puts_off: whether the record of a step waits until the device has the next one to work on.
+    prepare: makes ready what the step after the next will need; called then too.
     evaluations: step -> values, of this process and of those before it.
     """
 
@@ -72,6 +73,7 @@ class Hooks:
         self.measured = False  # whether this process has evaluated
         self.watch: Writer = lambda step, phase, values: None
         self.puts_off = False
+        self.prepare: Callable[[], object] = lambda: None
         self.waiting: tuple[int, Values] | None = None  # a record that was put off
 
     def record(self, step: int, phase: str, values: Values) -> None:
@@ -84,15 +86,20 @@ class Hooks:
         self.asked.unsaved = True
         self.waiting = (done, values)
         if not self.puts_off:
-            self.meanwhile()
+            self.write_waiting()
 
     def meanwhile(self) -> None:
+        self.write_waiting()
+        self.prepare()
+
+    def write_waiting(self) -> None:
+        """Write the record that was put off, if there is one."""
         if self.waiting is not None:
             (done, values), self.waiting = self.waiting, None
             self.record(done, self.stage.phase, values)
 
     def evaluate(self, done: int, state: Any) -> Values | None:
-        self.meanwhile()
+        self.write_waiting()
         self.stage.screen.doing("evaluating" if self.measured else "evaluating (the first time with compiling)")
         values = self.measure(done, state)
         self.measured = True
@@ -121,7 +128,7 @@ class Hooks:
     def save(self, done: int, state: Any, due: bool) -> None:
         self.given = (done, state)
         if due:
-            self.meanwhile()
+            self.write_waiting()
             # what the checkpoint takes for written is tried once more, and is on the disk before it
             self.hold_again()
             self.write_again()
@@ -202,7 +209,7 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
             try:
                 yield hooks
             finally:
-                hooks.meanwhile()
+                hooks.write_waiting()
         except Stopped as error:
             leave(error, keep, hooks.given)
 

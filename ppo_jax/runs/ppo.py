@@ -21,7 +21,7 @@ from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Result, Setup, missing_stop
 from ppo_jax.runs.stage import Stage, start_or_resume
-from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
+from ppo_jax.runs.start import Ahead, make_fresh_state, prompt_batches_of
 from ppo_jax.train.host import host_iteration
 from ppo_jax.train.loop import schedule_hyper, train
 from ppo_jax.train.optimizer import make_optimizer
@@ -69,7 +69,7 @@ def run_ppo(
     # -- open ----------------------------------------------------------------------------------------------------------
     with open_hooks(stage, start) as hooks:
         failures = introduce_run(setup, screen)
-        prompts, hyper = prompt_batches_of(setup), schedule_hyper(setup.hyper, loop)
+        prompts, hyper = Ahead(prompt_batches_of(setup)), schedule_hyper(setup.hyper, loop)
         dump = dumper(directory, setup, frozen, prompts)
         iterate = iteration or choose_iteration(setup, optimizer, hooks)
         hooks.measure = make_evaluator(
@@ -81,6 +81,7 @@ def run_ppo(
         hooks.puts_off = iteration is None  # a member's step is over before anything could be done meanwhile
 
         def step(state: Any, number: int) -> tuple[Any, Metrics]:
+            hooks.prepare = lambda: prompts.prepare(number + 1)
             return iterate(state, frozen, prompts(number), hyper(number))
 
         # -- evaluate what was left ------------------------------------------------------------------------------------

@@ -15,6 +15,23 @@ from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_o
 from ppo_jax.types import Prompts, Texts
 
 
+class Ahead:
+    """The batch of a number, which may have been made before it is asked for."""
+
+    def __init__(self, make: Callable[[int], Prompts]) -> None:
+        self.make = make
+        self.made: dict[int, Prompts] = {}
+
+    def __call__(self, number: int) -> Prompts:
+        self.prepare(number)
+        return self.made[number]
+
+    def prepare(self, number: int) -> None:
+        """Make the batch, and let go of the others."""
+        if number not in self.made:
+            self.made = {number: self.make(number)}
+
+
 def prompt_batches_of(setup: Setup) -> Callable[[int], Prompts]:
     """step -> the prompts of that update, with its pretraining texts where there are some: a function of step alone."""
     rows, size, pad = setup.prompts.rows, setup.loop.batch_size, setup.model.pad_id

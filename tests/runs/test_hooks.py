@@ -15,9 +15,11 @@ from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.stage import Stage, Start
+from ppo_jax.runs.start import Ahead
 from ppo_jax.train.loop import LoopConfig
+from ppo_jax.types import Prompts
 
-STATE: Any = SimpleNamespace(best=jnp.asarray(0.0))
+STATE: Any = SimpleNamespace(best=jnp.asarray(2.0))  # of an evaluation that was better than VALUES
 VALUES = {"reward": 1.0}
 
 
@@ -43,14 +45,29 @@ def test_a_record_that_was_put_off_is_written_when_the_next_step_is_under_way_an
             hooks.write(2, VALUES)
             hooks.save(2, STATE, due=False)
             assert lines(tmp_path) == [("ppo", 1)]
+            prepared: list[int] = []
+            hooks.prepare = lambda: prepared.append(1)
             hooks.meanwhile()
-            hooks.meanwhile()  # there is nothing more
-            assert lines(tmp_path) == [("ppo", 1), ("ppo", 2)]
+            assert lines(tmp_path) == [("ppo", 1), ("ppo", 2)] and prepared
             hooks.write(3, VALUES)
             hooks.evaluate(3, STATE)
             assert lines(tmp_path)[2:] == [("ppo", 3), ("eval", 3)]
             hooks.write(4, VALUES)
         assert lines(tmp_path)[4:] == [("ppo", 4)]
+
+
+def test_a_batch_that_was_made_ahead_is_made_once():
+    made: list[int] = []
+
+    def make(number: int) -> Prompts:
+        made.append(number)
+        return Prompts(jnp.full((1, 2), number), jnp.ones((1, 2), bool), jnp.arange(1))
+
+    batches = Ahead(make)
+    assert batches(0).tokens[0, 0] == 0
+    batches.prepare(1)
+    assert made == [0, 1] and batches(1).tokens[0, 0] == 1 and made == [0, 1]
+    assert batches(0).tokens[0, 0] == 0 and made == [0, 1, 0]  # asked for again, as a batch that is dumped
 
 
 def test_an_error_loses_no_record(tmp_path):
