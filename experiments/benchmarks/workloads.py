@@ -41,6 +41,7 @@ class Workload:
     epochs: int
     micro_batches: int = 1
     adapter: Literal["full", "lora"] = "full"
+    rank: int = 16  # of LoRA
     own_critic: bool = False
     reward: Literal["model", "rule"] = "model"  # a model of the same size, or a sum over tokens
     stops: int = 0  # so many token ids end a response; 0: every response has its whole length

@@ -11,6 +11,7 @@ from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints import store
 from ppo_jax.runs.checkpoints.saving import Saver, leave, saver
 from ppo_jax.runs.evaluation import earlier_evaluations
+from ppo_jax.runs.memory import trim_after_compiling
 from ppo_jax.runs.output import rundir
 from ppo_jax.runs.output.recording import run_files
 from ppo_jax.runs.output.writers import Writer, combine, resilient
@@ -53,6 +54,8 @@ class Hooks:
     measure: (step, state) -> what the state is worth, recorded; None: given up, because the run is to stop.
     dump, causes: as in `train.loop.Hooks`.
     watch: (step, phase, values) of every record, to say what is wrong.
+    puts_off: whether the record of a step waits until the device has the next one to work on.
+    prepare: makes ready what the step after the next will need; called then too.
     evaluations: step -> values, of this process and of those before it.
     """
 
@@ -70,6 +73,9 @@ class Hooks:
         self.causes: Callable[[], str] = lambda: ""
         self.measured = False  # whether this process has evaluated
         self.watch: Writer = lambda step, phase, values: None
+        self.puts_off = False
+        self.prepare: Callable[[], object] = lambda: None
+        self.waiting: tuple[int, Values] | None = None  # a record that was put off
 
     def record(self, step: int, phase: str, values: Values) -> None:
         """Put a line of values into the files of the run, and shows it."""
@@ -79,9 +85,22 @@ class Hooks:
 
     def write(self, done: int, values: Values) -> None:
         self.asked.unsaved = True
-        self.record(done, self.stage.phase, values)
+        self.waiting = (done, values)
+        if not self.puts_off:
+            self.write_waiting()
+
+    def meanwhile(self) -> None:
+        self.write_waiting()
+        self.prepare()
+
+    def write_waiting(self) -> None:
+        """Write the record that was put off, if there is one."""
+        if self.waiting is not None:
+            (done, values), self.waiting = self.waiting, None
+            self.record(done, self.stage.phase, values)
 
     def evaluate(self, done: int, state: Any) -> Values | None:
+        self.write_waiting()
         self.stage.screen.doing("evaluating" if self.measured else "evaluating (the first time with compiling)")
         values = self.measure(done, state)
         self.measured = True
@@ -109,7 +128,9 @@ class Hooks:
 
     def save(self, done: int, state: Any, due: bool) -> None:
         self.given = (done, state)
-        if due:  # what the checkpoint takes for written is tried once more, and is on the disk before it
+        if due:
+            self.write_waiting()
+            # what the checkpoint takes for written is tried once more, and is on the disk before it
             self.hold_again()
             self.write_again()
             self.sync_records()
@@ -173,6 +194,7 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
     Raises:
       Stopped: what the block raised, once the last state is saved; see `checkpoints.saving.leave`.
     """
+    trim_after_compiling()
     best = Best(stage.loop, start.best)
     meta = {"config": stage.config, "facts": stage.facts, "best": best.record}
     notify = stage.screen.message
@@ -185,7 +207,10 @@ def open_hooks(stage: Stage, start: Start) -> Iterator[Hooks]:
         hooks = Hooks(stage, keep, best, asked)
         asked.saved = lambda: store.latest_step(checkpoints)
         try:
-            yield hooks
+            try:
+                yield hooks
+            finally:
+                hooks.write_waiting()
         except Stopped as error:
             leave(error, keep, hooks.given)
 

@@ -98,6 +98,7 @@ def train_offline(
 
         hooks.measure, hooks.watch = measure, watch_run(directory, {"base": setup.model.name}, screen)
         if work.steps:
+            hooks.puts_off = True
             # -- evaluate what was left --------------------------------------------------------------------------------
             state = hooks.evaluate_left(state)
 

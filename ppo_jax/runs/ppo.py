@@ -24,14 +24,14 @@ from ppo_jax.runs.hooks import Hooks, open_hooks
 from ppo_jax.runs.output.screen import Screen
 from ppo_jax.runs.setup import Result, Setup, check_reference, missing_stop
 from ppo_jax.runs.stage import Stage, start_or_resume
-from ppo_jax.runs.start import make_fresh_state, prompt_batches_of
+from ppo_jax.runs.start import Ahead, make_fresh_state, prompt_batches_of
 from ppo_jax.train.host import host_iteration
 from ppo_jax.train.loop import schedule_hyper, train
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import check_hyper, check_scalars_of
 from ppo_jax.train.ppo import make_host_iteration, make_iteration
 from ppo_jax.train.state import Iteration
-from ppo_jax.types import Frozen, Metrics
+from ppo_jax.types import Frozen, Metrics, Rollout
 
 FILTERED = {
     "ignore": "Ratios and KL are those of the policy, so the KL estimate may turn negative; --ppo.behaviour filtered "
@@ -74,7 +74,7 @@ def run_ppo(
     # -- open ----------------------------------------------------------------------------------------------------------
     with open_hooks(stage, start) as hooks:
         failures = introduce_run(setup, screen)
-        prompts, hyper = prompt_batches_of(setup), schedule_hyper(setup.hyper, loop)
+        prompts, hyper = Ahead(prompt_batches_of(setup)), schedule_hyper(setup.hyper, loop)
         dump = dumper(directory, setup, frozen, prompts)
         iterate = iteration or choose_iteration(setup, optimizer, hooks)
         hooks.measure = make_evaluator(
@@ -83,8 +83,10 @@ def run_ppo(
         hooks.dump = lambda number, state: dump(number, state, hyper(number))
         hooks.causes = failures.summary
         hooks.watch = watch_run(directory, reported_facts(setup), screen)
+        hooks.puts_off = iteration is None  # a member's step is over before anything could be done meanwhile
 
         def step(state: Any, number: int) -> tuple[Any, Metrics]:
+            hooks.prepare = lambda: prompts.prepare(number + 1)
             return iterate(state, frozen, prompts(number), hyper(number))
 
         # -- evaluate what was left ------------------------------------------------------------------------------------
@@ -139,7 +141,13 @@ def choose_iteration(setup: Setup, optimizer: Any, hooks: Hooks) -> Iteration:
     if setup.reward.host is None:
         assert setup.reward.device is not None
         return make_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
-    collect, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+    sample, learn = make_host_iteration(setup.model.config, setup.ppo, optimizer, setup.reward.device)
+
+    def collect(*inputs: Any) -> Rollout:
+        rollout = sample(*inputs)
+        hooks.meanwhile()  # before anybody waits for it
+        return rollout
+
     texts, table = tuple(setup.prompts.texts), tuple(setup.prompts.metadata)
     reward, sampling = SplitReward(setup.reward.host), setup.ppo.sampling
     decode = partial(setup.model.decode, special=setup.reward.special_tokens == "keep")

@@ -10,21 +10,43 @@ from ppo_jax.models.placement import create_on_mesh
 from ppo_jax.parallel import processes
 from ppo_jax.rewards.adapter import RewardRole
 from ppo_jax.runs.setup import Setup
+from ppo_jax.train.buckets import cut_prompts
 from ppo_jax.train.state import TrainState, init_state, key_stream, value_head_of_reward
 from ppo_jax.types import Prompts, Texts
+
+
+class Ahead:
+    """The batch of a number, which may have been made before it is asked for."""
+
+    def __init__(self, make: Callable[[int], Prompts]) -> None:
+        self.make = make
+        self.made: dict[int, Prompts] = {}
+
+    def __call__(self, number: int) -> Prompts:
+        self.prepare(number)
+        return self.made[number]
+
+    def prepare(self, number: int) -> None:
+        """Make the batch, and let go of the others."""
+        if number not in self.made:
+            self.made = {number: self.make(number)}
 
 
 def prompt_batches_of(setup: Setup) -> Callable[[int], Prompts]:
     """step -> the prompts of that update, with its pretraining texts where there are some: a function of step alone."""
     rows, size, pad = setup.prompts.rows, setup.loop.batch_size, setup.model.pad_id
     prompts = prompt_batches(rows, size, setup.seed, pad, mix=setup.mix)
+
+    def batch(step: int) -> Prompts:
+        return cut_prompts(prompts[step], setup.ppo.prompt_buckets)
+
     if not setup.pretrain:
-        return lambda step: processes.feed(prompts[step])
+        return lambda step: processes.feed(batch(step))
     responses, seed = size * setup.ppo.group_size, setup.seed + 1  # an order of their own
     if len(setup.pretrain) < responses:
         raise ValueError(f"{len(setup.pretrain)} pretraining texts, but an update has {responses} responses: give more")
     texts = sft_batches(setup.pretrain, [0] * len(setup.pretrain), responses, seed, pad)
-    return lambda step: processes.feed(prompts[step]._replace(pretrain=Texts(texts[step].tokens, texts[step].mask)))
+    return lambda step: processes.feed(batch(step)._replace(pretrain=Texts(texts[step].tokens, texts[step].mask)))
 
 
 def make_fresh_state(setup: Setup, optimizer: Any) -> TrainState:

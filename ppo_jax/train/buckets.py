@@ -1,4 +1,4 @@
-"""Micro-batches of responses of similar length, each without the padding that all of its rows share."""
+"""Batches of prompts and micro-batches of responses without padding that all of their rows share."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.parallel.members import any_row
-from ppo_jax.types import Metrics, Minibatch, Policy
+from ppo_jax.types import Metrics, Minibatch, Policy, Prompts
 
 Gradient = Callable[[Policy, Minibatch], tuple[Policy, Metrics]]
 
 
 def bucket_lengths(length: int, buckets: int) -> list[int]:
-    """The lengths that responses are cut to, shortest first: T and its halves, T / 2, T / 4, ..., rounded up."""
+    """The lengths that rows are cut to, shortest first: the whole and its halves, T, T / 2, T / 4, ..., rounded up."""
     return sorted({-(-length // 2**i) for i in range(buckets)})
+
+
+def cut_prompts(prompts: Prompts, buckets: int) -> Prompts:
+    """A left-padded batch, still on the host, in the first of `bucket_lengths` slots that hold all its prompts."""
+    slots, longest = prompts.mask.shape[1], int(prompts.mask.sum(axis=1).max())
+    kept = next(length for length in bucket_lengths(slots, buckets) if length >= longest)
+    return prompts._replace(tokens=prompts.tokens[:, slots - kept :], mask=prompts.mask[:, slots - kept :])
 
 
 def sort_by_length(minibatch: Minibatch, pieces: int) -> Minibatch:

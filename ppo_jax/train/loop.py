@@ -164,7 +164,10 @@ class Hooks(Protocol):
     """What happens around the steps of `train`; files, screens and signals are behind it."""
 
     def write(self, done: int, values: Mapping[str, float]) -> None:
-        """Records the metrics of the step by which `done` are done."""
+        """Records the metrics of the step by which `done` are done, now or at the next call of anything but `stop`."""
+
+    def meanwhile(self) -> None:
+        """Does what was put off: the device has the next step to work on."""
 
     def evaluate(self, done: int, state: Any) -> Mapping[str, float] | None:
         """Measures the state after `done` steps; None: it was given up, because the run is to stop."""
@@ -219,7 +222,8 @@ def train(state: State, step: Step[State], loop: LoopConfig, hooks: Hooks) -> St
         except GivenUp:
             hooks.save(number, state, True)
             raise Interrupted(f"stopped by {hooks.stop(number)} after update {number}") from None
-        values, done = means(metrics), number + 1
+        hooks.meanwhile()
+        values, done = means(metrics), number + 1  # waits for the step
         hooks.write(done, values | _pace(metrics, time.perf_counter() - began))
         fault = _not_finite(done, int(state.nonfinite), loop)
         if not fault and values.get("kl", 0.0) > loop.max_kl:

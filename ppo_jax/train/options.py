@@ -128,6 +128,9 @@ class PPOConfig:
     length_buckets: Annotated[int, Off(1)] = 1
     """Micro-batches hold responses of similar length, cut to the first that fits of this many: T, T / 2, T / 4, ...
     1 is off. It changes seconds, not the result, and compiles the loss so many times."""
+    prompt_buckets: Annotated[int, Off(1)] = 1
+    """A batch has the first that holds all its prompts of this many widths: P, P / 2, P / 4, ..., P being the longest
+    prompt of all. 1 is off. It changes seconds, not the result, and compiles the iteration so many times at most."""
     advantage: Advantage = "gae"
     """Advantages come from gae, which needs the critic, or from rloo, grpo, dr_grpo (grpo without the std), reinforce
     (running baseline) or reinforce++, which need none."""
@@ -156,7 +159,7 @@ class PPOConfig:
     """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "group_size"):
+        for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "prompt_buckets", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         check_choices(

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.ops.means import merge_metrics, no_metrics
@@ -116,13 +116,7 @@ def update_epochs(
     def minibatch(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
         state, stopped = carry
         taken = constrain_rows(jax.tree.map(lambda x: x[rows], batch))
-
-        go = partial(update, algorithm)
-
-        def rest(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
-            return state, no_metrics(jax.eval_shape(go, state, *inputs)[1])
-
-        state, metrics = branch(stopped, rest, go, state, frozen, taken, hyper)
+        state, metrics = update(algorithm, state, frozen, taken, hyper, stopped)
         left_out = stopped.astype(jnp.float32)
         stopped |= metrics["early_stops"][0] > 0
         return (state, stopped), metrics | {"steps_left_out": (left_out, jnp.ones(()))}
@@ -143,14 +137,49 @@ def update_epochs(
 
 
 def update(
-    algorithm: Algorithm, state: TrainState, frozen: Frozen, minibatch: Minibatch, hyper: Hyper
+    algorithm: Algorithm,
+    state: TrainState,
+    frozen: Frozen,
+    minibatch: Minibatch,
+    hyper: Hyper,
+    stopped: bool | Bool[Array, ""] = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: gradients summed over micro-batches, clipped by their global norm, then Adam.
 
     The step is left out, and counted, when no row of the minibatch has a valid score (whatever its pretraining texts
     say), when the loss or a gradient is not finite, when the mean ratio exceeds hyper.ratio_threshold, or when the
-    approximate KL to the old policy exceeds hyper.target_kl.
+    approximate KL to the old policy exceeds hyper.target_kl. With `stopped` no gradient is computed, the state stays
+    and the metrics say nothing.
     """
+    go = partial(minibatch_gradient, algorithm)
+
+    def rest(*inputs: Any) -> tuple[Policy, Metrics]:
+        grads, metrics = jax.eval_shape(go, *inputs)
+        return jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads), no_metrics(metrics)
+
+    stopped = jnp.asarray(stopped)
+    grads, metrics = branch(stopped, rest, go, state.policy, frozen, minibatch, hyper)
+    norms = measure_norms(grads)
+    verdict = judge_step(minibatch, metrics, norms, hyper)
+    # Chosen number by number: a conditional around parameters and optimizer state would hold them twice.
+    take = verdict.scored & verdict.finite & verdict.close & verdict.sane & ~stopped
+    taken, kept = (
+        (s.policy, s.opt_state, s.ema) for s in (apply_gradients(algorithm, state, grads, norms, hyper), state)
+    )
+    adapted, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(take, new, old), taken, kept)
+    # A step that is not finite says nothing of the others; it shows in its own count.
+    metrics = jax.tree.map(lambda kept, none: jnp.where(verdict.finite, kept, none), metrics, no_metrics(metrics))
+    nonfinite = jnp.where(stopped, state.nonfinite, jnp.where(verdict.finite, 0, state.nonfinite + 1))
+    of_step = step_metrics(algorithm, norms, verdict)
+    of_step = jax.tree.map(lambda said, none: jnp.where(stopped, none, said), of_step, no_metrics(of_step))
+    state = dataclasses.replace(state, policy=adapted, opt_state=opt_state, ema=ema, nonfinite=nonfinite)
+    return state, metrics | of_step
+
+
+def minibatch_gradient(
+    algorithm: Algorithm, policy: Policy, frozen: Frozen, minibatch: Minibatch, hyper: Hyper
+) -> tuple[Policy, Metrics]:
+    """The gradient of the loss of a minibatch, summed over its micro-batches, and their metrics."""
     counts = count_units(algorithm, minibatch)
 
     def gradient(policy: Policy, rows: Minibatch) -> tuple[Policy, Metrics]:
@@ -159,22 +188,8 @@ def update(
 
     pieces, buckets = algorithm.ppo.accumulate, algorithm.ppo.length_buckets
     if buckets == 1:
-        grads, metrics = accumulate(gradient, state.policy, minibatch, pieces)
-    else:
-        rows = sort_by_length(minibatch, pieces)
-        grads, metrics = accumulate(cut_to_buckets(gradient, buckets), state.policy, rows, pieces)
-    norms = measure_norms(grads)
-    verdict = judge_step(minibatch, metrics, norms, hyper)
-    taken = jax.lax.cond(
-        verdict.scored & verdict.finite & verdict.close & verdict.sane,
-        lambda state: apply_gradients(algorithm, state, grads, norms, hyper),
-        lambda state: state,
-        state,
-    )
-    # A step that is not finite says nothing of the others; it shows in its own count.
-    metrics = jax.tree.map(lambda kept, none: jnp.where(verdict.finite, kept, none), metrics, no_metrics(metrics))
-    nonfinite = jnp.where(verdict.finite, 0, state.nonfinite + 1)
-    return dataclasses.replace(taken, nonfinite=nonfinite), metrics | step_metrics(algorithm, norms, verdict)
+        return accumulate(gradient, policy, minibatch, pieces)
+    return accumulate(cut_to_buckets(gradient, buckets), policy, sort_by_length(minibatch, pieces), pieces)
 
 
 # -- compiled --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """What the benchmarks make of their measurements, by hand; the workers themselves are rehearsed with --tiny."""
 
+import dataclasses
 import json
 
+import pytest
+
+from experiments.benchmarks import growth
 from experiments.benchmarks.side_by_side import PEERS, install, summary, table
 from experiments.benchmarks.workloads import WORKLOADS, Clock, Shape, Workload, find_workload
 
@@ -55,3 +59,34 @@ def test_an_environment_is_installed_once(tmp_path, monkeypatch) -> None:
         install(tmp_path, PEERS["TRL 0.11.4"])
     assert len(commands) == 3 and commands[1][-1] == "torch==2.13.0" and "trl==0.11.4" in commands[2]
     assert json.loads(tmp_path.joinpath("installed.json").read_text())[0] == ["torch==2.13.0"]
+
+
+def test_growth_is_the_slope_of_logs_beside_that_of_the_operations() -> None:
+    """Seconds 1, 8, 64 at sizes 1, 2, 4 grow with the third power; operations 10, 20, 40 with the first."""
+    points = [growth.Point(size, size**3, 2 * size**3, 9.0, 10 * size) for size in (1, 2, 4)]
+    assert growth.slope([1, 2, 4], [1, 8, 64]) == pytest.approx(3)
+    lines = list(growth.table({"batch": points}, 20.0))
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 3.00 | 1.00 |" in lines[2] and "(50%)" in lines[2] and "9, 9, 9" in lines[2]
+
+
+def test_operations_of_an_iteration_are_those_counted_by_hand() -> None:
+    """The update's, and for one row of 1 + 1 tokens two passes more (rollout and score), of which one has logits."""
+    shape = Shape(vocabulary=5, width=2, layers=1, heads=1, kv_heads=1, mlp=3)
+    work = Workload(shape, batch=1, prompt=1, response=1, epochs=1, rank=7)
+    weights, scores, table = shape.products, 2 * 2 * 2, 2 * 2 * 5
+    assert growth.iteration_flops(work) == work.update_flops() + 2 * 2 * 2 * (weights + scores) + table
+    lora = dataclasses.replace(work, adapter="lora")
+    ends = 4 * (2 + 2) + 3 * (2 + 3)  # in + out of q k v o, gate up down: 4 passes of 2 tokens at rank 7
+    assert growth.iteration_flops(lora) - growth.iteration_flops(work) == (
+        lora.update_flops() - work.update_flops() + 4 * 2 * 2 * 7 * ends
+    )
+
+
+@pytest.mark.parametrize("axis", growth.SIZES)
+def test_each_axis_changes_one_number(axis: growth.Axis) -> None:
+    size = growth.SIZES[axis][0] + 1
+    work, base = growth.workload(axis, size), growth.workload("batch", WORKLOADS["T"].batch)
+    differ = {name for name, value in vars(work).items() if value != getattr(base, name)}
+    differ |= {name for name, value in vars(work.shape).items() if value != getattr(base.shape, name)}
+    assert differ - {"shape", "adapter"} == ({axis} if axis != "members" else set())

@@ -141,6 +141,9 @@ class Log:
         self.events.append(("write", done))
         self.written[done] = dict(values)
 
+    def meanwhile(self) -> None:
+        self.events.append(("meanwhile",))
+
     def save(self, done: int, state: TrainState, due: bool) -> None:
         if due:
             self.events.append(("save", done, int(state.step)))
@@ -165,6 +168,8 @@ def test_each_thing_happens_exactly_when_due():
     assert log.all("evaluate") == [(step, step) for step in (0, 3, 6, 7)]
     assert log.events[0][0] == "evaluate"  # before the first update
     assert log.events.index(("evaluate", 6, 6)) < log.events.index(("save", 6, 6))  # the checkpoint knows the result
+    kinds = [event[0] for event in log.events if event[0] in ("update", "meanwhile", "write")]
+    assert kinds == ["update", "meanwhile", "write"] * 7  # what was put off is done while the next step is under way
 
 
 def test_zero_means_at_the_ends_only():

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.rollout import Sampling
+from ppo_jax.train.buckets import cut_prompts
 from ppo_jax.train.experience import evaluate_reference, make_experience, score_rollout, share_prefix
 from ppo_jax.train.host import host_iteration
 from ppo_jax.train.objective import count_units, ppo_loss
@@ -97,6 +98,20 @@ def test_nothing_recompiles_and_the_state_is_donated():
         frozen = FROZEN._replace(reward=FROZEN.reward + number)
         state, _ = run(state, frozen, toy.prompts(number), hyper)
     assert run._cache_size() == programs
+
+
+def test_prompts_in_fewer_slots_give_the_same_rollout_and_loss():
+    """P = 4 has the widths 4, 2, 1. Rows of at most 2 tokens go into 2; with 2 widths or 3 that is the same."""
+    whole = toy.prompts()
+    whole = whole._replace(mask=whole.mask & (jnp.arange(4) >= 2))
+    short = cut_prompts(whole, 2)
+    assert short.tokens.shape == short.mask.shape == (B, 2) and int(short.mask.sum()) == int(whole.mask.sum())
+    assert cut_prompts(whole, 3).mask.shape == (B, 2) and cut_prompts(whole, 1).mask.shape == (B, 4)
+    assert cut_prompts(toy.prompts(), 3).mask.shape == (B, 4)  # one prompt needs them all
+    state = toy.moved(toy.start())
+    left, right = (fresh(state, FROZEN, prompts, HYPER) for prompts in (whole, short))
+    assert_close(numbers(left[0]), numbers(right[0]))
+    assert float(left[1]) == pytest.approx(float(right[1]), abs=1e-5)
 
 
 def test_each_step_draws_with_a_key_of_its_own():

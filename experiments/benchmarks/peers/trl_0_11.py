@@ -17,7 +17,7 @@ from experiments.benchmarks.workloads import Clock, Workload, find_workload, pea
 
 def trainer_of(work: Workload) -> Any:
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=linear, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=linear, task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_config(config_of(work))
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         model, peft_config=lora if work.adapter == "lora" else None

@@ -67,7 +67,7 @@ def cluster_of(work: Workload, count: int, folder: str) -> RLCluster:
     rollout = RolloutConfig(
         max_tokens_to_generate=work.response,
         max_prompt_length=work.prompt,
-        kv_cache_size=work.prompt + work.response + 8,
+        kv_cache_size=2 * work.prompt + work.response + 8,  # it may take prompts for longer than they are
         temperature=1.0,
         top_p=1.0,
         eos_tokens=[work.shape.vocabulary - 1] if not work.stops else list(range(work.stops)),

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "ppo.accumulate",
     "ppo.length_buckets",
     "ppo.logprob_chunk",
+    "ppo.prompt_buckets",
     "ppo.sampling.gather_weights",
     "ppo.sampling.slots",
     "sft.accumulate",
