@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 # Pages of other branches: linked once they are there.
 PENDING = {"data.md"}
 # These come first; all others follow by their names.

@@ -18,22 +18,25 @@ from pathlib import Path
 from typing import Any
 
 os.environ["DISABLE_VERSION_CHECK"] = "1"
-Curve = dict[str, Any]  # "mean" and "error" of the rewards of every update, and how many "rewards" each is of
+Curve = dict[str, Any]  # "mean" and "error" of each update's rewards, how many "rewards" that is, "kl" to the start
 
 
 def record(file: str, out: str) -> None:
-    """Run their PPO, and keep what its reward model says of each update's responses."""
+    """Run their PPO, and keep what its reward model says of each update's responses, and their KL."""
     import yaml
     from llamafactory.train.ppo.trainer import CustomPPOTrainer
     from llamafactory.train.tuner import run_exp
 
     updates: list[list[float]] = []
+    kls: list[float] = []
     step = CustomPPOTrainer.step
 
     def recorded(self: Any, queries: Any, responses: Any, scores: Sequence[Any], *more: Any) -> Any:
         updates.append([float(score) for score in scores])
-        Path(out).write_text(json.dumps(curve_of(updates)) + "\n")
-        return step(self, queries, responses, scores, *more)
+        stats = step(self, queries, responses, scores, *more)
+        kls.append(float(stats["objective/kl"]))
+        Path(out).write_text(json.dumps(curve_of(updates) | {"kl": kls}) + "\n")
+        return stats
 
     CustomPPOTrainer.step = recorded
     run_exp(yaml.safe_load(Path(file).read_text()))
@@ -53,7 +56,8 @@ def curve_of_run(run: Path, rewards: int) -> Curve:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if line["phase"] == "ppo"]
     errors = [line["reward_std"] / rewards**0.5 for line in updates]
-    return {"mean": [line["reward"] for line in updates], "error": errors, "rewards": rewards}
+    found = {"mean": [line["reward"] for line in updates], "error": errors, "rewards": rewards}
+    return found | {"kl": [line["kl"] for line in updates]}
 
 
 def draw(theirs: str, run: str, curves: str, picture: str) -> None:
