@@ -67,7 +67,7 @@ class Recipe:
 
 
 TOY = Recipe(
-    smoke=True, vocabulary=300, layers=2, width=32, length=32, sft=SFTConfig(steps=60, batch_size=8, learning_rate=1e-2)
+    smoke=True, vocabulary=300, layers=2, width=32, length=32, sft=SFTConfig(steps=24, batch_size=8, learning_rate=1e-2)
 )
 
 
