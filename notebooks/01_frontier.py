@@ -27,9 +27,8 @@
 # reward model of this library's demo (2,000 rated sentences, 77.6 % of held-out pairs), a second one (1,200 other sentences) and VADER as
 # judges in place of people; 16 tokens, temperature .7, 12 updates of 32 responses, 2 epochs (384 episodes; the paper: 2 million): a small coefficient is
 # far from converged, what limits its KL is the number of updates. *The small language model* (four layers of width 256, vocabulary of 2,048, trained
-# from scratch: `experiments.papers.language`), all parameters trained, temperature 1, 40 updates, a reward model of 5,005 rated sentences,
-# VADER as the judge. The adaptive coefficient moves by a fifth (small: a tenth) at most in an update (the paper: by a fifth of .1 of it, over
-# thousands of updates).
+# from scratch: `experiments.papers.language`), all parameters trained, temperature 1, 12 tokens, 24 updates, a reward model of 5,005 rated sentences,
+# VADER as the judge. The adaptive coefficient moves by a fifth at most in an update (the paper: by a fifth of .1 of it, over thousands of updates).
 #
 # ## Criterion, written before the run (3 seeds; bands: sum of the standard deviations; ends are measured on held-out prompts)
 #

@@ -26,7 +26,7 @@
 # with a vocabulary of 2,048 (`experiments.papers.language`) that has seen the 22,203 training sentences twice and no SFT, one reward model of
 # film-review ratings, and as "tax" the rise of the loss on held-out sentences, in nats per token. The coefficient has another
 # scale (ours weighs means over tokens; there are as many pretraining rows as responses): only "none, some, much" can be compared. All
-# parameters are trained, 40 updates of 32 responses (16 tokens, temperature 1), 2 epochs, learning rate 3e-4.
+# parameters are trained, 24 updates of 32 responses (12 tokens, temperature 1), 4 minibatches, 1 epoch, learning rate 5e-4.
 #
 # ## Criterion, written before the run (3 seeds; bands: sum of the standard deviations)
 #

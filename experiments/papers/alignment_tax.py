@@ -33,8 +33,9 @@ from ppo_jax.train.sft import Demonstrations, evaluate, make_sft_loss
 from ppo_jax.train.state import TrainState, init_state, key_stream
 from ppo_jax.types import Frozen, Hyper, Prompts, Texts
 
-BETA, RATE, SEEDS = 0.02, 3e-4, [0, 1, 2]
+BETA, RATE, SEEDS = 0.02, 5e-4, [0, 1, 2]
 PTX, BETAS = (0.0, 0.1, 0.3, 1.0, 3.0), (0.2, 2.0)  # the second: 10 and 100 times the first
+STEPS = {"epochs": 1, "num_minibatches": 4}
 LONGEST, P_TEXT = 10, 32  # tokens of a prompt, and of a row of pretraining text
 METRICS = ("reward", "kl", "response_length", "ptx_loss")
 
@@ -53,7 +54,7 @@ class World(NamedTuple):
 
 def settings(toy: bool) -> list[Setting]:
     """The reference, ptx coefficients, and larger KL coefficients without ptx."""
-    size: Setting = {"seeds": SEEDS, "updates": 40, "rows": 32}
+    size: Setting = {"seeds": SEEDS, "updates": 24, "rows": 32}
     if toy:
         size = {"seeds": SEEDS[:2], "updates": 2, "rows": 8}
     pairs = [(ptx, BETA) for ptx in PTX] + [(0.0, beta) for beta in BETAS]
@@ -107,9 +108,13 @@ def algorithm(toy: bool) -> Algorithm:
     """PPO with a reward on the device."""
     world = prepare(toy)
     model = world.model
-    sampling = Sampling(response_length=16, stop_ids=model.stop_ids, pad_id=model.pad_id)
-    ppo = PPOConfig(sampling=sampling, epochs=2, num_minibatches=2)
+    ppo = PPOConfig(sampling=sample(model), **STEPS)
     return Algorithm(model.config, ppo, make_optimizer(), adapter_reward(world.trunk, model.stop_ids))
+
+
+def sample(model: Model) -> Sampling:
+    """Short responses."""
+    return Sampling(response_length=12, stop_ids=model.stop_ids, pad_id=model.pad_id)
 
 
 @functools.cache
@@ -155,7 +160,7 @@ def measure(world: World, state: TrainState, seed: int, toy: bool) -> dict[str, 
     key = key_stream(seed, "evaluation")
     found = ask(state.policy, Frozen(model.params, world.role), prompts, key, Hyper(temperature=1.0))
     said = decode_responses(model, algorithm(toy).ppo.sampling, found.rollout)
-    texts = [model.decode(row) + text for row, text in zip(world.held_out, said, strict=True)]
+    texts = [model.decode(np.array(row)) + text for row, text in zip(world.held_out, said, strict=True)]
     return {
         "loss": lost,
         "reward": float(found.scores.reward.mean()),

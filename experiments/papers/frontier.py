@@ -84,6 +84,7 @@ def prepare(toy: bool) -> Task:
     judges = {"vader": vader_judge(), "judge": model_judge(model, second, stop_ids)}
     setup = sentiment.make_setup(options, model, data, reward, judges)
     algorithm = Algorithm(model.config, setup.ppo, make_optimizer(), reward.device)
+    assert reward.device is not None
     iterate = make_iteration(model.config, setup.ppo, algorithm.optimizer, reward.device)
     return Task(setup, model, options.policy, judges, iterate, make_evaluate(algorithm))
 
@@ -115,7 +116,8 @@ def judge(task: Task, state: TrainState, frozen: Frozen, setting: Setting) -> di
     found = task.evaluate(state.policy, frozen, prompts, key_stream(setting["seed"], "evaluation"), Hyper())
     said = decode_responses(task.model, task.setup.ppo.sampling, found.rollout)
     assert found.scores is not None
-    values = {"reward": found.scores.reward, "kl": found.kl, "length": found.rollout.response_mask.sum(axis=1)}
+    values: dict[str, Any] = {"reward": found.scores.reward, "kl": found.kl}
+    values |= {"length": found.rollout.response_mask.sum(axis=1)}
     values |= {name: score(found.rollout, held_out.texts, said) for name, score in task.judges.items()}
     texts = [before + after for before, after in zip(held_out.texts[:4], said[:4], strict=True)]
     return {name: float(np.mean(np.asarray(x))) for name, x in values.items()} | {"texts": texts}

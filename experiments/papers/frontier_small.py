@@ -17,7 +17,6 @@ from experiments.papers.frontier import COEFFICIENTS, START, TARGETS
 from experiments.papers.records import Setting, Study, rounded, run_as_command
 from ppo_jax.models.adapters import init_full
 from ppo_jax.rewards.adapter import adapter_reward
-from ppo_jax.rollout import Sampling
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import Algorithm, KLConfig, PPOConfig
 from ppo_jax.train.population import make_members, member_means, stack_hypers, stack_prompts
@@ -29,7 +28,7 @@ METRICS = ("reward", "kl", "kl_coef")
 
 def settings(toy: bool) -> list[Setting]:
     """The reference, the coefficients, and the targets of one that adapts."""
-    size: Setting = {"seeds": alignment_tax.SEEDS, "updates": 40, "rows": 32}
+    size: Setting = {"seeds": alignment_tax.SEEDS, "updates": 24, "rows": 32}
     kinds: list[Setting] = [{"kind": "fixed", "beta": beta} for beta in COEFFICIENTS]
     kinds += [{"kind": "adaptive", "target": target} for target in TARGETS]
     if toy:
@@ -51,7 +50,7 @@ def run(setting: Setting, toy: bool) -> dict[str, Any]:
             learning_rate=alignment_tax.RATE * min((update + 1) / 3, 1),
             temperature=1.0,
             kl_target=setting.get("target", 1.0),
-            kl_horizon=1e12 if "beta" in setting else 2.0 * setting["rows"],  # at most a tenth in an update
+            kl_horizon=1e12 if "beta" in setting else float(setting["rows"]),  # at most a fifth in an update
         )
         drawn = [alignment_tax.draw(world, setting["rows"], rng)._replace(pretrain=None) for rng in rngs]
         inputs = (stack_prompts(drawn), stack_hypers([hyper] * len(seeds)), jnp.ones(len(seeds), bool))
@@ -67,8 +66,7 @@ def members(toy: bool) -> Any:
     """A population's iteration, compiled once; the control of `frontier`."""
     world = alignment_tax.prepare(toy)
     model = world.model
-    sampling = Sampling(response_length=16, stop_ids=model.stop_ids, pad_id=model.pad_id)
-    ppo = PPOConfig(sampling=sampling, epochs=2, num_minibatches=2, kl=KLConfig(control="adaptive"))
+    ppo = PPOConfig(sampling=alignment_tax.sample(model), **alignment_tax.STEPS, kl=KLConfig(control="adaptive"))
     reward = adapter_reward(world.trunk, model.stop_ids)
     return make_members(Algorithm(model.config, ppo, make_optimizer(), reward))
 

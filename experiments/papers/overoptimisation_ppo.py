@@ -51,7 +51,7 @@ def run(setting: Setting, toy: bool) -> dict[str, Any]:
     rngs, curves = [np.random.default_rng(seed) for seed in seeds], []
     for _ in range(setting["updates"]):
         drawn = [words.draw_prompts(language, setting["rows"], rng) for rng in rngs]
-        drawn = [prompts._replace(index=np.full_like(prompts.index, i)) for i, prompts in enumerate(drawn)]
+        drawn = [prompts._replace(index=jnp.full_like(prompts.index, i)) for i, prompts in enumerate(drawn)]
         states, metrics = iterate(states, frozen, stack_prompts(drawn), hypers, jnp.ones(len(seeds), bool))
         curves.append(member_means(metrics))
     names = {"kl": "kl", "proxy": "reward", "gold": "reward/gold"}
