@@ -17,9 +17,11 @@ import numpy as np
 from experiments.judges import vader_score
 from experiments.papers import language, reward_models
 from experiments.papers.records import Setting, Study, rounded, run_as_command
+from ppo_jax.data import assets
 from ppo_jax.data.batches import left_pad
 from ppo_jax.models.adapters import init_full
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.files import artifacts
 from ppo_jax.models.pretrained import Model
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rollout import Sampling
@@ -35,7 +37,7 @@ from ppo_jax.types import Frozen, Hyper, Prompts, Texts
 
 BETA, RATE, SEEDS = 0.02, 5e-4, [0, 1, 2]
 PTX, BETAS = (0.0, 0.1, 0.3, 1.0, 3.0), (0.2, 2.0)  # the second: 10 and 100 times the first
-STEPS = {"epochs": 1, "num_minibatches": 4}
+STEPS: dict[str, Any] = {"epochs": 1, "num_minibatches": 4}
 LONGEST, P_TEXT = 10, 32  # tokens of a prompt, and of a row of pretraining text
 METRICS = ("reward", "kl", "response_length", "ptx_loss")
 
@@ -87,20 +89,34 @@ def run(setting: Setting, toy: bool) -> dict[str, Any]:
 
 @functools.cache
 def prepare(toy: bool) -> World:
-    """Train the reward model, and cut the texts."""
-    corpus = reward_models.read("small", toy)
-    reward = reward_models.describe("small", "full", len(corpus.train))
-    role = reward_models.fit(corpus, reward, corpus.train, seed=0)
-    scores = reward_models.score(corpus, role, reward, corpus.train)
+    """Find the reward model, or train it, and cut the texts."""
+    model = language.small_model(toy)
+    trunk = reward_models.describe("small", "probe", 0).trunk(model.config)
+    path = assets.cache_dir() / "papers" / "reward"
+    if toy or not path.exists():
+        role = train_reward(toy)
+        if not toy:
+            artifacts.save(path, "reward", role.adapter, role.head, model.base, {}, layers=trunk.num_layers)
+    else:
+        found = artifacts.load(path, "reward")
+        artifacts.check_base(found, model.fingerprint, model.config)
+        role = RewardRole(found.adapter, found.head)
     splits = language.read_corpus(toy)
-    model = corpus.model
     rows = [language.opening_rows(model, part, LONGEST) for part in (splits.splits.prompts, splits.splits.test)]
     held_out = [review.text for review in splits.splits.test]
     texts, unseen = (
         np.array(language.pack(part, model.tokenizer, P_TEXT).rows, np.int32) for part in (splits.training, held_out)
     )
-    role = role._replace(head=normalise_head(role.head, scores))
-    return World(model, corpus.trunk, role, rows[0], rows[1][:256], texts, unseen[: 16 if toy else 512])
+    return World(model, trunk, role, rows[0], rows[1][:256], texts, unseen[: 16 if toy else 512])
+
+
+def train_reward(toy: bool) -> RewardRole:
+    """All parameters on all labels, scores with mean 0 and standard deviation 1 on them."""
+    corpus = reward_models.read("small", toy)
+    reward = reward_models.describe("small", "full", len(corpus.train))
+    role = reward_models.fit(corpus, reward, corpus.train, seed=0)
+    scores = reward_models.score(corpus, role, reward, corpus.train)
+    return role._replace(head=normalise_head(role.head, scores))
 
 
 @functools.cache
