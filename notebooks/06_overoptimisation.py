@@ -49,6 +49,10 @@
 # 8. The gold score at the peak is higher with 2,000 labels than with 100.
 # 9. d (a - b log d) fits the mean gold curve with R² > .9, for every number of labels.
 # 10. At the KL where best-of-n's gold score peaks, PPO's proxy score is below best-of-n's, for every number of labels.
+#
+# *Second attempt, written after the first and before its run*: the same criterion at a learning rate of 1e-4 in place of 1e-3, 120 updates.
+# At the first the policy was 26 nats away after 15 updates, so that hardly a point of its curves lay where the gold score turns. Its
+# records stay, and both verdicts are printed.
 
 # %%
 import matplotlib.pyplot as plt
@@ -59,7 +63,9 @@ from experiments.papers.notebook import STYLES, draw_band, keep_picture, obtain_
 from experiments.papers.words import WORTH
 
 records = obtain_records("overoptimisation")
-by_ppo = {record["setting"]["labels"]: record["result"] for record in obtain_records("overoptimisation_ppo")}
+by_ppo, first_ppo = {}, {}  # labels -> curves; those of the first attempt name no learning rate
+for record in obtain_records("overoptimisation_ppo"):
+    (by_ppo if "rate" in record["setting"] else first_ppo)[record["setting"]["labels"]] = record["result"]
 labels = sorted({record["setting"]["labels"] for record in records})
 
 # %%
@@ -95,9 +101,37 @@ def smooth(values):
     return np.apply_along_axis(lambda row: np.convolve(row, np.ones(5) / 5, mode="valid"), 1, np.array(values, float))
 
 
+def judge_ppo(found_by_labels, attempt):
+    """The claims 6 to 10 of one attempt."""
+    rises, tops, drops, fits, lead = {}, {}, {}, {}, {}
+    for n, raw in found_by_labels.items():
+        found = {name: smooth(values) for name, values in raw.items()}
+        x, mean = found["kl"].mean(0), found["gold"].mean(0)
+        rises[n] = (found["proxy"][:, -6:].mean(1) > found["proxy"][:, :6].mean(1)).all()
+        difference = found["gold"][:, mean.argmax()] - found["gold"][:, -1]
+        tops[n], drops[n] = mean.max(), (difference.mean(), difference.std(ddof=1))
+        away, where = np.sqrt(np.maximum(x, 1e-3)), gold[n].mean(0).argmax()
+        (a, b), *_ = np.linalg.lstsq(np.stack([away, -away * np.log(away)], axis=1), mean, rcond=None)
+        fits[n] = 1 - ((mean - away * (a - b * np.log(away))) ** 2).sum() / ((mean - mean.mean()) ** 2).sum()
+        order = np.argsort(x)
+        lead[n] = np.interp(kl[where], x[order], found["proxy"].mean(0)[order]) - proxy[n].mean(0)[where]
+        print(f"{attempt}, {n:5} labels: gold = d ({a:.3f} - {b:.3f} log d), R2 {fits[n]:.3f}; peak at KL {x[mean.argmax()]:.2f} nats, gold "
+              f"{mean.max():.2f}; at the end KL {x[-1]:.2f} nats, gold {mean[-1]:.2f}, proxy {found['proxy'].mean(0)[-1]:.2f}")  # fmt: skip
+    few, many = min(tops), max(tops)
+    return [
+        (f"6 PPO, {attempt}: the proxy's score rises", all(rises.values()), "every proxy"),
+        (f"7 PPO, {attempt}: the gold score peaks", all(mean > spread for mean, spread in drops.values()),
+         ", ".join(f"{n}: {mean:.2f} ± {spread:.2f} below" for n, (mean, spread) in drops.items())),
+        (f"8 PPO, {attempt}: a higher peak with more labels", tops[many] > tops[few], ", ".join(f"{n}: {top:.2f}" for n, top in tops.items())),
+        (f"9 PPO, {attempt}: d (a - b log d) fits", min(fits.values()) > 0.9, ", ".join(f"{n}: {r2:.3f}" for n, r2 in fits.items())),
+        (f"10 PPO, {attempt}: less proxy score at the same KL", max(lead.values()) < 0, ", ".join(f"{n}: {value:+.2f}" for n, value in lead.items())),
+    ]  # fmt: skip
+
+
+attempts = {"first attempt": first_ppo, "second attempt": by_ppo}
+ppo_claims = [claim for attempt, found in attempts.items() if found for claim in judge_ppo(found, attempt)]
 curves = {n: {name: smooth(values) for name, values in found.items()} for n, found in by_ppo.items()}
 mean_kl = {n: found["kl"].mean(0) for n, found in curves.items()}
-ppo_fits = {}
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
 for number, (n, found) in enumerate(curves.items()):
     x = np.sqrt(np.maximum(mean_kl[n], 1e-3))
@@ -106,12 +140,6 @@ for number, (n, found) in enumerate(curves.items()):
     if n in gold:
         left.plot(d, proxy[n].mean(0), color=STYLES[number]["color"], linewidth=0.7)
         right.plot(d, gold[n].mean(0), color=STYLES[number]["color"], linewidth=0.7)
-    mean = found["gold"].mean(0)
-    (a, b), *_ = np.linalg.lstsq(np.stack([x, -x * np.log(x)], axis=1), mean, rcond=None)
-    r2 = 1 - ((mean - x * (a - b * np.log(x))) ** 2).sum() / ((mean - mean.mean()) ** 2).sum()
-    ppo_fits[n] = (a, b, r2)
-    print(f"{n:5} labels, PPO: gold = d ({a:.3f} - {b:.3f} log d), R2 {r2:.3f}; peak at KL {mean_kl[n][mean.argmax()]:.2f} nats, gold "
-          f"{mean.max():.2f}; at the end KL {mean_kl[n][-1]:.2f} nats, gold {mean[-1]:.2f}, proxy {found['proxy'].mean(0)[-1]:.2f}")  # fmt: skip
 left.set(xlabel="d = sqrt(KL), KL in nats", ylabel="proxy score (std of the reference)", title="What the proxy says; thin: best-of-n")
 right.set(xlabel="d = sqrt(KL), KL in nats", ylabel="gold score (std of the reference)", title="What is true; thin: best-of-n")
 left.legend()
@@ -146,15 +174,6 @@ for n in labels:
     peaks[n] = (kl[top], gold[n].mean(0)[top])
     falls[n] = (difference.mean(), difference.std(ddof=1))
 few, many = labels[0], labels[-1]
-rises = {n: found["proxy"][:, -6:].mean(1) - found["proxy"][:, :6].mean(1) for n, found in curves.items()}
-tops, drops, lead = {}, {}, {}
-for n, found in curves.items():
-    top = found["gold"].mean(0).argmax()
-    difference = found["gold"][:, top] - found["gold"][:, -1]
-    tops[n], drops[n] = found["gold"].mean(0)[top], (difference.mean(), difference.std(ddof=1))
-    where = gold[n].mean(0).argmax()
-    order = np.argsort(mean_kl[n])
-    lead[n] = np.interp(kl[where], mean_kl[n][order], found["proxy"].mean(0)[order]) - proxy[n].mean(0)[where]
 print_verdict([
     ("1 the proxy's score rises", all((np.diff(curve, axis=1) >= -1e-6).all() for curve in proxy.values()), "every proxy"),
     ("2 the gold score peaks", all(mean > spread for mean, spread in falls.values()),
@@ -164,12 +183,7 @@ print_verdict([
     ("4 d (a - b d) fits", min(fit[2] for fit in fits.values()) > 0.95, ", ".join(f"{n}: {f[2]:.3f}" for n, f in fits.items())),
     ("5 no peak where the proxy is of the right family", np.mean(ends) >= np.mean(highest) - 1e-3,
      f"{np.mean(ends):.3f} at the largest n, highest {np.mean(highest):.3f}"),
-    ("6 PPO: the proxy's score rises", all((values > 0).all() for values in rises.values()), "every proxy"),
-    ("7 PPO: the gold score peaks", all(mean > spread for mean, spread in drops.values()),
-     ", ".join(f"{n}: {mean:.2f} ± {spread:.2f} below" for n, (mean, spread) in drops.items())),
-    ("8 PPO: a higher peak with more labels", tops[many] > tops[few], ", ".join(f"{n}: {top:.2f}" for n, top in tops.items())),
-    ("9 PPO: d (a - b log d) fits", min(fit[2] for fit in ppo_fits.values()) > 0.9, ", ".join(f"{n}: {f[2]:.3f}" for n, f in ppo_fits.items())),
-    ("10 PPO: less proxy score at the same KL", max(lead.values()) < 0, ", ".join(f"{n}: {value:+.2f}" for n, value in lead.items())),
+    *ppo_claims,
 ])  # fmt: skip
 
 # %% [markdown]

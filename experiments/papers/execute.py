@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ |= {"SMOKE": "1", "XLA_FLAGS": f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"}
     groups = [[path for path in paths if (path.name[:2] in WORDS) == words] for words in (True, False)]
     with ThreadPoolExecutor(len(groups)) as pool:
-        for done in [pool.submit(try_notebooks, group) for group in groups]:
+        for done in [pool.submit(try_notebooks, group) for group in groups if group]:
             done.result()
 
 

@@ -21,7 +21,7 @@ from ppo_jax.train.options import Algorithm, PPOConfig
 from ppo_jax.train.population import member_means, stack_hypers, stack_prompts
 from ppo_jax.types import Frozen, Hyper, Rollout, Scores
 
-RATE, TEMPERATURE = 1e-3, 1.0
+RATE, FIRST_RATE, TEMPERATURE = 1e-4, 1e-3, 1.0  # at the first attempt KL left the scale within ten updates
 PPO = PPOConfig(sampling=words.SAMPLING, epochs=2, num_minibatches=2)
 
 
@@ -36,9 +36,9 @@ class Proxies(NamedTuple):
 
 def settings(toy: bool) -> list[Setting]:
     """All proxies of one number of labels."""
-    size: Setting = {"seeds": list(overoptimisation.SEEDS), "updates": 150, "rows": 128}
+    size: Setting = {"seeds": list(overoptimisation.SEEDS), "updates": 120, "rows": 128, "rate": RATE}
     if toy:
-        size = {"seeds": [0, 1], "updates": 3, "rows": 16}
+        size = {"seeds": [0, 1], "updates": 3, "rows": 16, "rate": RATE}
     return [{"labels": labels, **size} for labels in overoptimisation.LABELS[: 1 if toy else None]]
 
 
@@ -47,7 +47,9 @@ def run(setting: Setting, toy: bool) -> dict[str, Any]:
     language, seeds = words.learn_language(), setting["seeds"]
     frozen = Frozen(language.base, make_proxies(language, setting["labels"], seeds, 20_000 if toy else 400_000))
     states, iterate = words.start_states(language, algorithm(), seeds), words.members_of(algorithm())
-    hypers = stack_hypers([Hyper(learning_rate=RATE, temperature=TEMPERATURE, kl_coef=0.0)] * len(seeds))
+    hypers = stack_hypers(
+        [Hyper(learning_rate=setting.get("rate", FIRST_RATE), temperature=TEMPERATURE, kl_coef=0.0)] * len(seeds)
+    )
     rngs, curves = [np.random.default_rng(seed) for seed in seeds], []
     for _ in range(setting["updates"]):
         drawn = [words.draw_prompts(language, setting["rows"], rng) for rng in rngs]
