@@ -63,6 +63,9 @@ for model, name in KINDS.items():
             found = [{k: values[i] for k, values in found.items()} for i in range(len(setting["seeds"]))]
         groups.setdefault(key, []).extend(found if isinstance(found, list) else [found])
 REFERENCE = ("reference", 0)
+for model in [model for model, groups in studies.items() if len(groups) < 2]:
+    print(f"{model}: not run yet; python -m experiments.papers.{KINDS[model]} does, and goes on after a stop")
+    del studies[model]
 
 
 def order(groups):
@@ -95,7 +98,7 @@ for model, groups in studies.items():
         print(f"{label(key):16} {len(values[0]):5}  {mean_and_spread(values[0]):16} " + " ".join(f"{mean_and_spread(v):20}" for v in values[1:]))
 
 # %%
-figure, grid = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+figure, grid = plt.subplots(len(studies), 3, figsize=(15, 4.6 * len(studies)), layout="constrained", squeeze=False)
 for (left, middle, right), (model, groups) in zip(grid, studies.items()):
     fixed = [key for key in order(groups) if key[0] == "fixed"]
     for number, name in enumerate(names[model]):

@@ -122,31 +122,61 @@ print(f"toy, 60 labels: regression {all_pairs_accuracy(mine, ratings):.3f}, comp
 # %%
 smol, probe, full, lora, small, ridge = (("SmolLM2", "LoRA"), ("SmolLM2", "probe"), ("small", "full"), ("small", "LoRA"),
                                          ("small", "probe"), ("words", "ridge"))  # fmt: skip
-claims = []
+LABELS = study.LABELS
+claims, missing = [], []
 
 
 def apart(left, right):
     return left.mean() - right.mean(), left.std(ddof=1) + right.std(ddof=1)
 
 
-if all(5000 in accuracy.get(kind, {}) for kind in (probe, full, lora, small, ridge)):
-    rising = {KINDS[kind]: bool((np.diff([v.mean() for v in found.values()]) > 0).all()) for kind, found in accuracy.items()}
-    claims.append(("1 more labels help, each kind", all(rising.values()), ", ".join(k for k, v in rising.items() if not v) or "all"))
-    if 5000 in accuracy.get(smol, {}) and len(accuracy[smol][5000]) > 1:
-        gap, band = apart(accuracy[smol][5000], accuracy[probe][5000])
-        lower = max(accuracy[ridge][5000].mean(), VADER[0])
-        inside = lower < min(accuracy[k][5000].mean() for k in (smol, probe)) and max(f[5000].mean() for f in accuracy.values() if 5000 in f) < HUMAN
-        claims.append(("2 the order at 5,000", gap > -band and inside, f"LoRA leads by {gap:+.3f} (bands {band:.3f}); words {accuracy[ridge][5000].mean():.3f}"))
-    else:
-        claims.append(("2 the order at 5,000", False, "not run: LoRA on SmolLM2 has fewer than 2 seeds at 5,000 labels"))
-    claims.append(("3 pretraining is worth labels", accuracy[probe][500].mean() > accuracy[ridge][5000].mean(),
-                   f"probe with 500 {accuracy[probe][500].mean():.3f}, words with 5,000 {accuracy[ridge][5000].mean():.3f}"))  # fmt: skip
+def whole(*kinds, labels=LABELS):
+    """Whether each of these was run with 3 seeds."""
+    return all(len(accuracy.get(kind, {}).get(n, ())) >= 3 for kind in kinds for n in labels)
+
+
+def claim(name, can, make):
+    """Add a claim, or say that what it is about was not run with 3 seeds."""
+    claims.append((name, *make())) if can else missing.append(name)
+
+
+def rises():
+    kinds = [kind for kind in accuracy if whole(kind)]
+    rising = {KINDS[kind]: bool((np.diff([accuracy[kind][n].mean() for n in LABELS]) > 0).all()) for kind in kinds}
+    return all(rising.values()), ", ".join(f"{name}: {'rises' if held else 'does not'}" for name, held in rising.items())
+
+
+def order():
+    gap, band = apart(accuracy[smol][5000], accuracy[probe][5000])
+    lower, means = max(accuracy[ridge][5000].mean(), VADER[0]), [accuracy[kind][5000].mean() for kind in (smol, probe)]
+    return gap > -band and lower < min(means) and max(means) < HUMAN, f"LoRA leads by {gap:+.3f} (bands {band:.3f}); words {lower:.3f}"
+
+
+def small_model():
     gaps = [apart(accuracy[kind][5000], accuracy[small][5000]) for kind in (full, lora)]
     between = accuracy[full][5000].mean() - accuracy[lora][5000].mean()
-    claims.append(("4 full and LoRA lead the small model's probe", all(gap > band for gap, band in gaps) and abs(between) < 0.02,
-                   f"full {gaps[0][0]:+.3f} (bands {gaps[0][1]:.3f}), LoRA {gaps[1][0]:+.3f} (bands {gaps[1][1]:.3f}); full less LoRA {between:+.3f}"))  # fmt: skip
+    return (all(gap > band for gap, band in gaps) and abs(between) < 0.02,
+            f"full {gaps[0][0]:+.3f} (bands {gaps[0][1]:.3f}), LoRA {gaps[1][0]:+.3f} (bands {gaps[1][1]:.3f}); full less LoRA {between:+.3f}")  # fmt: skip
+
+
+def doubling():
     slope = (accuracy[probe][5000].mean() - accuracy[probe][500].mean()) / np.log2(10)
-    claims.append(("5 per doubling", 0.005 <= slope <= 0.03, f"{100 * slope:.2f} points (paper 1.1)"))
+    return 0.005 <= slope <= 0.03, f"{100 * slope:.2f} points (paper 1.1)"
+
+
+def calibrated():
     few, many = error[probe][100].mean(), error[probe][5000].mean()
-    claims.append(("6 calibration", many < few and many < 0.05, f"{few:.3f} with 100 labels, {many:.3f} with 5,000"))
+    return many < few and many < 0.05, f"{few:.3f} with 100 labels, {many:.3f} with 5,000"
+
+
+claim("1 more labels help, each kind that was run whole", any(whole(kind) for kind in accuracy), rises)
+claim("2 the order at 5,000", whole(smol, probe, ridge, labels=[5000]), order)
+claim("3 pretraining is worth labels", whole(probe, ridge), lambda: (
+    accuracy[probe][500].mean() > accuracy[ridge][5000].mean(),
+    f"probe with 500 {accuracy[probe][500].mean():.3f}, words with 5,000 {accuracy[ridge][5000].mean():.3f}"))  # fmt: skip
+claim("4 full and LoRA lead the small model's probe", whole(full, lora, small, labels=[5000]), small_model)
+claim("5 per doubling", whole(probe), doubling)
+claim("6 calibration", whole(probe), calibrated)
 print_verdict(claims)
+for name in missing:
+    print(f"NOT RUN with 3 seeds: {name}")
