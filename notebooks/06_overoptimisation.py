@@ -189,3 +189,6 @@ print_verdict([
 # %% [markdown]
 # **What binds.** The gold score and the proxy's blind spot were chosen by hand; that there is a peak follows from the choice, where
 # it is does not.
+#
+# Under PPO there is no mercy: the policy turns towards the blind spot within a nat or two, and without a penalty nothing stops it; at the end
+# it repeats the few words that the proxy likes best. The KL of PPO's curves is estimated on 128 responses.

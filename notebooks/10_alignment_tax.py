@@ -132,26 +132,60 @@ for coefficient in (0.0, 3.0):
 # ## Verdict
 
 # %%
-plain, most, paper = (0.0, study.BETA), (study.PTX[-1], study.BETA), (0.0, study.BETAS[-1])
-claims = []
-if plain in tax:
-    ptx = [(value, study.BETA) for value in study.PTX]
-    means = [tax[key].mean() for key in ptx]
+plain, paper = (0.0, study.BETA), (0.0, study.BETAS[-1])
+ptx = [(value, study.BETA) for value in study.PTX if (value, study.BETA) in tax]
+claims, missing = [], []
+
+
+def claim(name, can, make):
+    """Add a claim, or say that what it is about was not run."""
+    claims.append((name, *make())) if can else missing.append(name)
+
+
+def is_taxed():
     band = tax[plain].std(ddof=1) + end(NONE, "loss").std(ddof=1)
-    claims.append(("1 there is a tax", tax[plain].mean() > max(0.05, band), f"{mean_and_spread(tax[plain])} nats per token"))
-    claims.append(("2 ptx pays it back", bool((np.diff(means) < 0).all()) and means[-1] < means[0] / 5,
-                   ", ".join(f"{value:g}: {mean:.3f}" for (value, _), mean in zip(ptx, means))))  # fmt: skip
-    cheap = [key for key in ptx[1:] if tax[key].mean() < means[0] / 2 and gain[key].mean() >= 0.8 * gain[plain].mean()]
-    claims.append(("3 half of the tax for less than a fifth of the gain", bool(cheap),
-                   ", ".join(f"{key[0]:g}: {tax[key].mean() / means[0]:.0%} of the tax, {gain[key].mean() / gain[plain].mean():.0%} of the gain"
-                             for key in ptx[1:])))  # fmt: skip
-    better = {beta: [k for k in ptx[1:] if tax[k].mean() < tax[0.0, beta].mean() and gain[k].mean() > gain[0.0, beta].mean()]
+    return tax[plain].mean() > max(0.05, band), f"{mean_and_spread(tax[plain])} nats per token"
+
+
+def pays():
+    means = [tax[key].mean() for key in ptx]
+    return bool((np.diff(means) < 0).all()) and means[-1] < means[0] / 5, ", ".join(f"{k[0]:g}: {m:.3f}" for k, m in zip(ptx, means))
+
+
+def share(key):
+    return tax[key].mean() / tax[plain].mean(), gain[key].mean() / gain[plain].mean()
+
+
+cheap = [key for key in ptx if key != plain and plain in tax and share(key)[0] < 0.5 and share(key)[1] >= 0.8]
+
+
+def substitutes():
+    better = {beta: [k[0] for k in ptx if k != plain and tax[k].mean() < tax[0.0, beta].mean() and gain[k].mean() > gain[0.0, beta].mean()]
               for beta in study.BETAS}  # fmt: skip
-    claims.append(("4 a larger KL coefficient is no substitute", gain[paper].mean() < gain[plain].mean() / 2 and all(better.values()),
-                   ", ".join(f"{beta:g}: {gain[0.0, beta].mean() / gain[plain].mean():.0%} of the gain at {tax[0.0, beta].mean():.3f} nats, "
-                             f"beaten on both by ptx {[k[0] for k in found]}" for beta, found in better.items())))  # fmt: skip
-    bands = {key: lean[key].std(ddof=1) + end(NONE, "vader").std(ddof=1) for key in tax}
-    held = lean[plain].mean() > bands[plain] and bool(cheap) and lean[cheap[0]].mean() > 0
-    claims.append(("5 VADER rises, too", held, f"{lean[plain].mean():+.3f} (bands {bands[plain]:.3f})"
-                   + (f"; at ptx {cheap[0][0]:g} {lean[cheap[0]].mean():+.3f}" if cheap else "")))  # fmt: skip
+    return (share(paper)[1] < 0.5 and all(better.values()),
+            ", ".join(f"{beta:g}: {share((0.0, beta))[1]:.0%} of the gain, {share((0.0, beta))[0]:.0%} of the tax, "
+                      f"beaten on both by ptx {found or 'none'}" for beta, found in better.items()))  # fmt: skip
+
+
+def leans():
+    band = lean[plain].std(ddof=1) + end(NONE, "vader").std(ddof=1)
+    text = f"; ptx {cheap[0][0]:g}: {lean[cheap[0]].mean():+.3f}" if cheap else ""
+    return lean[plain].mean() > band and bool(cheap) and lean[cheap[0]].mean() > 0, f"{lean[plain].mean():+.3f} (bands {band:.3f}){text}"
+
+
+claim("1 there is a tax", plain in tax, is_taxed)
+claim("2 ptx pays it back", len(ptx) == len(study.PTX), pays)
+claim("3 half of the tax for less than a fifth of the gain", len(ptx) > 1 and plain in tax, lambda: (
+    bool(cheap), ", ".join(f"{k[0]:g}: {share(k)[0]:.0%} of the tax, {share(k)[1]:.0%} of the gain" for k in ptx if k != plain)))  # fmt: skip
+claim("4 a larger KL coefficient is no substitute", all((0.0, beta) in tax for beta in study.BETAS) and plain in tax, substitutes)
+claim("5 VADER rises, too", plain in tax, leans)
 print_verdict(claims)
+for name in missing:
+    print(f"NOT RUN: {name}")
+
+# %% [markdown]
+# **What binds.** The reward model orders only 61 % of held-out pairs (its base has perplexity 110), so the reward that is gained is mostly the reward
+# model's error: that VADER does not follow is over-optimisation (notebook 6), and a policy that is 32 nats away after 24 updates is nobody's
+# InstructGPT. The tax is real, and pretraining gradients do pay most of it back, but here they also take most of the reward:
+# between the two there is a trade, and no coefficient among these that keeps both. The learning rate (5e-4, all parameters) is large,
+# and the texts of ptx are those that the model has already seen twice. How much of that is the small model's doing cannot be told from here.
