@@ -66,6 +66,8 @@ REFERENCE = ("reference", 0)
 for model in [model for model, groups in studies.items() if len(groups) < 2]:
     print(f"{model}: not run yet; python -m experiments.papers.{KINDS[model]} does, and goes on after a stop")
     del studies[model]
+if not studies:
+    raise FileNotFoundError("no records yet: FULL=1 runs both studies, and goes on after a stop")
 
 
 def order(groups):
