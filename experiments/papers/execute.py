@@ -9,8 +9,12 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.papers.records import RESULTS
 from ppo_jax.cli.main import exit_code
@@ -20,6 +24,7 @@ from ppo_jax.cli.parse import parse
 QUICK = (
     "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
+WORDS = ("02", "03", "06", "08")  # those on the language of 24 words: half of the work
 FOLDER = RESULTS.parent.parent.parent / "notebooks"
 
 
@@ -33,33 +38,81 @@ class Execution:
     """Execute the notebooks whose names begin so; by default all."""
 
 
+class Kernel(NamedTuple):
+    """A kernel that executes notebooks one after another."""
+
+    execute: Callable[[Any], Any]
+    close: Callable[[], None]
+
+
 def main(args: list[str] | None = None) -> None:
-    """Execute one after another; the first error ends it."""
+    """Execute notebooks: each in a kernel of its own, or, of toys, two kernels at a time; the first error ends it."""
     options = parse(Execution, args, prog="experiments.papers.execute")
-    if options.smoke:
-        os.environ |= {"SMOKE": "1", "XLA_FLAGS": f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"}
-    for path in sorted(FOLDER.glob(f"{options.only}*.py")):
-        begin = time.monotonic()
-        execute(path, options.smoke)
-        print(f"{path.stem}: {time.monotonic() - begin:.0f} s", flush=True)
+    paths = sorted(FOLDER.glob(f"{options.only}*.py"))
+    if not options.smoke:
+        for path in paths:
+            with closing(open_kernel()) as kernel:
+                report(path, partial(write, path, kernel))
+        return
+    os.environ |= {"SMOKE": "1", "XLA_FLAGS": f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"}
+    groups = [[path for path in paths if (path.name[:2] in WORDS) == words] for words in (True, False)]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        for done in [pool.submit(try_notebooks, group) for group in groups if group]:
+            done.result()
 
 
-def execute(path: Path, smoke: bool) -> None:
-    """One notebook, in a kernel of its own; its outputs go beside it, unless it is a toy's."""
+def try_notebooks(paths: Sequence[Path]) -> None:
+    """Toys of several notebooks in one kernel, so that what they share is imported, learnt and compiled once."""
+    with closing(open_kernel()) as kernel:
+        for path in paths:
+            report(path, partial(try_notebook, path, kernel))
+
+
+def report(path: Path, work: Callable[[], None]) -> None:
+    """Print how long it took."""
+    begin = time.monotonic()
+    work()
+    print(f"{path.stem}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def try_notebook(path: Path, kernel: Kernel) -> None:
+    """A toy, whose names are forgotten before the next; nothing is written."""
     import jupytext
     import nbformat
-    from nbclient import NotebookClient
 
     notebook, target = jupytext.read(path), path.with_suffix(".ipynb")
-    if smoke and target.exists() and sources(nbformat.read(target, 4)) != sources(notebook):
+    if target.exists() and sources(nbformat.read(target, 4)) != sources(notebook):
         raise ValueError(f"{target} holds outputs of other code than {path.name}; execute it again without --smoke")
-    kernel = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": FOLDER}})
-    kernel.execute()
-    if not smoke:
-        for number, cell in enumerate(notebook.cells):  # what differs from run to run would fill the diff
-            cell["id"] = f"cell-{number}"
-            cell["metadata"].pop("execution", None)
-        nbformat.write(notebook, target)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    kernel.execute(notebook)
+
+
+def write(path: Path, kernel: Kernel) -> None:
+    """Execute a notebook on the saved records; its outputs go beside it."""
+    import jupytext
+    import nbformat
+
+    notebook = jupytext.read(path)
+    kernel.execute(notebook)
+    for number, cell in enumerate(notebook.cells):  # what differs from run to run would fill the diff
+        cell["id"] = f"cell-{number}"
+        cell["metadata"].pop("execution", None)
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+
+
+def open_kernel() -> Kernel:
+    """Start a kernel in the folder of the notebooks."""
+    from jupyter_client.manager import KernelManager
+    from nbclient import NotebookClient
+
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(FOLDER))
+
+    def execute(notebook: Any) -> None:
+        client = NotebookClient(notebook, km=manager, timeout=None, resources={"metadata": {"path": FOLDER}})
+        client.execute(cleanup_kc=False)
+
+    return Kernel(execute, partial(manager.shutdown_kernel, now=True))
 
 
 def sources(notebook: Any) -> list[str]:

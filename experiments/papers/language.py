@@ -1,6 +1,6 @@
 """A small real language model: four layers of width 256, trained from scratch on 22,000 rated sentences.
 
-    python -m experiments.papers.language            # about an hour on 2 cores; goes on after a stop
+    python -m experiments.papers.language            # about twenty minutes on 2 quiet cores; goes on after a stop
     python -m experiments.papers.language --smoke    # a toy, in seconds
 
 The package of VADER holds four sets of sentences that people rated (Hutto & Gilbert 2014): film reviews, product
@@ -56,7 +56,7 @@ class Recipe:
     """Hidden states have this width."""
     length: int = 64
     """A row of training has this many tokens."""
-    sft: SFTConfig = SFTConfig(epochs=4, batch_size=32, learning_rate=2e-3)
+    sft: SFTConfig = SFTConfig(epochs=2, batch_size=32, learning_rate=2e-3)
     """These options say how the model is trained, and for how long."""
 
     @property
@@ -67,7 +67,7 @@ class Recipe:
 
 
 TOY = Recipe(
-    smoke=True, vocabulary=300, layers=2, width=32, length=32, sft=SFTConfig(steps=60, batch_size=8, learning_rate=1e-2)
+    smoke=True, vocabulary=300, layers=2, width=32, length=32, sft=SFTConfig(steps=24, batch_size=8, learning_rate=1e-2)
 )
 
 
