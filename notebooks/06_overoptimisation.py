@@ -141,9 +141,10 @@ for number, (n, found) in enumerate(curves.items()):
         left.plot(d, proxy[n].mean(0), color=STYLES[number]["color"], linewidth=0.7)
         right.plot(d, gold[n].mean(0), color=STYLES[number]["color"], linewidth=0.7)
 left.set(xlabel="d = sqrt(KL), KL in nats", ylabel="proxy score (std of the reference)", title="What the proxy says; thin: best-of-n")
-right.set(xlabel="d = sqrt(KL), KL in nats", ylabel="gold score (std of the reference)", title="What is true; thin: best-of-n")
+right.set(xlabel="d = sqrt(KL), KL in nats", ylabel="gold score (std of the reference)", xlim=(0, 3.2), ylim=(-4, 1.5),
+          title="What is true, where it turns; thin: best-of-n")  # fmt: skip
 left.legend()
-right.legend()
+right.legend(loc="lower left")
 keep_picture(figure, "06_overoptimisation_ppo")
 
 # %% [markdown]

@@ -1,6 +1,6 @@
 """A small real language model: four layers of width 256, trained from scratch on 22,000 rated sentences.
 
-    python -m experiments.papers.language            # about twenty minutes on 2 quiet cores; goes on after a stop
+    python -m experiments.papers.language            # took half an hour on 2 shared cores; goes on after a stop
     python -m experiments.papers.language --smoke    # a toy, in seconds
 
 The package of VADER holds four sets of sentences that people rated (Hutto & Gilbert 2014): film reviews, product
