@@ -1,6 +1,6 @@
 """RLHF of SmolLM2-135M on real human ratings: the sentiment task of Ziegler et al. 2019.
 
-    python -m experiments.sentiment --preset demo            # about 10 minutes on 2 cores
+    python -m experiments.sentiment --preset demo            # about 6 minutes on 2 cores
     python -m experiments.sentiment --preset full            # further, without a time limit
     python -m experiments.sentiment --hyper.kl-coef 0.1      # any field can be set
 
