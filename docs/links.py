@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
-# Pages of other branches: linked once they are there.
-PENDING = {"data.md"}
 # These come first; all others follow by their names.
 FIRST = ("index", "getting-started", "data", "hyperparameters", "troubleshooting", "health", "accelerators")
 
@@ -28,7 +26,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         text, target = found[1], folder / found[2]
         if target.suffix == ".md" and target.parent.resolve() == folder and target.exists():
             return found[0]  # a page of the site, which mkdocs checks
-        if target.exists() or found[2] in PENDING:
+        if target.exists():
             return text if text.startswith("`") else f"`{text}`" if "/" in text or "." in text else text
         raise FileNotFoundError(f"{page.file.src_path} links to {found[2]}, which does not exist")
 

@@ -76,9 +76,9 @@ class DPOScalars(NamedTuple):
     label_smoothing: float | Float[Array, ""]
 
 
-# (adapter, opt_state, base, batch, scalars, reference={}) -> adapter, opt_state, metrics
+# (adapter, opt_state, base, batch, scalars, reference=None) -> adapter, opt_state, metrics
 DPOStep = Callable[..., tuple[PyTree, optax.OptState, Metrics]]
-DPOMeasure = Callable[..., Metrics]  # (adapter, base, batch, reference={})
+DPOMeasure = Callable[..., Metrics]  # (adapter, base, batch, reference=None)
 
 
 def response_logprobs(
