@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("ops/rewards.py", "ends, axis=-1) - ends ", "ends, axis=-1) "),
     Mutant("ops/sampling.py", "tied & (before >= missing)", "tied & (before > missing)"),
     Mutant("ops/sampling.py", "jnp.where(logits > 0, logits / penalty", "jnp.where(logits < 0, logits / penalty"),
-    Mutant("ops/logprobs.py", "jnp.exp(logprobs) * logprobs", "jnp.exp(shifted) * logprobs"),
+    Mutant("ops/logprobs.py", "jnp.exp(shifted - normaliser) * shifted", "jnp.exp(shifted) * shifted"),
     Mutant("ops/masked.py", "whitened + mean, 0)", "whitened - mean, 0)"),
     # -- train ---------------------------------------------------------------------------------------------------------
     Mutant("train/experience.py", "rollout.response_mask & scores.valid[:, None]", "rollout.response_mask"),
