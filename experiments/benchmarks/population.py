@@ -42,6 +42,8 @@ class Benchmark:
     """Tokens per response."""
     minibatches: int = 2
     """Optimizer steps per epoch, of which there are two."""
+    accumulate: int = 1
+    """Micro-batches of an optimizer step."""
     most_processes: int = 8
     """More processes than this are not started at once."""
     most_memory: float = 18.0
@@ -124,6 +126,9 @@ def read(processes: list[subprocess.Popen], updates: int) -> Figures:
 
 def work(settings: Benchmark) -> dict[str, float]:
     """Trains in this process; the times of the clock that all processes share."""
+    from ppo_jax.runs.memory import trim_after_compiling
+
+    trim_after_compiling()  # as every run does
     step = make_population(settings) if settings.worker == "population" else make_alone(settings)
     repeats = settings.count if settings.worker == "sequence" else 1
     begin = time.time()
@@ -172,7 +177,7 @@ def parts(settings: Benchmark) -> tuple[Any, ...]:
         return Scores(score.astype(jnp.float32), jnp.ones(score.shape, bool), {})
 
     sampling = Sampling(response_length=settings.response, stop_ids=(), pad_id=model.pad_id)
-    ppo = PPOConfig(sampling=sampling, epochs=2, num_minibatches=settings.minibatches)
+    ppo = PPOConfig(sampling=sampling, epochs=2, num_minibatches=settings.minibatches, accumulate=settings.accumulate)
     algorithm = Algorithm(config, ppo, make_optimizer(), reward)
 
     def state(seed: int) -> Any:
