@@ -55,7 +55,10 @@ def planned_updates(settings: Mapping[str, Any]) -> int | None:
 
 def key_settings(settings: Mapping[str, Any], facts: Mapping[str, Any], records: Records, phase: str) -> Rows:
     """The settings that decide most, of PPO or of a stage on fixed data; what is unknown is left out."""
-    rows = {"Base model": at(settings, "model") or facts.get("base")}
+    base = facts.get("base")
+    if isinstance(base, str) and Path(base).is_absolute():  # the demo's lies in the cache
+        base = Path(base).name
+    rows = {"Base model": at(settings, "model") or base}
     rows |= _ppo_settings(settings, facts, records) if phase == "ppo" else _offline_settings(settings, phase)
     rows["Seed"] = at(settings, "seed")
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]

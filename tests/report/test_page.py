@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppo_jax.report import numbers
+from ppo_jax.report import glance, numbers
 from ppo_jax.report import page as report
 from ppo_jax.report.evidence import Evidence
 from ppo_jax.runs.output import rundir, writers
@@ -336,3 +336,12 @@ def test_a_run_of_before_reports_still(tmp_path: Path):
     """No run.json, no evaluations.jsonl, no log.txt; a summary with the keys of that time."""
     page = read(make_run(tmp_path), {"before": {"reward": 0.0}, "after": {"reward": 2.0}, "prompts": 64})
     assert "Reward up 2.0" in page.text and "Command" not in page.text and "run.json" not in page.text
+
+
+def test_a_base_in_the_cache_is_called_by_its_files_name():
+    def name(facts: dict[str, str], **settings: str) -> str:
+        return dict(glance.key_settings(settings, facts, [], "sft"))["Base model"]
+
+    assert name({"base": "/home/ada/cache/small.gguf"}) == "small.gguf"
+    assert name({"base": "my/model"}) == "my/model"
+    assert name({"base": "/somewhere/else"}, model="runs/sft/export/model") == "runs/sft/export/model"
