@@ -42,7 +42,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = LINEARS
     """These linear maps carry LoRA; where all are named, those that the model has (GPT-2's MLP has no gate)."""
     dora: bool = False
-    """LoRA turns the weights of each output, and their length is trained apart (DoRA, Liu et al. 2024)."""
+    """LoRA changes the directions of the weights alone, and a length for each output is trained beside it (DoRA)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "top_k", "full"):

@@ -49,7 +49,7 @@ class RewardConfig:
     alpha: float = 16.0
     """A LoRA update is scaled by alpha / rank."""
     dora: bool = False
-    """LoRA turns the weights of each output, and their length is trained apart (DoRA, Liu et al. 2024)."""
+    """LoRA changes the directions of the weights alone, and a length for each output is trained beside it (DoRA)."""
     batch_size: int = 50
     """An optimizer step has this many texts (a pair counts two, a choice of n counts n)."""
     epochs: int = 1
