@@ -140,7 +140,7 @@ def fit(wanted: Wanted, model: Model, seed: int, screen: Screen, write: writers.
     rng = np.random.default_rng(seed)
     if reward.kind == "full":
         raise ValueError("rating models are LoRA on the policy's base; kind=full is for `ppo-jax reward`")
-    role = init_role(key_stream(seed, name), model.config, reward)
+    role = init_role(key_stream(seed, name), model.config, reward, model.params)
     layers = shared_layers(role.adapter, trunk)
     texts = _with_prefix(f"{name} features", model, train, trunk, layers, size, screen)
 

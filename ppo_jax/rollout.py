@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppo_jax.models.adapters import unembedding
+from ppo_jax.models.adapters import unembedding, with_gains
 from ppo_jax.models.cache import Cache, init_cache, replace_rows, unstacked
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import value
@@ -137,6 +137,7 @@ def generate(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if sampling.gather_weights:
         base, policy = gathered(base), policy._replace(adapter=gathered(policy.adapter))
+    policy = policy._replace(adapter=with_gains(base["layers"], policy.adapter, config))  # once, not once a token
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     decoder = unstack(base, policy.adapter, config) if _layers_apart(config) else (base, policy.adapter)

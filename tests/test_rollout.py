@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 import ppo_jax.rollout
-from ppo_jax.models.adapters import init_lora, merge, unembedding
+from ppo_jax.models.adapters import init_lora, init_magnitudes, merge, unembedding
 from ppo_jax.models.files import hf
 from ppo_jax.models.heads import value
 from ppo_jax.models.roles import before_response, role_hidden
@@ -330,6 +330,15 @@ def test_the_cache_has_exactly_prompt_plus_response_slots() -> None:
     carried = [variable.aval.shape for variable in loop.outvars]
     assert carried.count((B, 2, P + T, 8)) == 2 * 3 and carried.count((B, P + T)) == 1
     assert not [shape for shape in carried if len(shape) > 3 and shape != (B, 2, P + T, 8)]
+
+
+def test_dora_measures_its_lengths_once_and_not_once_a_token() -> None:
+    policy = POLICY._replace(adapter=init_magnitudes(BASE["layers"], POLICY.adapter, CONFIG))
+    draw = lambda policy: generate(BASE, policy, CONFIG, PROMPTS, jax.random.key(0), SAMPLING)  # noqa: E731
+    for adapter, count in ((policy, 7), (POLICY, 0)):  # a square root for each of the linear maps
+        program = jax.make_jaxpr(draw)(adapter)
+        (loop,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "while")
+        assert str(program).count("= sqrt ") == count and "= sqrt " not in str(loop)
 
 
 def test_the_cache_is_updated_in_place() -> None:

@@ -41,22 +41,32 @@ class AdapterConfig:
     """A LoRA update is scaled by alpha / rank."""
     targets: tuple[str, ...] = LINEARS
     """These linear maps carry LoRA; where all are named, those that the model has (GPT-2's MLP has no gate)."""
+    dora: bool = False
+    """LoRA changes the directions of the weights alone, and a length for each output is trained beside it (DoRA)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "top_k", "full"):
             raise ValueError(f"adapter kind={self.kind!r}; allowed: lora, top_k, full")
         if self.kind == "full" and self.layers:
             raise ValueError(f"adapter kind=full trains every layer; layers={self.layers} needs kind=top_k")
+        if self.dora and self.kind != "lora":
+            raise ValueError(f"adapter dora=True is a form of kind=lora; kind={self.kind} trains whole weights")
         check_targets(self.targets)
 
 
 @flax.struct.dataclass
 class Lora:
-    """A low-rank update W + scale * a @ b of a stack of linear maps (Hu et al. 2021, section 4.1)."""
+    """A low-rank update of a stack of linear maps: V = W + scale * a @ b (Hu et al. 2021, section 4.1).
+
+    With a magnitude m it is m * V / |V|, lengths of each output's inputs (DoRA, Liu et al. 2024, equation 5); to
+    gradients |V| is a constant (equation 11).
+    """
 
     a: PyTree  # [n, in, r]; tree functions also put shapes, shardings and flags here, so no array type is claimed
     b: PyTree  # [n, r, out]
     scale: float = flax.struct.field(pytree_node=False)  # alpha / rank
+    magnitude: PyTree = None  # [n, out]; None: no DoRA
+    gain: PyTree = None  # [n, out]: m / |V|, for the time of a pass in place of m (`with_gains`)
 
 
 def init_adapter(key: PRNGKeyArray, params: PyTree, config: ModelConfig, adapter: AdapterConfig) -> PyTree:
@@ -68,7 +78,8 @@ def init_adapter(key: PRNGKeyArray, params: PyTree, config: ModelConfig, adapter
         return init_full(params)
     if adapter.kind == "top_k":
         return init_top_k(params, config, count)
-    return init_lora(key, config, adapter.rank, adapter.alpha, adapter.targets, config.num_layers - count)
+    lora = init_lora(key, config, adapter.rank, adapter.alpha, adapter.targets, config.num_layers - count)
+    return init_magnitudes(params["layers"], lora, config) if adapter.dora else lora
 
 
 def init_lora(
@@ -100,6 +111,59 @@ def init_lora(
         a = jax.random.uniform(subkey, (count, inputs, rank), jnp.float32, -bound, bound)
         lora[name] = Lora(a=a, b=jnp.zeros((count, rank, outputs), jnp.float32), scale=alpha / rank)
     return {"lora": lora}
+
+
+def init_magnitudes(layers: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
+    """The LoRA adapter as DoRA that computes the same: magnitudes |W + scale * a @ b|, `layers` holding the W."""
+    lengths = _lengths(layers, adapter, first_layer(adapter, config))
+    lora = {name: update.replace(magnitude=lengths[name]) for name, update in adapter["lora"].items()}
+    return {**adapter, "lora": lora}
+
+
+def with_gains(layers: PyTree, adapter: PyTree, config: ModelConfig) -> PyTree:
+    """The adapter as the layers use it: what DoRA multiplies outputs by, computed once for all tokens of a pass.
+
+    An adapter without magnitudes comes back as it is, and so does one that has its gains already.
+    """
+    dora = {name: update for name, update in adapter.get("lora", {}).items() if update.magnitude is not None}
+    if not dora:
+        return adapter
+    lengths = _lengths(layers, {**adapter, "lora": dora}, first_layer(adapter, config))
+    gains = {
+        name: update.replace(magnitude=None, gain=gain(update.magnitude, lengths[name]))
+        for name, update in dora.items()
+    }
+    return {**adapter, "lora": {**adapter["lora"], **gains}}
+
+
+def gain(magnitude: Array, length: Array) -> Array:
+    """magnitude / length; an output without weights stays 0."""
+    return magnitude / jnp.where(length > 0, length, 1)
+
+
+def _lengths(layers: PyTree, adapter: PyTree, first: int) -> dict[str, Float[Array, "n out"]]:
+    """|W + scale * a @ b| over the inputs, in float32 and without a gradient, of the layers from `first` up.
+
+    By |W|^2 + 2 scale <W, a @ b> + scale^2 |a @ b|^2: under `vmap` over adapters no W is held once for each.
+    """
+
+    def lengths(stack: PyTree, update: Lora, start: int) -> Array:
+        def one(inputs: tuple) -> Array:
+            index, a, b = inputs
+            layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stack)
+            w = dequantise(layer, jnp.float32).astype(jnp.float32)
+            product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+            update_only = update.scale * product(product(a.T, a), b)
+            squares = update.scale * jnp.sum(b * (2 * product(a.T, w) + update_only), axis=0)
+            return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w), axis=0) + squares, 0))
+
+        return jax.lax.map(one, (start + jnp.arange(update.a.shape[0]), update.a, update.b))
+
+    replaced, fixed = adapter.get("layers", {}), jax.lax.stop_gradient
+    return {
+        name: lengths(fixed(replaced.get(name, layers[name])), fixed(update), 0 if name in replaced else first)
+        for name, update in adapter["lora"].items()
+    }
 
 
 def check_targets(targets: tuple[str, ...]) -> None:
@@ -188,7 +252,10 @@ def _merged(base: Array, adapter: PyTree, name: str) -> Array:
     new = adapter.get("layers", {}).get(name)
     base = base if new is None else _as(new, base.dtype)
     if lora := adapter.get("lora", {}).get(name):
-        base = (base + lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)).astype(base.dtype)
+        whole = base + lora.scale * jnp.einsum("nir,nro->nio", lora.a, lora.b)
+        if lora.magnitude is not None:
+            whole *= gain(lora.magnitude, jnp.linalg.norm(whole, axis=1))[:, None]
+        base = whole.astype(base.dtype)
     return base
 
 

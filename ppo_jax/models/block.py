@@ -141,7 +141,7 @@ def _mlp(config: ModelConfig, linear: Linear, h: Array) -> Array:
 
 
 def _linear(layer: PyTree, lora: PyTree) -> Linear:
-    """name, x -> x W (+ scale x a b) (+ bias), in the dtype of x."""
+    """name, x -> (x W (+ scale x a b)) (* gain) (+ bias), in the dtype of x."""
 
     def linear(name: str, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])  # one contracted dimension in the weight's gradient: no transposed copies
@@ -149,6 +149,8 @@ def _linear(layer: PyTree, lora: PyTree) -> Linear:
         if name in lora:
             update = lora[name]
             y += ((rows @ update.a.astype(x.dtype)) @ update.b.astype(x.dtype)) * update.scale
+            if update.gain is not None:
+                y = (y * update.gain).astype(x.dtype)
         if f"{name}_bias" in layer:
             y += layer[f"{name}_bias"].astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1)

@@ -31,17 +31,18 @@ def leaf_spec(path: tuple, leaf: Any, mesh: AnyMesh) -> PartitionSpec:
     """The spec of one leaf of a tree of parameters, by the names on its path.
 
     The last name decides, so that an optimizer's state, an average of parameters or a gradient lies like the parameter
-    it belongs to. LoRA's a and b take the linear map's input and output axis, and a quantised map's codes and scales
-    its own. What the table does not know (heads, counters, keys, factored moments) is held whole by every device: it is
-    small.
+    it belongs to. LoRA's a and b take the linear map's input and output axis, DoRA's magnitude the output axis, and a
+    quantised map's codes and scales its own. What the table does not know (heads, counters, keys, factored moments) is
+    held whole by every device: it is small.
     """
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
     if len(names) >= 2 and names[-1] in ("codes", "scales"):
         names = names[:-1]
     axes = AXES_BY_NAME.get(names[-1], ()) if names else ()
-    if len(names) >= 3 and names[-3] == "lora" and names[-1] in ("a", "b"):
+    if len(names) >= 3 and names[-3] == "lora" and names[-1] in ("a", "b", "magnitude"):
         linear = AXES_BY_NAME.get(names[-2], ())
-        axes = (*linear[:-1], "rank") if names[-1] == "a" else (*linear[:1], "rank", *linear[2:])
+        last = {"a": (*linear[:-1], "rank"), "b": (*linear[:1], "rank", *linear[2:])}
+        axes = last.get(names[-1], (*linear[:1], *linear[2:]))
     if len(axes) != len(leaf.shape):
         return PartitionSpec()
     return spec(axes, leaf.shape, mesh)

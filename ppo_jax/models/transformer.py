@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.models.adapters import first_layer, unembedding
+from ppo_jax.models.adapters import first_layer, unembedding, with_gains
 from ppo_jax.models.block import Block, layer_block, normalise
 from ppo_jax.models.cache import Cache, store_positions
 from ppo_jax.models.config import ModelConfig
@@ -173,6 +173,7 @@ def _scan(
     """Layers [start, stop): those that the adapter leaves alone, then the others."""
     start, stop = layers
     stacked = {name: adapter[name] for name in ("lora", "layers") if name in adapter}
+    stacked = with_gains(base, stacked, config)
     first = first_layer(stacked, config)
     split = min(max(first, start), stop)
     trained = jax.tree.map(lambda leaf: leaf[split - first : stop - first], stacked)
@@ -215,6 +216,7 @@ def unstack(params: PyTree, adapter: PyTree, config: ModelConfig) -> tuple[PyTre
     def cast(array: Array | Quantised) -> Array | Quantised:
         return array if isinstance(array, Quantised) or array.ndim < 2 else array.astype(config.dtype)
 
+    adapter = with_gains(params["layers"], adapter, config)
     layers, lora = [], []
     for i in range(config.num_layers):
         layer = take(params["layers"], i) | take(adapter.get("layers", {}), i)

@@ -78,7 +78,8 @@ def licence(base: Path) -> str | None:
 def _what(found: Trained, facts: Facts) -> str:
     if not found.adapter:
         return f"The weights of `{facts.base}` as a Hugging Face directory."
-    kind = "LoRA" if "lora" in found.adapter else "layers trained whole"
+    loras = found.adapter.get("lora", {}).values()
+    kind = "DoRA" if any(lora.magnitude is not None for lora in loras) else "LoRA" if loras else "layers trained whole"
     what = "A PEFT adapter" if facts.format == "peft" else "A whole model, the adapter merged in"
     return f"{what} ({kind}): `{facts.base}`, trained with ppo_jax. " + (
         "The value head of training is not part of it."

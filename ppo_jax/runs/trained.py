@@ -254,11 +254,15 @@ def build_adapter(leaves: Mapping[str, Any], alpha: float, scales: Mapping[str, 
     if not isinstance(pairs, dict):
         raise CheckpointError("lora of the adapter is an array, not a group of pairs")
     for name, pair in pairs.items():
+        magnitude = pair.pop("magnitude", None) if isinstance(pair, dict) else None
         if not isinstance(pair, dict) or pair.keys() != {"a", "b"} or isinstance(pair["a"], dict):
             raise CheckpointError(f"lora.{name} of the adapter is not a pair of arrays a and b")
+        if isinstance(magnitude, dict):
+            raise CheckpointError(f"lora.{name}.magnitude of the adapter is a group of arrays, not one")
         if len(rank := pair["a"].shape) != 3 or not rank[-1]:
             raise CheckpointError(f"lora.{name}.a of the adapter has shape {rank}, not that of a stack of matrices")
-        pairs[name] = Lora(a=pair["a"], b=pair["b"], scale=(scales or {}).get(name, alpha / rank[-1]))
+        scale = (scales or {}).get(name, alpha / rank[-1])
+        pairs[name] = Lora(a=pair["a"], b=pair["b"], scale=scale, magnitude=magnitude)
     return tree
 
 

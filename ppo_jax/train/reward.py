@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppo_jax.models.adapters import init_full, init_lora, shared_layers
+from ppo_jax.models.adapters import init_full, init_lora, init_magnitudes, shared_layers
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.roles import own_trunk
@@ -48,6 +48,8 @@ class RewardConfig:
     """A LoRA update has this rank."""
     alpha: float = 16.0
     """A LoRA update is scaled by alpha / rank."""
+    dora: bool = False
+    """LoRA changes the directions of the weights alone, and a length for each output is trained beside it (DoRA)."""
     batch_size: int = 50
     """An optimizer step has this many texts (a pair counts two, a choice of n counts n)."""
     epochs: int = 1
@@ -69,6 +71,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
             raise ValueError(f"kind={self.kind!r}; allowed: lora, full")
+        if self.dora and self.kind != "lora":
+            raise ValueError("dora=True is a form of kind=lora; kind=full trains whole weights")
         check_least(self, depth=0, lora_layers=0, epochs=0, head_steps=0, head_l2=0, centring=0)
         check_positive(self, "rank", "alpha", "learning_rate")
         if not self.max_grad_norm > 0:
@@ -97,7 +101,8 @@ def init_role(key: PRNGKeyArray, config: ModelConfig, reward: RewardConfig, para
     """A fresh reward role on `reward.trunk(config)`, equal to the base, with a random head. `key` is consumed.
 
     Args:
-      params: of the base, which the full kind copies: its adapter is a whole trunk, without unembedding.
+      params: of the base, which the full kind copies (its adapter is a whole trunk, without unembedding) and DoRA
+        measures.
     """
     trunk = reward.trunk(config)
     adapter_key, head_key = jax.random.split(key)
@@ -109,6 +114,8 @@ def init_role(key: PRNGKeyArray, config: ModelConfig, reward: RewardConfig, para
     elif reward.lora_layers:
         first = max(trunk.num_layers - reward.lora_layers, 0)
         adapter = init_lora(adapter_key, trunk, reward.rank, reward.alpha, first_layer=first)
+        if reward.dora:
+            adapter = init_magnitudes(params["layers"], adapter, trunk)
     head = RewardHead().init(head_key, jnp.zeros((1, config.hidden_size)))["params"]
     return RewardRole(adapter, head)
 

@@ -229,6 +229,7 @@ def test_a_checkpoint(run: Path) -> None:
         (["lora.q.b"], "lora.q of the adapter is not a pair"),
         (["lora.q.a", "lora.q.b", "lora.q.c"], "lora.q of the adapter is not a pair"),
         (["lora.q"], "lora.q of the adapter is not a pair"),
+        (["lora.q.a", "lora.q.b", "lora.q.magnitude.x"], "lora.q.magnitude of the adapter is a group of arrays"),
         (["lora"], "lora of the adapter is an array"),
         (["lora.q.a.x", "lora.q.b"], "lora.q of the adapter is not a pair"),
         (["lora.q.a", "lora.q.a.x", "lora.q.b"], "lora.q.a.x of the adapter lies below another array"),

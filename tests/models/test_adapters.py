@@ -21,6 +21,7 @@ from ppo_jax.models.adapters import (
     init_top_k,
     merge,
     unembedding,
+    with_gains,
 )
 from ppo_jax.models.layout import linear_shapes
 from ppo_jax.models.transformer import apply
@@ -45,6 +46,17 @@ def lora(count: int, targets: tuple[str, ...] = LINEARS, seed: int = 0) -> PyTre
     )
 
 
+def dora(count: int, targets: tuple[str, ...] = LINEARS, seed: int = 0) -> PyTree:
+    """The same with magnitudes between 1 and 3, which have nothing to do with the base."""
+    rng = np.random.default_rng(seed + 1)
+    return {
+        "lora": {
+            name: update.replace(magnitude=jnp.asarray(rng.uniform(1, 3, (count, update.b.shape[-1])), jnp.float32))
+            for name, update in lora(count, targets, seed)["lora"].items()
+        }
+    }
+
+
 def top_k(count: int) -> PyTree:
     return {"layers": jax.tree.map(lambda w: w[-count:], OTHER["layers"])}
 
@@ -59,6 +71,7 @@ KINDS: dict[str, tuple[PyTree, int]] = {
     "full": (OTHER, 0),
     "one_matrix": ({"layers": {"up": OTHER["layers"]["up"][-2:]}}, 1),
     "lora_on_replaced_layers": ({**lora(2, seed=4), **top_k(2)}, 1),
+    "dora_on_replaced_layers": ({**dora(2, seed=4), **top_k(2)}, 1),
     "final_norm": ({"final_norm": OTHER["final_norm"]}, 3),
     "unembedding": ({"unembedding": OTHER["unembedding"]}, 3),
     "embedding": ({"embedding": OTHER["embedding"]}, 0),
@@ -155,9 +168,22 @@ def test_a_merged_lora_by_hand() -> None:
     np.testing.assert_array_equal(merged[1], [[2.5, 0.5], [4.0, 0.0]])
 
 
+def test_a_merged_dora_by_hand() -> None:
+    """W + a b = [[4, 0], [3, 0]]: the first output has length 5 and gets 10; the other, without weights, stays 0."""
+    params = {"layers": {"q": jnp.array([[[1.0, 1.0], [0.0, 1.0]]])}, "embedding": jnp.zeros((1, 2))}
+    update = Lora(jnp.ones((1, 2, 1)), jnp.array([[[3.0, -1.0]]]), 1.0, magnitude=jnp.array([[10.0, 7.0]]))
+    merged = merge(params, {"lora": {"q": update}}, CONFIG)["layers"]["q"]
+    np.testing.assert_allclose(merged[0], [[8.0, 0.0], [6.0, 0.0]])
+    one = dataclasses.replace(CONFIG, num_layers=1)
+    used = with_gains(params["layers"], {"lora": {"q": update}}, one)["lora"]["q"]
+    np.testing.assert_allclose(used.gain[0, 0], 2.0)
+    assert np.isfinite(used.gain).all() and used.magnitude is None
+    assert with_gains(params["layers"], {"lora": {"q": used}}, one)["lora"]["q"] is used
+
+
 def test_merging_keeps_the_base_type() -> None:
     half = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), BASE)
-    for adapter in (lora(2), top_k(1)):
+    for adapter in (lora(2), dora(2), top_k(1)):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(jit_merge(half, adapter, WIDE))} == {"bfloat16"}
 
 
@@ -202,6 +228,17 @@ def test_lora_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> N
             assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
 
 
+def test_a_fresh_dora_is_the_base_and_costs_nothing_where_it_is_off() -> None:
+    config = AdapterConfig(layers=2, targets=("q", "down"), dora=True)
+    fresh = init_adapter(jax.random.key(0), BASE, WIDE, config)
+    plain = init_adapter(jax.random.key(0), BASE, WIDE, dataclasses.replace(config, dora=False))
+    for name, update in fresh["lora"].items():
+        np.testing.assert_allclose(update.magnitude, np.linalg.norm(BASE["layers"][name][-2:], axis=1), rtol=1e-6)
+    assert equal({"lora": {name: one.replace(magnitude=None) for name, one in fresh["lora"].items()}}, plain)
+    np.testing.assert_allclose(logits(BASE, fresh), logits(BASE, {}), atol=1e-4)
+    assert with_gains(BASE["layers"], plain, WIDE) is plain
+
+
 def test_replaced_layers_take_the_whole_gradient() -> None:
     """What the adapter replaces no longer reaches the base; below, the base would be reached if it were asked for."""
     adapter = {**top_k(2), "final_norm": OTHER["final_norm"]}
@@ -224,8 +261,9 @@ def test_a_fresh_lora_can_leave_its_start() -> None:
         assert not np.asarray(slope.a).any() and np.abs(slope.b).max(axis=(1, 2)).min() > 0, name
 
 
-def test_a_sweep_is_a_vmap_over_adapters_with_one_base() -> None:
-    adapters = [lora(2, seed=seed) for seed in range(2)]
+@pytest.mark.parametrize("make", [lora, dora])
+def test_a_sweep_is_a_vmap_over_adapters_with_one_base(make: Callable[..., PyTree]) -> None:
+    adapters = [make(2, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
     swept = jax.jit(jax.vmap(lambda adapter: apply(BASE, adapter, WIDE, TOKENS, POSITIONS)), compiler_options=QUICK)
     for found, adapter in zip(swept(stacked), adapters, strict=True):
@@ -245,6 +283,7 @@ def unchecked_kind(kind: str) -> AdapterConfig:
     [
         (lambda key: unchecked_kind("qlora").__post_init__(), "kind='qlora'; allowed: lora, top_k, full"),
         (lambda key: AdapterConfig(kind="full", layers=2), "layers=2 needs kind=top_k"),
+        (lambda key: AdapterConfig(kind="top_k", dora=True), "dora=True is a form of kind=lora; kind=top_k trains"),
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig(layers=4)), r"layers=4 must lie in \[0, 3\]"),
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig("top_k", 4)), r"layers=4 must lie in \[0, 3\]"),
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig(layers=-1)), r"layers=-1 must lie in \[0, 3\]"),

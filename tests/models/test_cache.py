@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.adapters import init_lora, init_top_k
+from ppo_jax.models.adapters import init_lora, init_magnitudes, init_top_k
 from ppo_jax.models.cache import Cache, init_cache, unstacked
 from ppo_jax.models.transformer import apply, positions_from_mask, unstack
 from ppo_jax.types import PyTree
@@ -129,11 +129,12 @@ def test_the_first_tokens_may_attend_among_themselves(split: int | None, full: n
     np.testing.assert_allclose(np.asarray(later)[MASK[:, 5:]], full[:, 5:][MASK[:, 5:]], atol=3e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "lora", "top_k", "full"])
+@pytest.mark.parametrize("kind", ["none", "lora", "dora", "top_k", "full"])
 def test_layers_apart_give_what_the_stack_gives(kind: str) -> None:
     """After a prefill by the stack, whose cache has room for it alone."""
     other = random_params(CONFIG, seed=3)
-    adapter = {"none": {}, "lora": ADAPTER, "top_k": init_top_k(other, CONFIG, 2), "full": other}[kind]
+    dora = init_magnitudes(other["layers"], ADAPTER, CONFIG)  # lengths of another base
+    adapter = {"none": {}, "lora": ADAPTER, "dora": dora, "top_k": init_top_k(other, CONFIG, 2), "full": other}[kind]
     parts = [slice(0, 5), slice(5, 6), slice(6, 11)]
     full = np.asarray(run(PARAMS, adapter, CONFIG, TOKENS, POSITIONS))
     cache = init_cache(CONFIG, 3, 5)

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import qwix
 
-from ppo_jax.models.adapters import AdapterConfig, init_adapter, init_full, init_lora, init_top_k, merge, merge_one
+from ppo_jax.models.adapters import (
+    AdapterConfig,
+    init_adapter,
+    init_full,
+    init_lora,
+    init_magnitudes,
+    init_top_k,
+    merge,
+    merge_one,
+)
 from ppo_jax.models.cache import init_cache, unstacked
 from ppo_jax.models.config import ModelConfig, ModelOptions, Quantise
 from ppo_jax.models.files import hf, peft
@@ -146,6 +155,8 @@ def test_a_merged_model_computes_what_the_role_does() -> None:
     adapter = noisy(init_lora(jax.random.key(1), config, 2, 3.0, first_layer=1))
     merged = merge(coded, adapter, config)
     assert error(compute(merged, {}, CONFIG), compute(coded, adapter, config)) < 1e-5
+    dora = jax.tree.map(lambda x: 1.2 * x, init_magnitudes(coded["layers"], adapter, config))
+    assert error(compute(merge(coded, dora, config), {}, CONFIG), compute(coded, dora, config)) < 1e-5
     np.testing.assert_allclose(merge_one(coded, adapter, "layers.up", 2), merged["layers"]["up"][2], rtol=1e-6)
     np.testing.assert_array_equal(merge_one(coded, adapter, "layers.up", 0), merged["layers"]["up"][0])
 

@@ -18,6 +18,7 @@ from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import check_model
 from ppo_jax.models.placement import constrain_params, create, create_on_mesh, shardings
 from ppo_jax.models.pretrained import Model
+from ppo_jax.models.transformer import apply
 from ppo_jax.parallel import sharding
 from ppo_jax.parallel.mesh import MeshConfig, check_rows, make_mesh
 from ppo_jax.rewards.adapter import RewardRole, adapter_reward
@@ -71,6 +72,7 @@ TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 KINDS = {name: Case(adapter) for name, adapter in ADAPTERS.items()} | {
     "lora, own critic": Case(ADAPTERS["lora"], CONFIG, dataclasses.replace(PPO, critic=OWN)),
     "top-k, tied": Case(ADAPTERS["top-k"], TIED),
+    "dora": Case(AdapterConfig(layers=2, dora=True)),
     "tied": Case(ADAPTERS["full"], TIED),
 }
 
@@ -144,7 +146,7 @@ CASES: list = [("full", MIXED)]
 CASES += [
     pytest.param(kind, mesh, marks=pytest.mark.long)
     for kind, mesh in [("full", mesh) for mesh in MESHES[:-1]]
-    + [(kind, MIXED) for kind in ("lora, own critic", "top-k", "top-k, tied", "lora", "tied")]
+    + [(kind, MIXED) for kind in ("lora, own critic", "top-k", "top-k, tied", "lora", "dora", "tied")]
 ]
 
 
@@ -309,7 +311,8 @@ def test_a_run_starts_on_its_shards(kind: str) -> None:
 
 def test_the_table_by_hand() -> None:
     mesh = mesh_of(MIXED)
-    shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), CONFIG, 2, 4.0))
+    dora = AdapterConfig(rank=2, dora=True)
+    shapes = jax.eval_shape(lambda: init_adapter(jax.random.key(0), random_params(CONFIG), CONFIG, dora))
     specs = jax.tree.map(lambda s: s.spec, shardings({"params": random_params(CONFIG), **shapes}, mesh))
     p, lora = PartitionSpec, specs["lora"]
     assert specs["params"]["embedding"] == p("tensor", "fsdp")
@@ -317,8 +320,20 @@ def test_the_table_by_hand() -> None:
     assert specs["params"]["layers"]["mlp_norm"] == specs["params"]["final_norm"] == p()
     assert (lora["q"].a, lora["q"].b) == (p(None, "fsdp"), p(None, None, "tensor"))
     assert (lora["down"].a, lora["down"].b) == (p(None, "tensor"), p(None, None, "fsdp"))
+    assert (lora["q"].magnitude, lora["down"].magnitude) == (p(None, "tensor"), p(None, "fsdp"))
     policy = Policy({"layers": {"q": jnp.zeros((1, 32, 32))}}, {"value": {"kernel": jnp.zeros((32, 1))}})
     assert [s.spec for s in jax.tree.leaves(shardings(policy, mesh))] == [p(None, "fsdp", "tensor"), p()]
+
+
+def test_dora_on_eight_devices_is_dora_on_one() -> None:
+    base, dora = random_params(CONFIG), AdapterConfig(rank=2, targets=("q", "down"), dora=True)
+    adapter = noisy(init_adapter(jax.random.key(0), base, CONFIG, dora), scale=0.2)
+    tokens = jnp.arange(64).reshape(8, 8)
+    run = jax.jit(lambda base, adapter: apply(base, adapter, CONFIG, tokens, jnp.tile(jnp.arange(8), (8, 1))))
+    expected, mesh = run(base, adapter), mesh_of(MIXED)
+    with jax.set_mesh(mesh):
+        found = run(*(sharding.place(tree, shardings(tree, mesh)) for tree in (base, adapter)))
+    assert_equal_up_to_rounding(found, expected)
 
 
 def test_there_is_a_rule_for_every_axis_of_an_activation() -> None:

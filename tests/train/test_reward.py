@@ -103,6 +103,19 @@ def test_a_fresh_role_equals_the_base_and_touches_the_top_of_its_trunk():
     assert RewardConfig(lora_layers=3).trunk(CONFIG).num_layers == CONFIG.num_layers
 
 
+def test_a_dora_role_measures_the_layers_of_its_trunk():
+    reward = dataclasses.replace(REWARD, dora=True)
+    fresh, plain = (init_role(jax.random.key(0), CONFIG, one, BASE) for one in (reward, REWARD))
+    assert TRUNK.num_layers == 2
+    for name, update in fresh.adapter["lora"].items():
+        np.testing.assert_allclose(update.magnitude, np.linalg.norm(BASE["layers"][name][1:2], axis=1), rtol=1e-6)
+    buckets = bucket_texts(texts(), [9], PAD)
+    found, expected = (text_features(BASE, role, TRUNK, buckets, 11) for role in (fresh, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="dora=True is a form of kind=lora"):
+        RewardConfig(kind="full", dora=True)
+
+
 def test_more_layers_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="reward.depth=4: the base has 3 layers"):
         RewardConfig(depth=4).trunk(CONFIG)

@@ -123,6 +123,8 @@ def translate_adapter(arguments: Arguments) -> Mapping:
     if arguments.flag("use_rslora"):
         alpha *= math.sqrt(rank)
     found: Mapping = {"kind": "lora", "rank": rank, "alpha": float(alpha)}
+    if arguments.flag("use_dora"):
+        found["dora"] = True
     targets = arguments.names("lora_target")
     if targets != ["all"]:
         unknown = [name for name in targets if name not in _LINEARS]

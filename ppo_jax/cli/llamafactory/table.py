@@ -40,6 +40,7 @@ TRANSLATED: dict[str, str] = {
     "lora_alpha": "adapter.alpha; twice the rank by default",
     "lora_target": "adapter.targets; all: every linear map",
     "use_rslora": "adapter.alpha times the root of the rank, which is the same scale",
+    "use_dora": "adapter.dora",
     "freeze_trainable_layers": "adapter.layers, from the top",
     "adapter_name_or_path": "start, one of them: it is gone on with, as large as it is; the reference is the base",
     "create_new_adapter": "model, where true: the adapter is merged into its base, with a new one on it",
@@ -149,7 +150,7 @@ REFUSED: dict[str, str] = {
     "there is no dropout here": "lora_dropout",
     "only LoRA's own matrices are trained beside the base": "additional_target freeze_extra_modules",
     "whole layers are trained": "freeze_trainable_modules",
-    "this kind of adapter is not had": "use_dora pissa_init use_llama_pro mixture_of_depths",
+    "this kind of adapter is not had": "pissa_init use_llama_pro mixture_of_depths",
     "Adam is what trains here": """use_galore use_apollo use_badam use_adam_mini use_muon adafactor optim_args
         loraplus_lr_ratio""",
     "the vocabulary stays as it is": "resize_vocab add_tokens add_special_tokens split_special_tokens",

@@ -45,7 +45,7 @@ def translate(arguments: Arguments, devices: int, resume: str) -> Translation:
     if "start" in settings:  # the adapter says itself what is trained
         for group in ("adapter", "policy"):
             settings.pop(group, None)
-        for name in ("kind", "rank", "alpha", "lora_layers") if stage == "rm" else ():
+        for name in ("kind", "rank", "alpha", "dora", "lora_layers") if stage == "rm" else ():
             settings["reward"].pop(name, None)
     return Translation(STAGES[stage], settings)
 

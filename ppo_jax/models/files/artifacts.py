@@ -221,10 +221,12 @@ def problems(kind: Kind, adapter: PyTree, head: PyTree, config: ModelConfig, lay
             wrong.append(f"{name}: the model has no {key}")
             continue
         shape, actual = known[key].shape(config), tuple(np.shape(leaf))
+        if parts[0] == "lora" and parts[2] == "magnitude":
+            shape = (shape[0], *shape[2:])
         if known[key].stacked and len(actual) == len(shape):
             depths.add(actual[0])
             shape = (actual[0], *shape[1:])  # it may replace, or add to, the last layers only
-        if parts[0] == "lora":
+        if parts[0] == "lora" and parts[2] != "magnitude":
             # The rank is free, but the same on both sides.
             rank = np.shape(adapter["lora"][parts[1]].a)[-1]
             shape = (*shape[:2], rank) if parts[2] == "a" else (shape[0], rank, *shape[2:])
@@ -329,7 +331,10 @@ def _unflatten(arrays: dict[str, jax.Array], scales: dict[str, float]) -> tuple[
         names = sorted(lora) if isinstance(lora, dict) else "an array"
         raise ValueError(f"adapter/lora has {names}, lora_scales of {DESCRIPTION} has {sorted(scales)}")
     for name, pair in lora.items():
-        if not isinstance(pair, dict) or pair.keys() != {"a", "b"} or any(x.ndim != 3 for x in pair.values()):
+        magnitude = pair.pop("magnitude", None) if isinstance(pair, dict) else None
+        if not isinstance(pair, dict) or pair.keys() != {"a", "b"} or any(np.ndim(x) != 3 for x in pair.values()):
             raise ValueError(f"adapter/lora/{name} is not a pair of stacked matrices a and b")
-        lora[name] = Lora(a=pair["a"], b=pair["b"], scale=float(scales[name]))
+        if magnitude is not None and np.ndim(magnitude) != 2:
+            raise ValueError(f"adapter/lora/{name}/magnitude is not a stack of vectors")
+        lora[name] = Lora(a=pair["a"], b=pair["b"], scale=float(scales[name]), magnitude=magnitude)
     return trees["adapter"], trees["head"]

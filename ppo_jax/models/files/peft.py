@@ -1,8 +1,9 @@
 """LoRA in the format of the `peft` library, in and out: adapter_config.json and adapter_model.safetensors.
 
 peft computes W x + (lora_alpha / r) B A x with A [r, in] and B [out, r]; ours is W + scale * a @ b with a [in, r] and
-b [r, out], so A = a', B = b' and lora_alpha = scale * r. Where a family's files hold several of our maps in one, their
-updates are one too: the a's side by side, and each b at the outputs of its map (the rank is the sum of the ranks).
+b [r, out], so A = a', B = b' and lora_alpha = scale * r; DoRA's magnitudes [out] are the same in both. Where a family's
+files hold several of our maps in one, their updates are one too: the a's side by side, and each b and magnitude at the
+outputs of its map (the rank is the sum of the ranks).
 """
 
 import functools
@@ -31,7 +32,7 @@ def save(path: str | Path, adapter: PyTree, config: ModelConfig, base: str) -> N
     """Writes the two files into the directory `path`, made if absent.
 
     Args:
-      adapter: of LoRA alone.
+      adapter: of LoRA alone; with magnitudes (DoRA) on all its maps or on none.
       base: what `peft` shall call the base model: a path or a name on the hub.
 
     Raises:
@@ -47,7 +48,7 @@ def save(path: str | Path, adapter: PyTree, config: ModelConfig, base: str) -> N
 
 def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    _check(adapter)
+    _check(adapter, config)
     maps = {_module(one, config): _parts(one, adapter) for one in _adapted(adapter, config)}
     names = _short_names(maps)
     ranks = {names[m]: sum(int(lora.a.shape[-1]) for lora in parts.values()) for m, parts in maps.items()}
@@ -75,7 +76,7 @@ def settings(adapter: PyTree, config: ModelConfig, base: str) -> dict[str, Any]:
         "fan_in_fan_out": config.family in NAMES and NAMES[config.family].conv1d,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": _is_dora(adapter),
         "use_rslora": False,
     }
 
@@ -105,24 +106,31 @@ def _short_names(modules: Any) -> dict[str, str]:
 
 def _entries(adapter: PyTree, config: ModelConfig) -> list[tensor_file.Entry]:
     """What is in adapter_model.safetensors: one matrix of one layer at a time, float32."""
-    _check(adapter)
-    first, entries = first_layer(adapter, config), []
+    _check(adapter, config)
+    first, entries, float32 = first_layer(adapter, config), list[tensor_file.Entry](), np.dtype(np.float32)
     for one in _adapted(adapter, config):
         parts = _parts(one, adapter)
         rank = sum(lora.a.shape[-1] for lora in parts.values())
         count, inputs = next(iter(parts.values())).a.shape[:2]
-        shapes = {"A": (rank, inputs), "B": (sum(one.widths(config)), rank)}
-        for side, shape in shapes.items():
+        outputs = sum(one.widths(config))
+        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
+        shapes |= {"lora_magnitude_vector": (outputs,)} if _is_dora(adapter) else {}
+        for kind, shape in shapes.items():
             for i in range(count):
-                name = f"{PREFIX}{_module(one, config).format(first + i)}.lora_{side}.weight"
-                read = functools.partial(_read_side, config, one, parts, side, i)
-                entries.append(tensor_file.Entry(name, np.dtype(np.float32), shape, read))
+                name = f"{PREFIX}{_module(one, config).format(first + i)}.{kind}"
+                read = functools.partial(_read_kind, config, one, parts, kind, i)
+                entries.append(tensor_file.Entry(name, float32, shape, read))
     return tensor_file.in_order(entries)
 
 
-def _read_side(config: ModelConfig, one: Stored, parts: dict[str, Lora], side: str, i: int) -> tensor_file.Pieces:
-    """A or B of one layer."""
-    if side == "A":
+def _read_kind(config: ModelConfig, one: Stored, parts: dict[str, Lora], kind: str, i: int) -> tensor_file.Pieces:
+    """A, B or the magnitudes of one layer."""
+    if kind == "lora_magnitude_vector":
+        vector: Array = jnp.zeros(sum(one.widths(config)), jnp.float32)
+        for part in one.parts:
+            vector = vector.at[one.outputs(config, part)].set(parts[part.name].magnitude[i].astype(jnp.float32))
+        return pieces(vector)
+    if kind == "lora_A.weight":
         return pieces(jnp.concatenate([lora.a[i].astype(jnp.float32) for lora in parts.values()], axis=-1).T)
     if len(one.parts) == 1:
         return pieces(next(iter(parts.values())).b[i].astype(jnp.float32).T)
@@ -134,8 +142,20 @@ def _read_side(config: ModelConfig, one: Stored, parts: dict[str, Lora], side: s
     return pieces(jnp.concatenate(rows).T)
 
 
-def _check(adapter: PyTree) -> None:
+def _is_dora(adapter: PyTree) -> bool:
+    return any(lora.magnitude is not None for lora in adapter["lora"].values())
+
+
+def _check(adapter: PyTree, config: ModelConfig) -> None:
     others = sorted(adapter.keys() - {"lora"})
     if others or not adapter.get("lora"):
         reason = f"replaces {', '.join(others)} as a whole" if others else "is empty"
         raise ValueError(f"the peft format holds LoRA alone, and this adapter {reason}; choose the merged format")
+    if not _is_dora(adapter):
+        return
+    for part in (part for one in _adapted(adapter, config) for part in one.parts):
+        if part.name not in adapter["lora"] or adapter["lora"][part.name].magnitude is None:
+            raise ValueError(
+                f"the peft format has use_dora of all maps and of whole modules, and {part.name} has no magnitudes; "
+                "choose the merged format"
+            )

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.data.disk import is_out_of_memory
-from ppo_jax.models.adapters import Lora, merge
+from ppo_jax.models.adapters import Lora, gain, merge
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.files.fields import count, flag, number
 from ppo_jax.models.files.hub import read_json
@@ -84,7 +84,7 @@ def merge_into(config: ModelConfig, params: PyTree, where: Path) -> PyTree:
     """
     maps = _read(config, where)
     lowest = min(layer for one in maps.values() for layer in one.a)
-    lora = {name: _stack(one, config, lowest) for name, one in maps.items()}
+    lora = {name: _stack(one._replace(magnitude={}), config, lowest) for name, one in maps.items()}
     merged = merge(params, {"lora": lora}, config)
     for name, one in maps.items():
         if one.magnitude:
@@ -93,31 +93,31 @@ def merge_into(config: ModelConfig, params: PyTree, where: Path) -> PyTree:
 
 
 def read_lora(config: ModelConfig, where: Path) -> PyTree:
-    """The adapter of the directory `where`, of all layers, beside its base: W + s B A as in `merge_into`, s in B.
+    """The adapter of the directory `where` beside its base, as in `merge_into`, s in B: of all layers, DoRA of its own.
 
-    Raises ValueError as `merge_into`, and for DoRA, whose lengths are no low-rank update.
+    Raises ValueError as `merge_into`, and for DoRA that leaves out layers which its other maps have.
     """
     maps = _read(config, where)
-    if any(one.magnitude for one in maps.values()):
-        raise ValueError(f"{where}: use_dora=True is not supported beside a base. {MERGE}")
-    return {"lora": {name: _stack(one, config, 0) for name, one in maps.items()}}
+    lowest = _lowest_of_dora(maps, config, where, MERGE)
+    return {"lora": {name: _stack(one, config, lowest or 0) for name, one in maps.items()}}
 
 
 def read_trained(config: ModelConfig, where: Path) -> PyTree:
     """The adapter of the directory `where` as it is gone on with: its own A, B, ranks and scales, in the layers it has.
 
-    A layer between them that it leaves out gets A = B = 0, whose gradients are 0: it stays as it is.
+    A layer between them that it leaves out gets A = B = 0, whose gradients are 0: it stays as it is. DoRA leaves none
+    out: magnitudes there would be trained.
 
     Raises ValueError as `merge_into`, and for what is no stack of updates of our maps.
     """
     maps = _read(config, where)
-    lowest, lora = min(layer for one in maps.values() for layer in one.a), {}
+    lowest, lora = _lowest_of_dora(maps, config, where, NEW), {}
+    if lowest is None:
+        lowest = min(layer for one in maps.values() for layer in one.a)
     for name, one in maps.items():
         stored = next(s for s in stored_tensors(config) if any(part.name == name for part in s.parts))
         fused = ", ".join(part.name for part in stored.parts)
         ranks = {a.shape[1] for a in one.a.values()}
-        if one.magnitude:
-            raise ValueError(f"{where}: use_dora=True is not trained here. {NEW}")
         if len(stored.parts) > 1:
             raise ValueError(f"{where}: {module(config, stored.parts[0])} holds {fused}, an update each here. {NEW}")
         if len(ranks) > 1 or len(set(one.scale.values())) > 1:
@@ -126,6 +126,20 @@ def read_trained(config: ModelConfig, where: Path) -> PyTree:
         whole = _stack(one._replace(scale=dict.fromkeys(one.scale, 1.0)), config, lowest)
         lora[name] = dataclasses.replace(whole, scale=scale)
     return {"lora": lora}
+
+
+def _lowest_of_dora(maps: dict[str, _Maps], config: ModelConfig, where: Path, advice: str) -> int | None:
+    """The first layer of a DoRA adapter, whose maps all have all layers from there up; None for plain LoRA."""
+    if not any(one.magnitude for one in maps.values()):
+        return None
+    lowest = min(layer for one in maps.values() for layer in one.a)
+    for name, one in maps.items():
+        if absent := sorted(set(range(lowest, config.num_layers)) - set(one.a)):
+            raise ValueError(
+                f"{where}: use_dora=True, and {name} has no update in layers {absent}: DoRA is had of one range of "
+                f"layers up to the last one, the same for all maps. {advice}"
+            )
+    return lowest
 
 
 def _read(config: ModelConfig, where: Path) -> dict[str, _Maps]:
@@ -163,28 +177,33 @@ def _read_maps(config: ModelConfig, settings: Mapping[str, Any], arrays: dict[st
         for layer in range(config.num_layers) if one.parts[0].linear else ():
             path = module(config, one.parts[0]).format(layer)
             names = [f"{PREFIX}{path}.{kind}" for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")]
-            left -= {*names, f"{names[2]}.weight"}
             if names[0] not in arrays or names[1] not in arrays:
                 continue
+            left -= {*names, f"{names[2]}.weight"}
             a, b = (arrays[name].astype(np.float32) for name in names[:2])
             magnitude = arrays.get(names[2], arrays.get(f"{names[2]}.weight"))
-            _check_shapes(config, one, path, a, b)
+            _check_shapes(config, one, path, a, b, magnitude)
             _add(maps, config, one, layer, _Module(a, b, _scale(settings, path, a.shape[0]), magnitude))
     if left:
         some = ", ".join(sorted(left)[:3]) + (", ..." if len(left) > 3 else "")
         raise ValueError(f"{len(left)} tensors have no place in a {config.family} model: {some}. {MERGE}")
     if not maps:
         raise ValueError(f"{ARRAYS} holds no update of a {config.family} model")
-    if flag(settings, "use_dora") != any(one.magnitude for one in maps.values()):
+    dora = flag(settings, "use_dora")
+    if any(one.magnitude.keys() != (one.a.keys() if dora else set()) for one in maps.values()):
         raise ValueError(f"use_dora={settings.get('use_dora')!r} contradicts the magnitudes in {ARRAYS}")
     return maps
 
 
-def _check_shapes(config: ModelConfig, one: Stored, path: str, a: np.ndarray, b: np.ndarray) -> None:
+def _check_shapes(
+    config: ModelConfig, one: Stored, path: str, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None
+) -> None:
     inputs, outputs = one.parts[0].shape(config)[1], sum(one.widths(config))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
         needed = f"the base needs (r, {inputs}) and ({outputs}, r)"
         raise ValueError(f"{path} has A {a.shape} and B {b.shape}; {needed}. Is this its base?")
+    if magnitude is not None and magnitude.size != outputs:
+        raise ValueError(f"{path} has magnitudes {magnitude.shape}; the base needs ({outputs},). Is this its base?")
 
 
 def _scale(settings: Mapping[str, Any], path: str, rank: int) -> float:
@@ -226,13 +245,16 @@ def _stack(one: _Maps, config: ModelConfig, lowest: int) -> Lora:
     for layer, own in one.a.items():
         a[layer - lowest, :, : own.shape[1]] = own
         b[layer - lowest, : own.shape[1]] = one.b[layer] * one.scale[layer]
-    return Lora(jnp.asarray(a), jnp.asarray(b), scale=1.0)
+    if not one.magnitude:
+        return Lora(jnp.asarray(a), jnp.asarray(b), scale=1.0)
+    magnitude = np.stack([one.magnitude[layer] for layer in range(lowest, config.num_layers)])
+    return Lora(jnp.asarray(a), jnp.asarray(b), scale=1.0, magnitude=jnp.asarray(magnitude))
 
 
 def _with_magnitudes(stack: Any, magnitudes: dict[int, np.ndarray]) -> Any:
     """Each output's weights as long as its magnitude."""
     for layer, magnitude in magnitudes.items():
         whole = stack[layer].astype(jnp.float32)
-        length = jnp.linalg.norm(whole, axis=0)
-        stack = stack.at[layer].set((whole * (magnitude / length)).astype(stack.dtype))
+        whole *= gain(jnp.asarray(magnitude), jnp.linalg.norm(whole, axis=0))
+        stack = stack.at[layer].set(whole.astype(stack.dtype))
     return stack

@@ -86,10 +86,13 @@ def test_a_reward_server(tmp_path: Path) -> None:
 
 
 def test_rm_and_dpo(tmp_path: Path) -> None:
-    rm = make(tmp_path, "stage: rm\ndataset: choices\nlora_rank: 4\nlora_alpha: 4\nuse_rslora: true\n").settings
+    rm = make(
+        tmp_path, "stage: rm\ndataset: choices\nlora_rank: 4\nlora_alpha: 4\nuse_rslora: true\nuse_dora: true\n"
+    ).settings
     assert rm["pairs"].endswith(":choices") and rm["loop"]["best_metric"] == "accuracy"
     assert (rm["reward"]["batch_size"], rm["reward"]["head_steps"], rm["reward"]["normalise"]) == (16, 0, False)
     assert rm["reward"]["alpha"] == 4 * math.sqrt(4)  # ours is divided by the rank, rsLoRA's by its root
+    assert rm["reward"]["dora"]
     assert rm["reward"]["epochs"] == 3 and "accumulate" not in rm["reward"]
     text = "stage: dpo\ndataset: choices\npref_beta: 0.2\nfinetuning_type: freeze\nfreeze_trainable_layers: 3\n"
     dpo = make(tmp_path, text + "val_size: 0.1\neval_strategy: steps\neval_steps: 7\n").settings
@@ -134,7 +137,7 @@ def test_what_says_nothing_new_is_listed(tmp_path: Path) -> None:
         ("quantization_bit: 3", "quantization_bit: 3 is not had here; allowed: 4, 8"),
         ("quantization_bit: 8\nquantization_method: hqq", "quantization_method: 'hqq' is not had here; allowed: bnb"),
         ("quantization_bit: 8\nfinetuning_type: full", "quantization_bit: 8 needs finetuning_type lora or freeze"),
-        ("packing: true\nuse_dora: true", "packing: True is refused: .*; use_dora: True is refused"),
+        ("packing: true\npissa_init: true", "packing: True is refused: .*; pissa_init: True is refused"),
         ("adapter_name_or_path: saves/a,saves/b", "adapter_name_or_path: .* must be one adapter, with finetuning_type"),
         ("lora_dropout: 0.05", "lora_dropout: 0.05 is refused: there is no dropout here"),
         ("lora_ranc: 8", "lora_ranc is no argument of LLaMA-Factory 0.9.3; did you mean lora_rank"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ppo_jax.data.disk import sha256_of
-from ppo_jax.models.adapters import LINEARS, Lora, init_full, init_lora, init_top_k
+from ppo_jax.models.adapters import LINEARS, Lora, init_full, init_lora, init_magnitudes, init_top_k
 from ppo_jax.models.files import artifacts, hf
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.heads import RewardHead, ValueHead
@@ -48,6 +48,7 @@ LORA = noisy(init_lora(jax.random.key(2), CONFIG, rank=2, alpha=3.0, first_layer
 ADAPTERS = {
     "base": {},
     "lora": LORA,
+    "dora": noisy(init_magnitudes(PARAMS["layers"], LORA, CONFIG)),
     "some_linears": noisy(init_lora(jax.random.key(2), CONFIG, 3, 1.0, ("v", "down"))),
     "top_k": noisy(init_top_k(PARAMS, CONFIG, 2)),
     "full": noisy(init_full(PARAMS)),
@@ -144,6 +145,10 @@ def test_rope_scaling_survives_json(tmp_path: Path) -> None:
     [
         ({"lora": {"q": Lora(jnp.zeros((3, 32, 2)), jnp.zeros((3, 2, 31)), 1.0)}}, "lora/q/b has shape .3, 2, 31."),
         ({"lora": {"x": Lora(jnp.zeros((3, 32, 2)), jnp.zeros((3, 2, 32)), 1.0)}}, "the model has no layers.x"),
+        (
+            {"lora": {"q": Lora(jnp.zeros((3, 32, 2)), jnp.zeros((3, 2, 32)), 1.0, magnitude=jnp.zeros((3, 31)))}},
+            r"lora/q/magnitude has shape \(3, 31\), the model needs \(3, 32\)",
+        ),
         ({"layers": {"q": jnp.zeros((4, 32, 32))}}, r"stacked over \[4\] layers of 3"),
         ({"layers": {"attention_norm": jnp.zeros((2, 32)), "mlp_norm": jnp.zeros((1, 32))}}, r"over \[1, 2\] layers"),
         ({"layers": {"mlp_norm": jnp.zeros(32)}}, r"layers/mlp_norm has shape \(32,\), the model needs \(3, 32\)"),

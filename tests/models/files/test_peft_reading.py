@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ppo_jax.models.files import hf, peft, peft_reading
 from ppo_jax.models.files.fingerprint import fingerprint_of
 from ppo_jax.models.files.tokenizer import load_tokenizer
 from ppo_jax.models.transformer import apply, logits
+from ppo_jax.types import PyTree
 from tests.data.tokenizer import make_tokenizer
 from tests.models.families import torch_model
 from tests.models.test_parity import error, torch_logits
@@ -84,6 +86,9 @@ GONE_ON_WITH: dict[str, tuple[dict, dict[str, int], float]] = {  # settings -> r
         {"target_modules": FOUR[:2], "layers_to_transform": [1, 2], "layers_pattern": "layers",
          "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 8.0}}, {"q": 3, "v": 6}, 4 / 3),
     "some layers": ({"target_modules": r".*layers\.(0|2)\.self_attn\.q_proj"}, {"q": 3}, 4 / 3),
+    "dora, rslora, top layers": (
+        {"target_modules": FOUR[:2], "layers_to_transform": [1, 2], "layers_pattern": "layers", "use_dora": True,
+         "use_rslora": True}, {"q": 3, "v": 3}, 4 / 3**0.5),
 }  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def test_an_adapter_is_gone_on_with_as_it_is_and_goes_back(
     lora = peft_reading.read_trained(config, tmp_path / "theirs")["lora"]
     assert {name: pair.a.shape[-1] for name, pair in lora.items()} == ranks
     assert all(pair.scale == pytest.approx(scale) for pair in lora.values())
-    assert {pair.a.shape[0] for pair in lora.values()} == {2 if name == "top layers" else 3}
+    assert {pair.a.shape[0] for pair in lora.values()} == {2 if "top layers" in name else 3}
     positions = jnp.tile(jnp.arange(TOKENS.shape[1]), (2, 1))
     hidden = apply(params, {"lora": lora}, config, jnp.asarray(TOKENS), positions)
     assert error(np.asarray(logits(params, {"lora": lora}, config, hidden)), theirs) < 1e-5
@@ -112,10 +117,51 @@ def test_an_adapter_is_gone_on_with_as_it_is_and_goes_back(
         np.testing.assert_array_equal(after[tensor], array, err_msg=tensor)
 
 
+def test_gradients_of_dora_are_those_of_peft(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base, positions = bases("qwen3"), jnp.tile(jnp.arange(TOKENS.shape[1]), (2, 1))
+    model = adapter_on(base, tmp_path, target_modules=FOUR, use_dora=True)
+    torch.sin(model(torch.from_numpy(TOKENS)).logits).mean().backward()
+    theirs = {name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+    config, params = hf.load(base)
+
+    def mean(adapter: PyTree) -> jax.Array:
+        hidden = apply(params, adapter, config, jnp.asarray(TOKENS), positions)
+        return jnp.sin(logits(params, adapter, config, hidden)).mean()
+
+    grads = jax.jit(jax.grad(mean))(peft_reading.read_trained(config, tmp_path))
+    peft.save(tmp_path / "gradients", grads, config, "base")
+    ours = load_file(tmp_path / "gradients" / peft.ARRAYS)
+    assert len(ours) == len(theirs) == 3 * len(FOUR) * config.num_layers
+    for name, slope in ours.items():
+        expected = theirs[name + (".weight" if name.endswith("vector") else "")]
+        assert np.linalg.norm(slope - expected) < 1e-4 * np.linalg.norm(expected), name
+
+
+def test_dora_beside_its_base_may_be_on_fused_maps(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """A reward adapter of somebody else; and it goes back, as one update of each module."""
+    base = bases("gpt2")
+    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "layers_to_transform": [1, 2]}
+    theirs = torch_logits(adapter_on(base, tmp_path, use_dora=True, **settings), TOKENS)
+    config, params = hf.load(base)
+    adapter, positions = peft_reading.read_lora(config, tmp_path), jnp.tile(jnp.arange(TOKENS.shape[1]), (2, 1))
+    assert {name: lora.magnitude.shape[0] for name, lora in adapter["lora"].items()} == {"q": 2, "k": 2, "v": 2}
+    hidden = apply(params, adapter, config, jnp.asarray(TOKENS), positions)
+    assert error(np.asarray(logits(params, adapter, config, hidden)), theirs) < 1e-5
+    peft.save(tmp_path / "ours", adapter, config, str(base))
+    again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    assert error(torch_logits(again.eval(), TOKENS), theirs) < 1e-5
+    with pytest.raises(ValueError, match="use_dora of all maps and of whole modules, and k has no magnitudes; choose"):
+        peft.save(tmp_path / "part", {"lora": {"q": adapter["lora"]["q"]}}, config, str(base))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("qwen3", {"target_modules": FOUR, "use_dora": True}, "use_dora=True is not trained here. Give it as --model"),
+        (
+            "qwen3",
+            {"target_modules": r".*layers\.(0|2)\.self_attn\.q_proj", "use_dora": True},
+            r"use_dora=True, and q has no update in layers \[1\]: DoRA is had of one range.* Give it as --model",
+        ),
         ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn holds q, k, v, an update each here"),
         (
             "qwen3",
