@@ -70,6 +70,8 @@ def apply(
       hidden states, and the updated cache when one was given.
     """
     start, stop = layers or (0, config.num_layers)
+    if positions.dtype == bool:
+        raise TypeError("positions are integers, -1 for padding; those of a mask are positions_from_mask(mask)")
     _check_input(start, stop, config, tokens, hidden)
     if hidden is None:
         hidden = _embed(params, adapter, config, tokens, positions)

@@ -1,6 +1,7 @@
 """The trunk: padding anywhere, layer ranges, rematerialisation, number formats, errors."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 
 import jax
@@ -162,6 +163,12 @@ def test_a_bad_range_is_named_with_what_is_allowed() -> None:
     for layers in ((3, 3), (2, 1), (1, 4)):
         with pytest.raises(ValueError, match=r"not within \[0, 3\)"):
             apply(PARAMS, {}, CONFIG, None, POSITIONS, hidden=hidden, layers=layers)
+
+
+def test_a_mask_in_the_place_of_positions_is_refused() -> None:
+    unchecked = inspect.unwrap(apply)  # without the types that tests check
+    with pytest.raises(TypeError, match=r"those of a mask are positions_from_mask\(mask\)"):
+        unchecked(PARAMS, {}, CONFIG, jnp.asarray(TOKENS), jnp.ones((2, 12), bool))
 
 
 def test_tokens_for_the_first_layer_and_hidden_states_for_the_others() -> None:
