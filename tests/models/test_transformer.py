@@ -167,7 +167,7 @@ def test_a_bad_range_is_named_with_what_is_allowed() -> None:
 
 def test_a_mask_in_the_place_of_positions_is_refused() -> None:
     unchecked = inspect.unwrap(apply)  # without the types that tests check
-    with pytest.raises(TypeError, match=r"those of a mask are positions_from_mask\(mask\)"):
+    with pytest.raises(TypeError, match=r"those of a mask are models.transformer.positions_from_mask\(mask\)"):
         unchecked(PARAMS, {}, CONFIG, jnp.asarray(TOKENS), jnp.ones((2, 12), bool))
 
 
