@@ -75,7 +75,11 @@ def review_files() -> dict[str, list[dict[str, Any]]]:
     """The chain's files of rated sentences: four words are the prompt; of two sentences the better is chosen."""
     splits = movie_reviews.splits(movie_reviews.load())
     texts = [f"{TITLE} {review.text}" for review in splits.judge_train[:1200]]
-    pairs = [{"prompt": " ".join(words[:6]), "response": " " + " ".join(words[6:])} for words in map(str.split, texts)]
+    pairs = [
+        {"prompt": " ".join(words[:6]), "response": " " + " ".join(words[6:])}
+        for words in map(str.split, texts)
+        if len(words) > 8
+    ]
     rated = splits.reward_train[: 2 * 1500]
     halves = [sorted(two, key=lambda review: review.rating) for two in zip(rated[::2], rated[1::2], strict=True)]
     compared = [

@@ -71,7 +71,9 @@ def apply(
     """
     start, stop = layers or (0, config.num_layers)
     if positions.dtype == bool:
-        raise TypeError("positions are integers, -1 for padding; those of a mask are models.transformer.positions_from_mask(mask)")
+        raise TypeError(
+            "positions are integers, -1 for padding; those of a mask are models.transformer.positions_from_mask(mask)"
+        )
     _check_input(start, stop, config, tokens, hidden)
     if hidden is None:
         hidden = _embed(params, adapter, config, tokens, positions)
