@@ -21,6 +21,8 @@ from ppo_jax.parallel.members import any_row
 from ppo_jax.parallel.sharding import abstract_mesh, constrain
 from ppo_jax.types import Off, Policy, Prompts, PyTree, Rollout
 
+_MOST_COPIED = 2**31  # bytes of layers in float32 that a rollout may hold twice
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -140,7 +142,7 @@ def generate(
     policy = policy._replace(adapter=with_gains(base["layers"], policy.adapter, config))  # once, not once a token
     table = constrain(unembedding(base, policy.adapter), "table")  # gathered once, not once a token
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    decoder = unstack(base, policy.adapter, config) if _layers_apart(config) else (base, policy.adapter)
+    decoder = unstack(base, policy.adapter, config) if _layers_apart(base, config) else (base, policy.adapter)
     given = _Given(base, policy, decoder, config, sampling, temperature, keys, table, prompts, lengths)
     responses, terminated = (_draw_in_slots if 0 < sampling.slots < batch else _draw_together)(given)
     return Rollout(
@@ -155,16 +157,17 @@ def generate(
     )
 
 
-def _layers_apart(config: ModelConfig) -> bool:
+def _layers_apart(base: PyTree, config: ModelConfig) -> bool:
     """Whether the loop runs on a copy of the weights, layer by layer, and not on the stack.
 
-    For shallow models on CPUs, where a slice of the stack is copied before every product: a quarter of a step's time.
-    Every layer is compiled apart: 30 took 25 s for 4 s, and as many of a step's weights again in memory.
-    Accelerators keep the stack: their memory has no room for the weights twice.
+    On CPUs, where a slice of the stack is copied before every product: a tenth to a third of a step's time. It takes
+    the layers' weights again in memory, and the compiler 0.25 s of the processors for every layer. Accelerators keep
+    the stack: their memory has no room for the weights twice.
     """
     exact = config.dtype == "float32"  # in bfloat16 another program rounds otherwise than the loss does
     exact &= config.quantise == "none"  # apart, XLA widens all codes before the loop: the whole base in float32
-    return exact and jax.default_backend() == "cpu" and abstract_mesh() is None and config.num_layers <= 12
+    small = config.num_layers <= 32 and 4 * sum(x.size for x in jax.tree.leaves(base["layers"])) <= _MOST_COPIED
+    return exact and small and jax.default_backend() == "cpu" and abstract_mesh() is None
 
 
 def _read_prompts(given: _Given, rows: Int[Array, " b"] | slice) -> tuple[Float[Array, "b D"], Cache]:

@@ -19,6 +19,7 @@ import ppo_jax.rollout
 from ppo_jax.models.adapters import init_lora, init_magnitudes, merge, unembedding
 from ppo_jax.models.files import hf
 from ppo_jax.models.heads import value
+from ppo_jax.models.layout import init_params
 from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.models.transformer import apply
 from ppo_jax.ops.logprobs import hidden_logprobs
@@ -359,6 +360,20 @@ def test_a_loop_over_the_stack_of_layers_draws_the_same_tokens(rollout: Rollout)
     np.testing.assert_array_equal(found.tokens, rollout.tokens)
     np.testing.assert_array_equal(found.response_mask, rollout.response_mask)
     np.testing.assert_allclose(found.logprobs, rollout.logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize(("layers", "width", "apart"), [(32, 16, True), (33, 16, False), (2, 8192, False)])
+def test_deep_and_wide_models_keep_the_stack_in_the_loop(layers: int, width: int, apart: bool) -> None:
+    """The third one's layers have 3.2 GB, which the loop does not hold twice. Nothing is compiled."""
+    config = dataclasses.replace(CONFIG, num_layers=layers, hidden_size=width, intermediate_size=width * 2)
+    base = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    policy = Policy({}, {"value": {"kernel": jnp.ones((width, 1)), "bias": jnp.ones(1)}})
+    draw = jax.make_jaxpr(lambda base, key: generate(base, policy, config, PROMPTS, key, SAMPLING))
+    program = draw(base, jax.random.key(0))
+    (loop,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "while")
+    carried = [variable.aval.shape for variable in loop.outvars]
+    assert carried.count((B, 2, P + T, 8)) == (2 * layers if apart else 0)
+    assert carried.count((layers, B, 2, P + T, 8)) == (0 if apart else 2)
 
 
 def test_one_program_for_all_prompts_keys_and_temperatures(rollout: Rollout) -> None:

@@ -100,7 +100,7 @@ def test_gradient_does_not_depend_on_length_buckets():
     whole, expected = gradient(rows)
     for accumulate in (1, 4):
         parts, metrics = gradient(rows, accumulate=accumulate, buckets=3)
-        assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        assert_close(parts, whole, rtol=1e-5, atol=1e-6)
         assert_close(numbers(metrics), numbers(expected))
 
 

@@ -4,6 +4,7 @@ Run as a process of its own (`python -m ppo_jax.cli.plan.programs PROGRAM < sett
 CPU devices are chosen once per process. Nothing is ever run and no array is made: arguments are shapes with shardings.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -300,11 +301,10 @@ def measure(name: Program, settings: PlanSettings) -> dict[str, Any]:
     function, args = program(name, settings, config, inputs)
     report: dict[str, Any] = {"program": name, "held": held_bytes(inputs), "attention": config.attention}
     nothing = dict.fromkeys(("arguments", "temporary", "flops", "traffic", "collectives", "unknown_loops"))
-    chip = topology(settings.topology).chip
-    stays = sum(report["held"].values())
+    chip, stays = topology(settings.topology).chip, sum(report["held"].values())
     if chip and stays > chip.memory:
         return report | nothing | {"peak": stays, "compiled": False}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if chip or mesh.size > 1 else contextlib.nullcontext():  # one CPU: as `use_mesh`
         try:
             compiled = function.lower(*args).compile()  # type: ignore[attr-defined]
         except jax.errors.JaxRuntimeError as error:

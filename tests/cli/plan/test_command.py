@@ -335,6 +335,14 @@ def test_ppo_of_a_tiny_model_is_planned_for_eight_cpus(tiny: str, capsys: pytest
     assert programs["update"]["collectives"]["all-reduce"] > 0
 
 
+def test_a_plan_for_one_cpu_knows_that_the_rollout_holds_the_layers_twice(tiny: str) -> None:
+    """As a run on one CPU compiles it. Otherwise one layer at a time is copied: 1.15 layers of temporaries in all."""
+    layer = 4 * (4 * 128**2 + 3 * 128 * 256)
+    one = settings(tiny, "cpu:1", batch=4, prompt_length=4, response_length=4, mesh=MeshConfig(), policy=FULL)
+    one = dataclasses.replace(one, compute=ModelOptions("float32"))
+    assert measure("rollout", one)["temporary"] > 2 * layer
+
+
 def test_a_platform_that_is_not_there_is_named_and_another_compiled(tiny: str) -> None:
     """For a TPU where libtpu is installed; elsewhere the command says what to install."""
     tpu = settings(
