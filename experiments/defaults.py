@@ -74,7 +74,7 @@ def toy_files() -> dict[str, list[dict[str, Any]]]:
 def review_files() -> dict[str, list[dict[str, Any]]]:
     """The chain's files of rated sentences: four words are the prompt; of two sentences the better is chosen."""
     splits = movie_reviews.splits(movie_reviews.load())
-    texts = [f"{TITLE} {review.text}" for review in splits.judge_train[:1200]]
+    texts = [f"{TITLE} {review.text}" for review in splits.judge_train[:480]]
     pairs = [
         {"prompt": " ".join(words[:6]), "response": " " + " ".join(words[6:])}
         for words in map(str.split, texts)

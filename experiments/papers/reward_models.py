@@ -65,7 +65,10 @@ def settings(toy: bool) -> list[Setting]:
         kinds = [("words", "ridge"), ("small", "full"), ("small", "LoRA")]
     found = []
     for base, kind in kinds:
-        for count in labels if kind != "lexicon" else (0,):
+        counts = (0,) if kind == "lexicon" else labels
+        if (base, kind) == ("SmolLM2", "LoRA"):  # a few minutes each: first what can be compared with least time
+            counts = (2000, 500, 5000, 100)
+        for count in counts:
             for seed in seeds if kind != "lexicon" else (0,):
                 found.append({"base": base, "kind": kind, "labels": count, "seed": seed})
     return found
