@@ -1,5 +1,6 @@
 """Checkpoints: bitwise round trips (keys, shardings, odd leaves), refusals that name the leaf, faults on disk."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppo_jax.runs.checkpoints import checksums, manifests, store
+from ppo_jax.runs.checkpoints import checksums, manifests, reading, store
 from tests.disk import small_disk
 
 
@@ -340,6 +341,21 @@ def test_what_cannot_be_read_back_is_not_saved(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", merge)
     save(tmp_path, 2, {"x": jnp.ones(3)})
     assert store.all_steps(tmp_path) == [1, 2]
+
+
+def test_headers_are_those_that_orbax_reads_and_leave_nothing_behind(tmp_path: Path) -> None:
+    save(tmp_path, 1, make_state(0))
+    folder = tmp_path / "1" / "arrays"
+    known = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    found = reading.read_headers(folder, [*known, "absent"])
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (x.shape, x.dtype) for n, x in known.items()}
+
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(5):
+        reading.read_headers(folder, known)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 5 * len(known)  # Orbax's leave 11 objects for every array
 
 
 def test_a_place_that_cannot_hold_checkpoints(tmp_path: Path) -> None:
