@@ -355,12 +355,11 @@ done = {name.split()[0] for name, _, _ in claims}
 print("NOT RUN:", ", ".join(str(i) for i in range(7, 14) if str(i) not in done) or "nothing")
 
 # %% [markdown]
-# **What binds in the second part.** Time: the runs took 4 to 16 minutes each by the clock, 1 to 2 of one core, on 2 cores shared with some
-# twenty processes, and the third set of pairs and beta .3 have not been run; so none of the criteria 7 to 13 is decided, and what the
-# picture shows is what one or two sets of pairs did. `python -m experiments.papers.dpo_ppo_small` goes on where it stopped, and
-# `python -m experiments.papers.execute --only 09` prints the verdict then. What the first set shows (no verdict): with 2 nats DPO has more of the
-# labeller's score than PPO (.72 against .50 in distribution, .14 against .02 out of it), against the paper; PPO's first point lies at 3.5
-# nats, so that its value there is a straight line from the base. DPO stops at 3 nats, since its learning rate falls to 0; PPO goes on to 19 nats and
-# a score of 6.3, while VADER falls below the base's: the labeller itself is over-optimised (notebook 6), by a reward model that agrees with it on
-# .88 of the base's pairs. DPO's implicit reward agrees with it on .57 of the base's unseen pairs, though its learnt pairs are six nats apart: as
-# the papers say, the explicit model generalises better, here by far. Chosen responses become a little less likely, rejected ones much less.
+# **What binds in the second part (written after the run).** With 2 nats DPO has more of the labeller's score than PPO, in distribution within the bands and
+# out of it beyond them, against the paper. PPO passes 2 nats in its first updates, so that its value there is a straight line from the base; it
+# is judged far from where it was steered to (18 nats with beta .1, 10 with .3, where DPO ends at 3.1 and 1.9, since its learning rate falls to 0), and there it has
+# four times DPO's score. Neither moves VADER beyond the bands: the labeller is a reward model of a model that writes scraps of sentences, and
+# what it likes is not what a lexicon likes (notebook 6). The clearest figure is the explicit reward model's .86 against the implicit reward's .54 of
+# the base's unseen pairs, though DPO's learnt pairs are six nats apart: it has learnt those pairs and little else. Criterion 10 fails on its
+# second half alone (neither loses anything out of distribution), 11 since the implicit reward has nothing to lose. Chosen
+# responses become a little less likely, rejected ones much less.
