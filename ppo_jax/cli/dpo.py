@@ -89,6 +89,7 @@ def _dpo(settings: DPOSettings) -> None:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
+        common.tell_unknown(screen, model, (row for side in sides for row in side))
         task = f"{common.describe_roles(settings, settings.dpo.reference)} Preferences: {settings.pairs.name}."
         title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
         summary = common.describe_run(settings, title, task, measured_on=measured_on)

@@ -25,7 +25,7 @@ from ppo_jax.parallel import processes
 from ppo_jax.parallel.mesh import MeshConfig, use_mesh
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs import trained
-from ppo_jax.runs.prompts import PromptSet, check_room, encode_prompt_set
+from ppo_jax.runs.prompts import PromptSet, check_room, describe_unknown, encode_prompt_set
 from ppo_jax.runs.setup import decode_responses, missing_stop, with_stops
 from ppo_jax.train.state import key_stream
 from ppo_jax.types import Policy, Prompts
@@ -125,6 +125,8 @@ def _generate(settings: GenerateSettings) -> None:
     records += read_prompts(settings.prompts) if settings.prompts else []
     prompts, _ = encode_prompt_set(records, model, settings.max_prompt, settings.too_long)
     check_room(model, prompts.rows, sampling.response_length)
+    if unknown := describe_unknown(model, prompts.rows):
+        warnings.warn(unknown, stacklevel=2)
     found = responses(model, policy, prompts, sampling, settings)
     if settings.output:
         print(f"{write(found, settings.output)} responses are in {settings.output}")

@@ -19,6 +19,7 @@ from ppo_jax.cli.common import (
     report_long_texts,
     tell,
     tell_found,
+    tell_unknown,
     use_run_date,
     write_report,
 )
@@ -129,6 +130,7 @@ def _ppo(settings: PPOSettings) -> None:
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
         tell_found(screen, split)
+        tell_unknown(screen, model, setup.prompts.rows)
         for line in (told, *chosen.notices):
             tell(screen, line)
         summary = summarise(settings, setup)

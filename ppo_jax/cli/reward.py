@@ -126,8 +126,9 @@ def _reward(settings: RewardSettings) -> None:
     start = common.load_start(settings, model, dataclasses.replace(RewardConfig(), **said), "reward")
     train, held_out, split, where, mix = _data(settings, model, encoder)
     reference = _reference(settings, model)
-    for part, what in ((train, TRAINING), (held_out, f"{split.kind} texts")):
-        check_room(model, collect_comparisons(part, settings.seed, f"{what} of {where}").rows)
+    parts = ((train, TRAINING), (held_out, f"{split.kind} texts"))
+    rows = [row for part, what in parts for row in collect_comparisons(part, settings.seed, f"{what} of {where}").rows]
+    check_room(model, rows)
     try:
         check_batch(settings.reward, train)
     except ValueError as error:
@@ -136,6 +137,7 @@ def _reward(settings: RewardSettings) -> None:
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
+        common.tell_unknown(screen, model, rows)
         task = f"Base: {settings.model}. Preferences: {where.name}."
         summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
         common.begin_report(directory, summary)

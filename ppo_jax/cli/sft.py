@@ -19,6 +19,7 @@ from ppo_jax.cli.common import (
     repeatable_yaml,
     report_long_texts,
     tell_found,
+    tell_unknown,
     use_run_date,
     use_run_mesh,
     write_report,
@@ -126,6 +127,7 @@ def _sft(settings: SFTSettings) -> None:
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         tell_found(screen, split)
+        tell_unknown(screen, model, train.rows)
         task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
         measured_on = f"{split.kind} demonstrations"
         summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)

@@ -75,9 +75,10 @@ def render(text: Text, tokenizer: Any, where: str = "", add_generation_prompt: b
     at = f"{where}: " if where else ""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{at}these are chat messages, but the tokenizer has no chat template; use plain text, or a tokenizer "
-            "with one (chat_template.jinja or tokenizer_config.json in the model's folder), or give one with "
-            "--chat-template FILE"
+            f"{at}these are chat messages, but the tokenizer has no chat template; use plain text (of "
+            "instruction and output: --dataset.template.name alpaca, or --dataset.columns prompt=instruction "
+            "response=output), or a tokenizer with one (chat_template.jinja or tokenizer_config.json in the model's "
+            "folder), or give one with --chat-template FILE"
         )
     tools, messages = split_tools(text)
     more = template_options(tokenizer, tools)

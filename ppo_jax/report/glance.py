@@ -115,7 +115,7 @@ def _adapter(settings: Any, start: Any) -> str | None:
     kind, layers = at(settings, "kind"), at(settings, "layers")
     if kind is None:
         return None
-    where = f"the top {layers} layers" if layers else "all layers"
+    where = f"at most the top {layers} layers" if layers else "all layers"
     if kind == "lora":
         return f"LoRA of rank {at(settings, 'rank')} on {where}"
     return "all parameters" if kind == "full" else f"{where} ({kind})"

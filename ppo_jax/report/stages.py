@@ -9,6 +9,7 @@ from ppo_jax.models.files.artifacts import EXPORT, REWARD
 from ppo_jax.report.verdict import Verdict
 from ppo_jax.runs.output.series import Records, finite
 
+UNCHANGED = 0.005  # of the loss: a change below this says nothing
 NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "Direct preference optimisation"}
 
 
@@ -41,6 +42,9 @@ def _judge_sft(kind: str, before: float, after: float, loss_before: float, loss_
         f"The perplexity of {kind} demonstrations went from {before:.2f} to {after:.2f}, their loss from "
         f"{loss_before:.3f} to {loss_after:.3f} nats per token."
     )
+    if abs(loss_after - loss_before) < UNCHANGED * loss_before:
+        more = "Raise --sft.learning-rate, or train for longer (--sft.epochs)."
+        return Verdict(f"The model hardly changed on {kind} demonstrations", text, (more,))
     if after < before:
         return Verdict("The model writes more like the demonstrations", text)
     return Verdict(

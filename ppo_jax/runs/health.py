@@ -149,7 +149,8 @@ def few_prompts(records: Records, known: Known) -> Answer:
     return (
         f"Evaluations are on {known.held_out} {known.measured_on} only: the standard error of their mean reward is "
         f"{error:.2g}, {error / spreads[0]:.0%} of its spread.",
-        f"Keep more prompts apart (--held-out), at least {FEW_PROMPTS}.",
+        f"Keep at least {FEW_PROMPTS} apart (--held-out, at most a fifth of the prompts that differ), of more "
+        "prompts or of a file of their own (--dataset.held-out-file).",
     )
 
 

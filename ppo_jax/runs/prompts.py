@@ -92,7 +92,7 @@ def split_held_out(
             chosen.update(groups[number])
     told = ""
     if len(chosen) < count:
-        alike = f", of which {len(groups)} differ," if len(groups) < len(records) else ""
+        alike = f", {len(groups)} of them different," if len(groups) < len(records) else ""
         told = f"--held-out {count}: of {len(records)} {what}{alike} {len(chosen) or 'none'} can be held out. "
     if not chosen:
         return Split(list(records), list(records), "training", f"{told}Evaluations are of the training {what}")
@@ -158,6 +158,23 @@ def _tail(row: Sequence[int], text: str, model: Model) -> str:
         return text
     own = row[1:] if row[0] == model.tokenizer.bos_token_id else row  # BOS, which stays in front
     return text[found["offset_mapping"][-len(own)][0] :] if fast else model.decode(np.asarray(own))
+
+
+def describe_unknown(model: Model, rows: Iterable[Sequence[int]]) -> str:
+    """Say what share of tokens stands for words that the tokenizer does not know; "" for less than a tenth."""
+    tokenizer = model.tokenizer
+    backend = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    name = getattr(tokenizer, "unk_token", None) or getattr(backend, "unk_token", None)
+    if name is None:
+        return ""
+    # Where that token also begins or ends a text, as it may in a toy, both ends are left out.
+    ends = {model.tokenizer.bos_token_id, *model.stop_ids}
+    unknown, parts = tokenizer.convert_tokens_to_ids(name), [list(row) for row in rows]
+    inner = [t for row in parts for t in (row[row[0] in ends : len(row) - (row[-1] in ends)] if row else [])]
+    share = inner.count(unknown) / max(len(inner), 1)
+    if share < 0.1:
+        return ""
+    return f"{share:.0%} of the tokens are {name!r}, which stands for words that this model's tokenizer does not know"
 
 
 def check_room(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppo_jax.report import glance, numbers
+from ppo_jax.report import glance, numbers, stages
 from ppo_jax.report import page as report
 from ppo_jax.report.evidence import Evidence
 from ppo_jax.runs.output import rundir, writers
@@ -262,7 +262,7 @@ def test_a_report_in_the_middle_of_a_run_says_so_and_has_everything_it_needs(mid
     for part in (
         "Base modelmy/model", "Rewardrm", "Updates6 of 10", "Batch16 prompts × 2 responses each",
         "Learning rate0.0015, linear, after 2 updates of warm-up", "KL coefficient0.02, adaptive, in the reward",
-        "TrainedLoRA of rank 8 on the top 4 layers", "Responsesat most 24 tokens, at temperature 0.7",
+        "TrainedLoRA of rank 8 on at most the top 4 layers", "Responsesat most 24 tokens, at temperature 0.7",
         "Response tokens seen600", "Held-out prompts16", "Seed3",
         "The same throughoutKL coefficient0.02 score per natSpeed50 response tokens / sTime of an update2 seconds",
         "Commandppo-jax ppo --resume", "Commitabc", "Started2026-11-28 05:40:00+00:00, the first of 2 starts",
@@ -345,3 +345,15 @@ def test_a_base_in_the_cache_is_called_by_its_files_name():
     assert name({"base": "/home/ada/cache/small.gguf"}) == "small.gguf"
     assert name({"base": "my/model"}) == "my/model"
     assert name({"base": "/somewhere/else"}, model="runs/sft/export/model") == "runs/sft/export/model"
+
+
+def test_a_loss_that_hardly_moved_is_no_success():
+    def verdict(last: float) -> str:
+        ends = [{"heldout_loss": loss, "heldout_perplexity": float(np.exp(loss))} for loss in (1.227, last)]
+        found = stages.judge_stage([{"step": i, "phase": "sft", **end} for i, end in enumerate(ends)], "sft")
+        assert found is not None
+        return found.headline
+
+    assert verdict(1.226) == "The model hardly changed on held-out demonstrations"
+    assert verdict(1.1) == "The model writes more like the demonstrations"
+    assert verdict(1.3) == "The model became worse on held-out demonstrations"

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppo_jax.cli.demo.language import model
 from ppo_jax.cli.sft import SFTSettings, split_demonstrations
 from ppo_jax.data import DatasetOptions, PairRecord, PromptRecord, SFTRecord
 from ppo_jax.data.records import ChoiceRecord, RatingRecord, identities
-from ppo_jax.runs.prompts import group_alike, make_mixture, read_split, split_held_out
+from ppo_jax.runs.prompts import describe_unknown, group_alike, make_mixture, read_split, split_held_out
 
 ASK = [{"role": "user", "content": "a"}]
 ANSWER = [{"role": "assistant", "content": "b"}]
@@ -62,7 +63,7 @@ def test_what_is_said_of_too_few() -> None:
     assert few.notice == "--held-out 5: of 10 prompts 2 can be held out."
     same = split_held_out(prompts(*"aaaaabbbbb"), 5, 0, "pairs")
     assert same.notice == (
-        "--held-out 5: of 10 pairs, of which 2 differ, none can be held out. Evaluations are of the training pairs"
+        "--held-out 5: of 10 pairs, 2 of them different, none can be held out. Evaluations are of the training pairs"
     )
 
 
@@ -142,3 +143,12 @@ def test_several_files_are_read_one_behind_the_other(tmp_path: Path) -> None:
     mix = make_mixture(options, split.training, [0, 2, 5])
     assert mix is not None and mix.members == [0, 0, 1] and mix.weights == (3.0, 1.0)
     assert make_mixture(DatasetOptions(more=(two,)), split.training, [0]) is None
+
+
+def test_words_that_the_tokenizer_does_not_know_are_said() -> None:
+    toy = model(0)  # knows two dozen words; all others are its end token
+    rows = toy.tokenizer(["the film is great", "tell me about the film now"], add_special_tokens=False)["input_ids"]
+    assert describe_unknown(toy, rows[:1]) == ""
+    end = toy.tokenizer.convert_ids_to_tokens(toy.stop_ids[0])
+    assert describe_unknown(toy, rows).startswith(f"25% of the tokens are {end!r}")  # 2 of 4 + 4
+    assert describe_unknown(toy, [[*rows[0], toy.stop_ids[0]]]) == ""  # the end of a text
