@@ -41,8 +41,8 @@ def resolve(path: str | Path) -> Path:
     except Exception as error:  # no network, no such name, no permission: the client has a class for each
         raise FileNotFoundError(
             f"{name} is not a local path, and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give the path of a directory with config.json "
-            f"and model.safetensors; where there is a network, `hf download {name} --local-dir DIR` makes one"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give the path of a directory with "
+            f"config.json and model.safetensors; where there is a network, `hf download {name} --local-dir DIR` makes one"
         ) from error
 
 
