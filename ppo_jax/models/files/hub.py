@@ -42,7 +42,7 @@ def resolve(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{name} is not a local path, and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give the path of a directory with "
-            f"config.json and model.safetensors; where there is a network, `hf download {name} --local-dir DIR` makes one"
+            f"config.json and model.safetensors; with a network `hf download {name} --local-dir DIR` makes one"
         ) from error
 
 
