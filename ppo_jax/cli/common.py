@@ -6,7 +6,7 @@ Everything that a user may have got wrong is looked at before the run directory 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,7 +30,7 @@ from ppo_jax.rewards.addresses import saved_sources
 from ppo_jax.runs.facts import environment, record_start
 from ppo_jax.runs.output import config, rundir
 from ppo_jax.runs.output.screen import Screen
-from ppo_jax.runs.prompts import Split, describe_unknown
+from ppo_jax.runs.prompts import Split
 from ppo_jax.runs.setup import check_reference
 from ppo_jax.train.offline import OfflineConfig
 from ppo_jax.types import PyTree
@@ -221,11 +221,6 @@ def tell_found(screen: Screen, split: Split) -> None:
     """Say what the files held, and what was held out of it."""
     for line in (*split.found, split.notice):
         tell(screen, line)
-
-
-def tell_unknown(screen: Screen, model: Model, rows: Iterable[Sequence[int]]) -> None:
-    """Say it where much of a text is not in the vocabulary."""
-    tell(screen, describe_unknown(model, rows))
 
 
 def report_long_texts(screen: Screen, count: int, limit: int, too_long: TooLong) -> None:

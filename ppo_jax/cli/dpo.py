@@ -14,7 +14,7 @@ from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.dpo import encode, run_dpo
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import check_room, make_mixture, read_split, too_few_rows
+from ppo_jax.runs.prompts import check_room, describe_unknown, make_mixture, read_split, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.dpo import DPOConfig
@@ -89,7 +89,7 @@ def _dpo(settings: DPOSettings) -> None:
         long = train.encoded.too_long + held_out.encoded.too_long
         common.report_long_texts(screen, long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
-        common.tell_unknown(screen, model, (row for side in sides for row in side))
+        common.tell(screen, describe_unknown(model, (row for side in sides for row in side)))
         task = f"{common.describe_roles(settings, settings.dpo.reference)} Preferences: {settings.pairs.name}."
         title, measured_on = "Direct preference optimisation", f"{split.kind} pairs"
         summary = common.describe_run(settings, title, task, measured_on=measured_on)

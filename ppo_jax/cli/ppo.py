@@ -19,7 +19,6 @@ from ppo_jax.cli.common import (
     report_long_texts,
     tell,
     tell_found,
-    tell_unknown,
     use_run_date,
     write_report,
 )
@@ -46,7 +45,15 @@ from ppo_jax.runs.output.config import from_yaml, to_yaml
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
 from ppo_jax.runs.ppo import run_ppo
-from ppo_jax.runs.prompts import Split, check_room, encode_prompt_set, make_mixture, read_split, too_few_rows
+from ppo_jax.runs.prompts import (
+    Split,
+    check_room,
+    describe_unknown,
+    encode_prompt_set,
+    make_mixture,
+    read_split,
+    too_few_rows,
+)
 from ppo_jax.runs.setup import Result, Setup, with_stops
 from ppo_jax.runs.sweep.task import Task
 from ppo_jax.train.loop import LoopConfig
@@ -130,7 +137,7 @@ def _ppo(settings: PPOSettings) -> None:
     with progress("ppo-jax ppo", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, long, settings.max_prompt, settings.too_long)
         tell_found(screen, split)
-        tell_unknown(screen, model, setup.prompts.rows)
+        tell(screen, describe_unknown(model, setup.prompts.rows))
         for line in (told, *chosen.notices):
             tell(screen, line)
         summary = summarise(settings, setup)

@@ -25,7 +25,7 @@ from ppo_jax.rewards import loading
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import Screen, progress
-from ppo_jax.runs.prompts import Split, check_room, make_mixture, read_split
+from ppo_jax.runs.prompts import Split, check_room, describe_unknown, make_mixture, read_split
 from ppo_jax.runs.reward import TRAINING, Data, RewardResult, check_batch, collect_comparisons, run_reward
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sweep.task import Task
@@ -137,7 +137,7 @@ def _reward(settings: RewardSettings) -> None:
     with progress("ppo-jax reward", is_first(), log=directory / LOG) as screen:
         common.report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         common.tell_found(screen, split)
-        common.tell_unknown(screen, model, rows)
+        common.tell(screen, describe_unknown(model, rows))
         task = f"Base: {settings.model}. Preferences: {where.name}."
         summary = common.describe_run(settings, "Reward model", task, measured_on=f"{split.kind} pairs")
         common.begin_report(directory, summary)

@@ -18,8 +18,8 @@ from ppo_jax.cli.common import (
     open_directory,
     repeatable_yaml,
     report_long_texts,
+    tell,
     tell_found,
-    tell_unknown,
     use_run_date,
     use_run_mesh,
     write_report,
@@ -36,7 +36,7 @@ from ppo_jax.parallel.processes import is_first
 from ppo_jax.runs.checkpoints.resuming import Resume
 from ppo_jax.runs.output.rundir import LOG, run_directory
 from ppo_jax.runs.output.screen import progress
-from ppo_jax.runs.prompts import Split, check_room, make_mixture, read_split, too_few_rows
+from ppo_jax.runs.prompts import Split, check_room, describe_unknown, make_mixture, read_split, too_few_rows
 from ppo_jax.runs.setup import OfflineSetup
 from ppo_jax.runs.sft import run_sft
 from ppo_jax.runs.sweep.task import Task
@@ -127,7 +127,7 @@ def _sft(settings: SFTSettings) -> None:
     with progress("ppo-jax sft", is_first(), log=directory / LOG) as screen:
         report_long_texts(screen, train.too_long + held_out.too_long, settings.max_length, settings.too_long)
         tell_found(screen, split)
-        tell_unknown(screen, model, train.rows)
+        tell(screen, describe_unknown(model, train.rows))
         task = f"Base: {settings.model}. Demonstrations: {settings.data.name}."
         measured_on = f"{split.kind} demonstrations"
         summary = describe_run(settings, "Supervised fine-tuning", task, measured_on=measured_on)

@@ -1,6 +1,7 @@
 """From prompt records to what a run trains on: held-out rows apart, token rows, and room for responses."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -161,16 +162,18 @@ def _tail(row: Sequence[int], text: str, model: Model) -> str:
 
 
 def describe_unknown(model: Model, rows: Iterable[Sequence[int]]) -> str:
-    """Say what share of tokens stands for words that the tokenizer does not know; "" for less than a tenth."""
-    tokenizer = model.tokenizer
-    backend = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    name = getattr(tokenizer, "unk_token", None) or getattr(backend, "unk_token", None)
+    """Say what share of tokens stands for words that the tokenizer does not know; "" for less than a tenth.
+
+    The first thousand rows are looked at. A byte-level tokenizer may name such a token, but never gives it.
+    """
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    name = model.tokenizer.unk_token if backend is None else getattr(backend.model, "unk_token", None)
     if name is None:
         return ""
     # Where that token also begins or ends a text, as it may in a toy, both ends are left out.
     ends = {model.tokenizer.bos_token_id, *model.stop_ids}
-    unknown, parts = tokenizer.convert_tokens_to_ids(name), [list(row) for row in rows]
-    inner = [t for row in parts for t in (row[row[0] in ends : len(row) - (row[-1] in ends)] if row else [])]
+    unknown, seen = model.tokenizer.convert_tokens_to_ids(name), [list(row) for row in islice(rows, 1000) if len(row)]
+    inner = [token for row in seen for token in row[row[0] in ends : len(row) - (row[-1] in ends)]]
     share = inner.count(unknown) / max(len(inner), 1)
     if share < 0.1:
         return ""

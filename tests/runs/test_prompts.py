@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ppo_jax.cli.demo.language import model
 from ppo_jax.cli.sft import SFTSettings, split_demonstrations
@@ -152,3 +154,6 @@ def test_words_that_the_tokenizer_does_not_know_are_said() -> None:
     end = toy.tokenizer.convert_ids_to_tokens(toy.stop_ids[0])
     assert describe_unknown(toy, rows).startswith(f"25% of the tokens are {end!r}")  # 2 of 4 + 4
     assert describe_unknown(toy, [[*rows[0], toy.stop_ids[0]]]) == ""  # the end of a text
+    bytewise = Tokenizer(models.BPE({"</s>": 0, "a": 1}, []))
+    named = PreTrainedTokenizerFast(tokenizer_object=bytewise, unk_token="</s>", eos_token="</s>")
+    assert describe_unknown(toy._replace(tokenizer=named), [[1, 0, 1, 0, 1]]) == ""  # ends of several answers

@@ -115,7 +115,11 @@ def read_headers(folder: Path, names: Collection[str]) -> Mapping[str, Any]:
     layout = parse_json((folder / "_METADATA").read_bytes())
     if not layout["use_ocdbt"] or layout["use_zarr3"]:  # not as Orbax writes by default
         return ocp.PyTreeCheckpointHandler().metadata(folder).tree
-    store, context, found = {"driver": "ocdbt", "base": f"file://{folder}/"}, tensorstore.Context(), {}
+    store, context, found = (
+        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}},
+        tensorstore.Context(),
+        {},
+    )
     opened = {
         name: tensorstore.open(
             {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True, read=True, context=context

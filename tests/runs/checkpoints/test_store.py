@@ -344,8 +344,8 @@ def test_what_cannot_be_read_back_is_not_saved(tmp_path: Path, monkeypatch: pyte
 
 
 def test_headers_are_those_that_orbax_reads_and_leave_nothing_behind(tmp_path: Path) -> None:
-    save(tmp_path, 1, make_state(0))
-    folder = tmp_path / "1" / "arrays"
+    save(tmp_path / "lr=1 #2 50%41 & more", 1, make_state(0))  # what a URL would read otherwise
+    folder = tmp_path / "lr=1 #2 50%41 & more" / "1" / "arrays"
     known = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     found = reading.read_headers(folder, [*known, "absent"])
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (x.shape, x.dtype) for n, x in known.items()}
