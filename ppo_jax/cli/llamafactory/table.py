@@ -65,7 +65,7 @@ TRANSLATED: dict[str, str] = {
     "save_total_limit": "loop.keep; without it all checkpoints stay (loop.keep_every)",
     "eval_strategy": "loop.eval_every: steps, epoch, or no (before and after only)",
     "eval_steps": "loop.eval_every; logging_steps without it",
-    "logging_steps": "loop.eval_every where eval_steps is not given; every step is logged",
+    "logging_steps": "every step is logged; loop.eval_every where eval_strategy is steps and eval_steps is not given",
     "load_best_model_at_end": "loop.best_metric; the best one is in export/best, beside the last one",
     "metric_for_best_model": "loop.best_metric: loss and accuracy",
     "report_to": "loop.log: wandb, mlflow, trackio (loop.project huggingface); TensorBoard's files are written anyway",

@@ -82,7 +82,7 @@ def read_leaves(path: Path, step: int, manifest: Manifest, wanted: Mapping[str, 
             ]
             if large:
                 raise ValueError(f"{large[0].name} has {large[0].stat().st_size} bytes, {LARGEST_META} are allowed")
-            if wrong := manifests.other_than_stored(manifest, handler.metadata(folder).tree, args):
+            if wrong := manifests.other_than_stored(manifest, read_headers(folder, args), args):
                 raise ValueError("; ".join(wrong[:3]))
             request = ocp.args.PyTreeRestore(item=item, restore_args=dict(args), partial_restore=True)
             return handler.restore(folder, args=request)
@@ -110,22 +110,19 @@ def read_headers(folder: Path, names: Collection[str]) -> Mapping[str, Any]:
     """{name: with .shape and .dtype} of those arrays that the folder holds, from their own headers.
 
     Orbax's `metadata` says the same, but keeps half a megabyte of Python objects for each checkpoint (TensorStore's
-    `Spec.to_json` does): a run that saves often would grow without end.
+    `Spec.to_json` does): a run that saves often would grow without end. Raises ValueError for one that cannot be read.
     """
     layout = parse_json((folder / "_METADATA").read_bytes())
     if not layout["use_ocdbt"] or layout["use_zarr3"]:  # not as Orbax writes by default
         return ocp.PyTreeCheckpointHandler().metadata(folder).tree
-    store, context, found = (
-        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}},
-        tensorstore.Context(),
-        {},
-    )
-    opened = {
-        name: tensorstore.open(
-            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True, read=True, context=context
-        )
-        for name in names
-    }
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    context, found = tensorstore.Context(), {}
+
+    def begin(name: str) -> Any:
+        spec = {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}
+        return tensorstore.open(spec, open=True, read=True, context=context)
+
+    opened = {name: begin(name) for name in names}
     for name, future in opened.items():
         try:
             array = future.result()
