@@ -12,6 +12,7 @@ An adapter always touches the *last* n layers, n being the length of its stacked
 
 import dataclasses
 import functools
+import re
 from typing import Literal
 
 import flax.struct
@@ -40,7 +41,8 @@ class AdapterConfig:
     alpha: float = 16.0
     """A LoRA update is scaled by alpha / rank."""
     targets: tuple[str, ...] = LINEARS
-    """These linear maps carry LoRA; where all are named, those that the model has (GPT-2's MLP has no gate)."""
+    """These linear maps carry LoRA; where all are named, those that the model has (GPT-2's MLP has no gate). Each is a
+    name or a regular expression of names, and may have a rank and an alpha of its own: "q|v:16" or "q|v:16:32"."""
     dora: bool = False
     """LoRA changes the directions of the weights alone, and a length for each output is trained beside it (DoRA)."""
 
@@ -51,7 +53,7 @@ class AdapterConfig:
             raise ValueError(f"adapter kind=full trains every layer; layers={self.layers} needs kind=top_k")
         if self.dora and self.kind != "lora":
             raise ValueError(f"adapter dora=True is a form of kind=lora; kind={self.kind} trains whole weights")
-        check_targets(self.targets)
+        read_targets(self.targets, self.rank, self.alpha)
 
 
 @flax.struct.dataclass
@@ -94,19 +96,19 @@ def init_lora(
 
     a ~ U(-1/sqrt(in), 1/sqrt(in)) and b = 0, in float32. `key` is consumed.
     """
-    check_targets(targets)
+    own = read_targets(targets, rank, alpha)
     if rank < 1:
         raise ValueError(f"LoRA rank={rank} must be at least 1")
     if not 0 <= first_layer < config.num_layers:
         raise ValueError(f"first_layer={first_layer} must lie in [0, {config.num_layers})")
     sizes = linear_shapes(config)
-    targets = tuple(name for name in targets if name in sizes or set(targets) != set(LINEARS))
-    if absent := [name for name in targets if name not in sizes]:
+    names = [name for name in own if name in sizes or set(own) != set(LINEARS)]
+    if absent := [name for name in names if name not in sizes]:
         raise ValueError(f"LoRA targets {absent}: a {config.family} model has no such map; it has {', '.join(sizes)}")
     count = config.num_layers - first_layer
     lora = {}
-    for name, subkey in zip(targets, jax.random.split(key, len(targets)), strict=True):
-        inputs, outputs = sizes[name]
+    for name, subkey in zip(names, jax.random.split(key, len(names)), strict=True):
+        (inputs, outputs), (rank, alpha) = sizes[name], own[name]
         bound = inputs**-0.5
         a = jax.random.uniform(subkey, (count, inputs, rank), jnp.float32, -bound, bound)
         lora[name] = Lora(a=a, b=jnp.zeros((count, rank, outputs), jnp.float32), scale=alpha / rank)
@@ -166,15 +168,32 @@ def _lengths(layers: PyTree, adapter: PyTree, first: int) -> dict[str, Float[Arr
     }
 
 
-def check_targets(targets: tuple[str, ...]) -> None:
-    """Raise ValueError for a linear map that no layer has; what other programs call it is known."""
-    unknown = sorted(set(targets) - set(LINEARS))
-    if not unknown and targets:
-        return
-    ours = {name: name.removesuffix("_proj") for name in unknown}
-    ours = {name: short for name, short in ours.items() if short in LINEARS}
-    hint = "".join(f"; {name} is {short} here" for name, short in ours.items())
-    raise ValueError(f"LoRA targets {unknown or 'are empty'}; allowed: {', '.join(LINEARS)}{hint}")
+def read_targets(targets: tuple[str, ...], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
+    """{linear map: its rank and alpha}, in the order of the targets; `rank` and `alpha` where they say none.
+
+    Raises ValueError for a target that no map has, what other programs call it being known; for a map that two of them
+    have; and for a rank or alpha that is none.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    unknown = []
+    for target in targets:
+        pattern, *numbers = target.split(":")
+        try:
+            names = [name for name in LINEARS if re.fullmatch(pattern, name)]
+            own = (int(numbers[0]) if numbers else rank, float(numbers[1]) if numbers[1:] else alpha)
+        except (re.error, ValueError) as error:
+            raise ValueError(f"LoRA target {target!r} is not NAME, NAME:RANK or NAME:RANK:ALPHA: {error}") from error
+        if len(numbers) > 2 or (numbers and (own[0] < 1 or not 0 < own[1] < float("inf"))):
+            raise ValueError(f"LoRA target {target!r} is not NAME, NAME:RANK or NAME:RANK:ALPHA, both above 0")
+        if twice := [name for name in names if name in found]:
+            raise ValueError(f"LoRA targets name {', '.join(twice)} twice: {', '.join(targets)}")
+        unknown += [] if names else [pattern]
+        found |= dict.fromkeys(names, own)
+    if not unknown and found:
+        return found
+    ours = {name: name.removesuffix("_proj") for name in sorted(unknown)}
+    hint = "".join(f"; {name} is {short} here" for name, short in ours.items() if short in LINEARS)
+    raise ValueError(f"LoRA targets {sorted(unknown) or 'are empty'}; allowed: {', '.join(LINEARS)}{hint}")
 
 
 def init_top_k(params: PyTree, config: ModelConfig, k: int) -> PyTree:

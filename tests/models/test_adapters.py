@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,16 @@ def test_a_fresh_adapter_equals_the_base_and_owns_its_arrays(adapter: AdapterCon
     np.testing.assert_array_equal(run(BASE, fresh, WIDE, TOKENS, POSITIONS), run(BASE, {}, WIDE, TOKENS, POSITIONS))
     assert first_layer(fresh, WIDE) == (3 - adapter.layers if adapter.layers else 0)
     assert not buffers(BASE) & buffers(fresh)
+
+
+def test_maps_may_be_named_by_a_pattern_and_have_ranks_and_alphas_of_their_own() -> None:
+    config = AdapterConfig(targets=("[qv]:2:8", "up|down:4", "o"), rank=3, alpha=6.0)
+    fresh = jax.eval_shape(lambda key: init_adapter(key, BASE, WIDE, config), jax.random.key(0))["lora"]
+    found = {name: (update.a.shape[-1], update.b.shape[-2], update.scale) for name, update in fresh.items()}
+    assert found == {"q": (2, 2, 4), "v": (2, 2, 4), "up": (4, 4, 1.5), "down": (4, 4, 1.5), "o": (3, 3, 2)}
+    everything = AdapterConfig(targets=(".*",)), AdapterConfig()
+    same = (init_adapter(jax.random.key(0), BASE, WIDE, each) for each in everything)
+    chex.assert_trees_all_equal(*same)
 
 
 def test_lora_starts_from_uniform_a_zero_b_and_alpha_over_rank() -> None:
@@ -290,6 +301,11 @@ def unchecked_kind(kind: str) -> AdapterConfig:
         (lambda key: init_adapter(key, BASE, WIDE, AdapterConfig(rank=0)), "rank=0 must be at least 1"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, ("q", "w")), r"\['w'\]; allowed: q, k, v, o, gate, up, down"),
         (lambda key: AdapterConfig(targets=("q_proj", "x")), "'x'.*up, down; q_proj is q here$"),
+        (lambda key: AdapterConfig(targets=("q|v", "v:2")), "name v twice: q|v, v:2"),
+        (lambda key: AdapterConfig(targets=("q:two",)), "'q:two' is not NAME, NAME:RANK or NAME:RANK:ALPHA: invalid"),
+        (lambda key: AdapterConfig(targets=("q:0",)), "'q:0' is not .* both above 0"),
+        (lambda key: AdapterConfig(targets=("q:1:nan",)), "'q:1:nan' is not .* both above 0"),
+        (lambda key: AdapterConfig(targets=("(q",)), r"'\(q' is not NAME"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, ()), "are empty; allowed: q, k, v, o, gate, up, down"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, first_layer=3), r"first_layer=3 must lie in \[0, 3\)"),
         (lambda key: init_lora(key, WIDE, 2, 4.0, first_layer=-1), r"first_layer=-1 must lie in \[0, 3\)"),
