@@ -19,6 +19,7 @@ from ppo_jax.models.adapters import AdapterConfig, init_adapter
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.heads import RewardHead
 from ppo_jax.models.layout import init_params
+from ppo_jax.rewards.adapter import RewardRole, adapter_reward
 from ppo_jax.rewards.model import FullReward, model_reward
 from ppo_jax.rollout import Sampling, generate
 from ppo_jax.runs.memory import trim_after_compiling
@@ -52,6 +53,7 @@ def options_of(work: Workload) -> PPOConfig:
         num_minibatches=1,
         accumulate=work.micro_batches,
         length_buckets=work.length_buckets,
+        logprob_chunk=work.logprob_chunk,
         critic=CriticConfig(own=True, adapter=whole) if work.own_critic else CriticConfig(),
     )
 
@@ -60,13 +62,13 @@ def start(work: Workload, config: ModelConfig, base: PyTree) -> tuple[TrainState
     """A fresh state, and what it reads."""
     key = jax.random.key(1)
     whole = AdapterConfig(kind="full")
-    adapter = init_adapter(
-        key, base, config, whole if work.adapter == "full" else AdapterConfig(kind="lora", rank=work.rank)
-    )
+    lora = AdapterConfig(kind="lora", rank=work.rank, layers=work.layers)
+    adapter = init_adapter(key, base, config, whole if work.adapter == "full" else lora)
     critic = init_adapter(key, base, config, whole) if work.own_critic else None
     state = init_state(key, adapter, config, make_optimizer(), 0.05, critic=critic)
     head = RewardHead().init(key, jnp.zeros((1, config.hidden_size)))["params"]
-    return state, Frozen(base, FullReward(base, head) if work.reward == "model" else None)
+    rewards = {"model": FullReward(base, head), "lora": RewardRole(init_adapter(key, base, config, lora), head)}
+    return state, Frozen(base, rewards.get(work.reward))
 
 
 def prompts_of(work: Workload) -> Prompts:
@@ -75,13 +77,14 @@ def prompts_of(work: Workload) -> Prompts:
 
 
 def scorer_of(work: Workload, config: ModelConfig) -> Any:
-    """(frozen, rollout) -> scores, compiled."""
+    """(frozen, rollout) -> scores, compiled; of a LoRA reward nothing, since the update scores on the shared prefix."""
     if work.reward == "model":
         reward = model_reward(config, ())
         return jax.jit(lambda frozen, rollout: reward(frozen, rollout, None, 0))
 
     def rule(frozen: Frozen, rollout: Rollout) -> Scores:
-        score = jnp.sum(rollout.tokens % 2 * rollout.mask, axis=1) / jnp.sum(rollout.mask, axis=1)
+        odd = rollout.tokens % 2 * (work.reward == "rule")
+        score = jnp.sum(odd * rollout.mask, axis=1) / jnp.sum(rollout.mask, axis=1)
         return Scores(score.astype(jnp.float32), jnp.ones(score.shape, bool), {})
 
     return jax.jit(rule)
@@ -92,7 +95,8 @@ def iterate(work: Workload, count: int, clock: Clock) -> None:
     config = model_of(work)
     base = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     state, frozen = start(work, config, base)
-    collect, learn = make_host_iteration(config, options_of(work), make_optimizer())
+    reward = adapter_reward(config, ()) if work.reward == "lora" else None
+    collect, learn = make_host_iteration(config, options_of(work), make_optimizer(), reward)
     score, prompts = scorer_of(work, config), prompts_of(work)
 
     def finish(step: Any, *inputs: Any) -> Any:

@@ -126,7 +126,7 @@ def summary(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over all processes."""
     later = [iteration for record in records for iteration in record["iterations"][1:]]
     first = [record["iterations"][0] for record in records]
-    row: dict[str, Any] = {"peak_mib": max(record["peak_mib"] for record in records)}
+    row: dict[str, Any] = {"peak_mib": [record["peak_mib"] for record in records]}
     for index, clock in enumerate(("wall", "cpu")):
         row[clock] = {phase: median(one[phase][index] for one in later) for phase in later[0]}
         row[clock]["whole"] = median(sum(part[index] for part in one.values()) for one in later)
@@ -140,7 +140,12 @@ def summary(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: seconds of an iteration and its phases, first iterations, memory, rates; ours is the measure."""
     columns = ["workload", "trainer", "wall s", "cpu s", "peer / ours (cpu)", "phases (wall s)"]
-    columns += ["first, cold / warm (wall s)", "peak MiB", "update GFLOP/s (products)", "decode step ms (products)"]
+    columns += [
+        "first, cold / warm (wall s)",
+        "peak MiB, cold / warm",
+        "update GFLOP/s (products)",
+        "decode step ms (products)",
+    ]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     ours = {row["workload"]: row["cpu"]["whole"] for row in rows if row["trainer"] == "ours"}
@@ -152,10 +157,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         rate += f" ({row['product_gflops']:.0f})" if "product_gflops" in row else ""
         step = f"{row['decode_ms']:.1f} ({row['decode_floor_ms']:.1f})" if "decode_ms" in row else ""
         first = " / ".join(f"{seconds:.1f}" for seconds in wall["first"][:2])
+        peak = " / ".join(f"{most:,}" for most in row["peak_mib"][:2])
         low, high = wall["spread"]
         yield (
             f"| {row['workload']} | {row['trainer']} | {wall['whole']:.2f} ({low:.2f}-{high:.2f}) | {cpu['whole']:.2f} "
-            f"| {relative} | {phases} | {first} | {row['peak_mib']:,} | {rate} | {step} |"
+            f"| {relative} | {phases} | {first} | {peak} | {rate} | {step} |"
         )
 
 

@@ -42,11 +42,15 @@ class Workload:
     micro_batches: int = 1
     adapter: Literal["full", "lora"] = "full"
     rank: int = 16  # of LoRA
+    layers: int = 0  # that have LoRA, counted from the last; 0: all
     own_critic: bool = False
-    reward: Literal["model", "rule"] = "model"  # a model of the same size, or a sum over tokens
+    reward: Literal["model", "rule", "lora"] = (
+        "model"  # a model of the same size, a sum over tokens, or like the policy
+    )
     stops: int = 0  # so many token ids end a response; 0: every response has its whole length
     slots: int = 0  # ours alone: responses drawn at a time
     length_buckets: int = 1  # ours alone: lengths that micro-batches are cut to
+    logprob_chunk: int = 0  # ours alone: positions whose logits are held at once; 0: all
 
     @property
     def tokens(self) -> int:
@@ -57,15 +61,18 @@ class Workload:
 
         A pass over n tokens takes 2 n (products + scores of attention) and the unembedding on response positions; its
         backward pass twice that, or once where the weights are frozen. Padding behind short responses counts as work.
+        Layers below the trained ones are passed once; a reward that is read with the update passes the others once.
         """
         shape, rows = self.shape, self.batch * self.response
         attention = 2 * shape.layers * (self.prompt + self.response) * shape.heads * shape.head_width
         trunk, table = 2 * self.tokens * shape.products, 2 * rows * shape.width * shape.vocabulary
         scores = 2 * self.tokens * attention
         weights = 1 if self.adapter == "full" else 0
-        policy = (2 + weights) * (trunk + table) + 3 * scores
+        part = (self.layers or shape.layers) / shape.layers
+        policy = (2 + weights) * (part * trunk + table) + 3 * part * scores
         critic = (3 * trunk + 3 * scores) if self.own_critic else 0
-        return trunk + scores + table + self.epochs * (policy + critic)
+        reward = part * (trunk + scores) if self.reward == "lora" else 0
+        return trunk + scores + table + reward + self.epochs * (policy + critic)
 
 
 SMOLLM2 = Shape(vocabulary=49_152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536)
@@ -75,13 +82,18 @@ WORKLOADS = {
     "T": Workload(FOUR, batch=16, prompt=32, response=64, epochs=4),
     "T-critic": Workload(FOUR, batch=16, prompt=32, response=64, epochs=4, own_critic=True),
     "T-rule": Workload(FOUR, batch=16, prompt=32, response=64, epochs=4, own_critic=True, reward="rule"),
-    "C": Workload(dataclasses.replace(FOUR, vocabulary=32_000), batch=8, prompt=32, response=64, epochs=2),
+    "C": Workload(
+        dataclasses.replace(FOUR, vocabulary=32_000), batch=8, prompt=32, response=64, epochs=2, logprob_chunk=128
+    ),
     "V": Workload(FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=4, stops=32),
     "V-ragged": Workload(
         FOUR, batch=64, prompt=32, response=128, epochs=4, micro_batches=8, stops=32, slots=24, length_buckets=4
     ),
     "S": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4),
     "S-lora": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, adapter="lora"),
+    "S-top": Workload(
+        SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, adapter="lora", layers=12, reward="lora"
+    ),
     "S-critic": Workload(SMOLLM2, batch=32, prompt=16, response=24, epochs=4, micro_batches=4, own_critic=True),
 }
 
@@ -93,7 +105,9 @@ def find_workload(name: str) -> Workload:
         return whole
     small = Shape(vocabulary=64, width=64, layers=2, heads=1, kv_heads=1, mlp=64)
     batch, slots = max(4, whole.micro_batches), min(whole.slots, 2)
-    return dataclasses.replace(whole, shape=small, batch=batch, prompt=4, response=6, slots=slots)
+    return dataclasses.replace(
+        whole, shape=small, batch=batch, prompt=4, response=6, slots=slots, layers=min(whole.layers, 1)
+    )
 
 
 class Clock:
