@@ -1,5 +1,6 @@
 """From a rollout and its scores to what the loss reads: reference, KL, rewards, advantages. Once per rollout."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -46,9 +47,15 @@ class Outcome(NamedTuple):
 def share_prefix(
     algorithm: Algorithm, policy: Policy, frozen: Frozen, rollout: Rollout, pretrain: Texts | None = None
 ) -> Collected:
-    """The rollout with what all roles share of it, which is constant over the epochs."""
+    """The rollout with what all roles share of it, which is constant over the epochs.
+
+    Where ppo.prefix_dtype rounds it, the log-probs of reference and update are those of the rounded one, while the
+    sampler's are not: KL and ratios of equal policies are 0 and 1 to that rounding.
+    """
     depth = min(policy_depth(policy, algorithm.model), shared_layers(frozen.reference, algorithm.model))
     prefix = shared_prefix(frozen.base, algorithm.model, rollout.tokens, rollout.mask, depth)
+    if prefix is not None and algorithm.ppo.prefix_dtype == "bfloat16":
+        prefix = dataclasses.replace(prefix, hidden=prefix.hidden.astype(jnp.bfloat16))
     return Collected(rollout, prefix, pretrain)
 
 

@@ -23,6 +23,7 @@ from ppo_jax.types import Hyper, Metrics, Off
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
 # (algorithm, outcome, hyper) -> advantages, returns: as `experience.estimate_advantages`
 Estimator = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
+PrefixDtype = Literal["compute", "bfloat16"]
 Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce", "reinforce++"]
 GROUPED = ("rloo", "grpo", "dr_grpo")  # baselines from other responses to the same prompt
 
@@ -157,13 +158,20 @@ class PPOConfig:
     off."""
     logprob_chunk: int = 0
     """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
+    prefix_dtype: PrefixDtype = "compute"
+    """The activations below the layers of policy, reference and rewards are kept as computed, or rounded to bfloat16:
+    half the memory of float32."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "prompt_buckets", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         check_choices(
-            self, advantage=Advantage, aggregation=Aggregation, behaviour=Literal["ignore", "importance", "filtered"]
+            self,
+            advantage=Advantage,
+            aggregation=Aggregation,
+            behaviour=Literal["ignore", "importance", "filtered"],
+            prefix_dtype=PrefixDtype,
         )
         if self.length_buckets > 1 and self.aggregation == "constant":
             raise ValueError(

@@ -14,7 +14,7 @@ import pytest
 from ppo_jax.models.heads import score, value
 from ppo_jax.models.roles import before_response, role_hidden
 from ppo_jax.ops.logprobs import token_logprobs
-from ppo_jax.train.experience import evaluate_critic, share_prefix
+from ppo_jax.train.experience import evaluate_critic, reference_logprobs, share_prefix
 from ppo_jax.train.objective import Counts, ppo_loss
 from ppo_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ppo_jax.train.options import CriticConfig, KLConfig, PPOConfig
@@ -22,6 +22,20 @@ from ppo_jax.train.state import value_head_of_reward
 from tests.train import toy
 from tests.train.choices import FOUR, OFF, TOP_3, begin, critic_adapter, drawn, experience, half, scored, texts
 from tests.train.toy import CONFIG, FROZEN, assert_close, numbers
+
+# -- prefix ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_in_bfloat16_is_half_as_large_and_moves_log_probs_by_its_rounding():
+    rollout, policy = drawn(), begin().policy
+    whole, rounded = (
+        share_prefix(toy.algorithm(dataclasses.replace(FOUR, prefix_dtype=dtype)), policy, FROZEN, rollout)
+        for dtype in ("compute", "bfloat16")
+    )
+    assert rounded.prefix.hidden.nbytes == whole.prefix.hidden.nbytes / 2 and rounded.prefix.layers == 1
+    exact, near = (np.asarray(reference_logprobs(CONFIG, FROZEN, one, OFF)) for one in (whole, rounded))
+    assert near.dtype == np.float32 and 1e-5 < np.abs(exact - near)[np.asarray(rollout.response_mask)].max() < 0.1
+
 
 # -- critic ----------------------------------------------------------------------------------------------------------
 
