@@ -1,12 +1,12 @@
 """One PPO file of LLaMA-Factory as a command of its own program and as one of ours, in turns.
 
-    python -m experiments.benchmarks.llamafactory --theirs lf/bin/llamafactory-cli
+    python -m experiments.benchmarks.llamafactory
 
 SmolLM2-135M with LoRA 16 on all maps, a full reward model of the same size (its head drawn at random: what it says does
 not matter here), 128 prompts of real text, 32 an update in micro-batches of 8, answers of up to 24 tokens, 4 epochs, 4
-updates. The folder of `--run-dir` has the file, so that both can be run by hand. docs/llamafactory.md says how their
-program is installed. A command's seconds are those of everything: imports, loading, compiling, our evaluations before
-and after, saving. Seconds of an update are those between the first record of a run and its last.
+updates. Their program is installed into an environment of its own, once. The folder of `--run-dir` has the file, so
+that both can be run by hand. A command's seconds are those of everything: imports, loading, compiling, our evaluations
+before and after, saving. Seconds of an update are those between the first record of a run and its last.
 """
 
 import dataclasses
@@ -24,12 +24,25 @@ import psutil
 from safetensors.numpy import save_file
 
 from experiments import movie_reviews
+from experiments.benchmarks.side_by_side import TORCH, Peer, install
 from ppo_jax.cli.parse import parse
 from ppo_jax.data import assets
+from ppo_jax.data.assets import cache_dir
 from ppo_jax.models.files import hf
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.runs.output.plain_yaml import write_yaml
 
+NEEDED = (
+    "transformers==4.51.3",
+    "accelerate==1.7.0",
+    "datasets==3.6.0",
+    "peft==0.15.2",
+    "tyro<0.9",
+    "omegaconf",
+    "fire",
+)
+ALSO = ("scipy", "einops", "sentencepiece", "tiktoken", "protobuf", "pydantic")
+PEER = Peer("llamafactory", (), (TORCH, ("--no-deps", "llamafactory==0.9.3", "trl==0.9.6"), NEEDED + ALSO))
 WORDS = 12  # of a sentence make a prompt: 15 tokens, at most some 25
 FILE: dict[str, Any] = {
     "stage": "ppo",
@@ -65,8 +78,8 @@ FILE: dict[str, Any] = {
 class Commands:
     """What is measured."""
 
-    theirs: Path = Path("llamafactory-cli")
-    """This is the command of LLaMA-Factory 0.9.3, in an environment that has it."""
+    environments: Path = cache_dir() / "peers"
+    """Their program is installed here."""
     repeats: int = 2
     """So many commands of each program are run."""
     run_dir: Path = Path("runs/benchmarks/llamafactory")
@@ -79,7 +92,8 @@ def main(args: list[str] | None = None) -> None:
     file = prepare(where, load_model(assets.smollm2()))
     out = {"theirs": where / "theirs", "ours": where / "ours"}
     ours = [sys.executable, "-m", "ppo_jax.cli.main", "llamafactory", str(file), "--set", f"output_dir={out['ours']}"]
-    commands = {"theirs": [str(settings.theirs), "train", str(file)], "ours": ours}
+    program = install(settings.environments / PEER.module, PEER).with_name("llamafactory-cli")
+    commands = {"theirs": [str(program), "train", str(file)], "ours": ours}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for repeat in range(settings.repeats):
         for name, command in commands.items():

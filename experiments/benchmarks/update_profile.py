@@ -1,6 +1,6 @@
 """Where the seconds of an update go: its operations as the profiler times them, added up by what they do.
 
-    python -m experiments.benchmarks.update_profile T S-lora C --to runs/benchmarks/profile.json
+    python -m experiments.benchmarks.update_profile --workloads T S-lora C --to runs/benchmarks/profile.json
 
 The clock's time is shared out: at every moment among the innermost operations that run, so the shares add up to the
 whole; `nothing` is when none runs. Products are dots, and what XLA hands to its library of products; anything else goes
