@@ -26,7 +26,7 @@ from ppo_jax.runs.memory import trim_after_compiling
 from ppo_jax.train.optimizer import make_optimizer
 from ppo_jax.train.options import CriticConfig, PPOConfig
 from ppo_jax.train.ppo import make_host_iteration
-from ppo_jax.train.state import TrainState, init_state
+from ppo_jax.train.state import Collect, Learn, TrainState, init_state
 from ppo_jax.types import Frozen, Hyper, Policy, Prompts, PyTree, Rollout, Scores
 
 HYPER = Hyper(learning_rate=1e-5, temperature=1.0)
@@ -90,13 +90,18 @@ def scorer_of(work: Workload, config: ModelConfig) -> Any:
     return jax.jit(rule)
 
 
+def halves_of(work: Workload, config: ModelConfig) -> tuple[Collect, Learn]:
+    """Rollout and update, compiled; a LoRA reward is part of the update."""
+    reward = adapter_reward(config, ()) if work.reward == "lora" else None
+    return make_host_iteration(config, options_of(work), make_optimizer(), reward)
+
+
 def iterate(work: Workload, count: int, clock: Clock) -> None:
     """So many PPO iterations under the clock; the first one compiles."""
     config = model_of(work)
     base = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     state, frozen = start(work, config, base)
-    reward = adapter_reward(config, ()) if work.reward == "lora" else None
-    collect, learn = make_host_iteration(config, options_of(work), make_optimizer(), reward)
+    collect, learn = halves_of(work, config)
     score, prompts = scorer_of(work, config), prompts_of(work)
 
     def finish(step: Any, *inputs: Any) -> Any:

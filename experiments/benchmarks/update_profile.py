@@ -78,9 +78,7 @@ def profile(work: Workload, tries: int) -> tuple[list[list[Span]], str]:
     config = ours.model_of(work)
     base = jax.jit(ours.init_params, static_argnums=1)(jax.random.key(0), config)
     state, frozen = ours.start(work, config, base)
-    collect, learn = cast(
-        tuple[Any, Any], ours.make_host_iteration(config, ours.options_of(work), ours.make_optimizer())
-    )
+    collect, learn = cast(tuple[Any, Any], ours.halves_of(work, config))
     rollout = collect(state, frozen, ours.prompts_of(work), ours.HYPER)
     inputs = rollout, ours.scorer_of(work, config)(frozen, rollout), ours.HYPER
     compiled = learn.lower(state, frozen, *inputs).compile()

@@ -159,8 +159,8 @@ class PPOConfig:
     logprob_chunk: int = 0
     """The loss holds the logits of this many positions at once; 0 means all of a micro-batch."""
     prefix_dtype: PrefixDtype = "compute"
-    """The activations below the layers of policy, reference and rewards are kept as computed, or rounded to bfloat16:
-    half the memory of float32."""
+    """The activations below the layers of policy, critic, reference and rewards are kept as computed, or rounded to
+    bfloat16: half the memory of float32, and log-probs move by the rounding."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "num_minibatches", "accumulate", "length_buckets", "prompt_buckets", "group_size"):
