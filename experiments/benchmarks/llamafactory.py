@@ -33,17 +33,9 @@ from ppo_jax.models.files import hf
 from ppo_jax.models.pretrained import Model, load_model
 from ppo_jax.runs.output.plain_yaml import write_yaml
 
-NEEDED = (
-    "transformers==4.51.3",
-    "accelerate==1.7.0",
-    "datasets==3.6.0",
-    "peft==0.15.2",
-    "tyro<0.9",
-    "omegaconf",
-    "fire",
-)
-ALSO = ("scipy", "einops", "sentencepiece", "tiktoken", "protobuf", "pydantic")
-PEER = Peer("llamafactory", (), (TORCH, ("--no-deps", "llamafactory==0.9.3", "trl==0.9.6"), NEEDED + ALSO))
+NEEDED = "transformers==4.51.3 accelerate==1.7.0 datasets==3.6.0 peft==0.15.2 tyro<0.9 omegaconf fire scipy einops"
+NEEDED += " sentencepiece tiktoken protobuf pydantic"
+PEER = Peer("llamafactory", (), (TORCH, ("--no-deps", "llamafactory==0.9.3", "trl==0.9.6"), tuple(NEEDED.split())))
 WORDS = 12  # of a sentence make a prompt: 15 tokens, at most some 25
 FILE: dict[str, Any] = {
     "stage": "ppo",
@@ -167,7 +159,7 @@ def update_seconds(log: Path) -> float:
 
 
 def seconds_of(text: str) -> int:
-    """Of "1:02:03"."""
+    """Seconds of a time such as "1:02:03"."""
     hours, minutes, seconds = map(int, text.split(":"))
     return (60 * hours + minutes) * 60 + seconds
 

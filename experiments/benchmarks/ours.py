@@ -67,8 +67,9 @@ def start(work: Workload, config: ModelConfig, base: PyTree) -> tuple[TrainState
     critic = init_adapter(key, base, config, whole) if work.own_critic else None
     state = init_state(key, adapter, config, make_optimizer(), 0.05, critic=critic)
     head = RewardHead().init(key, jnp.zeros((1, config.hidden_size)))["params"]
-    rewards = {"model": FullReward(base, head), "lora": RewardRole(init_adapter(key, base, config, lora), head)}
-    return state, Frozen(base, rewards.get(work.reward))
+    if work.reward == "lora":
+        return state, Frozen(base, RewardRole(init_adapter(key, base, config, lora), head))
+    return state, Frozen(base, FullReward(base, head) if work.reward == "model" else None)
 
 
 def prompts_of(work: Workload) -> Prompts:

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -65,8 +65,10 @@ def main(args: list[str] | None = None) -> None:
         work = find_workload(name)
         tries, text = profile(work, settings.tries)
         kinds = read_kinds(text)
-        spent = sum((share_out(spans) for spans in tries), Counter())
-        seconds = {operation: nanoseconds / settings.tries / 1e9 for operation, nanoseconds in spent.items()}
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for spans in tries:
+            for operation, nanoseconds in share_out(spans).items():
+                seconds[operation] += nanoseconds / settings.tries / 1e9
         found[name] = seconds
         print("\n".join(table(name, seconds, kinds, settings.operations)))
     settings.to.parent.mkdir(parents=True, exist_ok=True)
@@ -100,15 +102,15 @@ def read_spans(folder: Path) -> Iterator[Span]:
         for line in plane.lines:
             for event in line.events:
                 stats = dict(event.stats)
-                if "hlo_op" in stats and not event.name.startswith("end: "):
+                if "hlo_op" in stats and event.duration_ns and not event.name.startswith("end: "):
                     end = event.start_ns + event.duration_ns
                     programs[stats["hlo_module"]].append(Span(line.name, stats["hlo_op"], event.start_ns, end))
     yield from max(programs.values(), key=lambda spans: max(s.end for s in spans) - min(s.start for s in spans))
 
 
-def share_out(spans: Iterable[Span]) -> Counter[str]:
-    """Time by operation: that between two events is shared by the innermost spans of every thread that runs one."""
-    spent: Counter[str] = Counter()
+def share_out(spans: Iterable[Span]) -> dict[str, float]:
+    """Nanoseconds by operation: those between two events are shared by the innermost spans of every thread."""
+    spent: defaultdict[str, float] = defaultdict(float)
     edges = sorted([(s.start, 1, s) for s in spans] + [(s.end, 0, s) for s in spans], key=lambda edge: edge[:2])
     running: defaultdict[str, list[str]] = defaultdict(list)  # of each thread, innermost last
     before = edges[0][0]
@@ -116,14 +118,12 @@ def share_out(spans: Iterable[Span]) -> Counter[str]:
         innermost = [names[-1] for names in running.values() if names]
         leaves = [name for name in innermost if not name.startswith(NESTING)] or ([NOTHING] if innermost else [])
         for name in leaves:
-            spent[name] += (now - before) / len(leaves)  # type: ignore[assignment]
+            spent[name] += (now - before) / len(leaves)
         names, before = running[span.thread], now
         if begins:
             names.append(span.name)
         else:
-            names.reverse()
-            names.remove(span.name)
-            names.reverse()
+            del names[len(names) - 1 - names[::-1].index(span.name)]
     return spent
 
 
@@ -160,12 +160,12 @@ def read_entries(table: str) -> Iterator[tuple[str, Any]]:
 def table(name: str, seconds: Mapping[str, float], kinds: Mapping[str, str], operations: int) -> Iterator[str]:
     """Markdown: milliseconds by kind, and of the longest operations that are no product."""
     whole = sum(seconds.values())
-    by_kind: Counter[str] = Counter()
+    by_kind: defaultdict[str, float] = defaultdict(float)
     for operation, spent in seconds.items():
-        by_kind[kinds.get(operation, operation)] += spent  # type: ignore[assignment]
+        by_kind[kinds.get(operation, operation)] += spent
     yield f"| {name} | ms of {1e3 * whole:.0f} |"
     yield "|---|---|"
-    for kind, spent in by_kind.most_common():
+    for kind, spent in sorted(by_kind.items(), key=lambda item: -item[1]):
         if spent > 0.005 * whole:
             yield f"| {kind} | {1e3 * spent:.0f} ({spent / whole:.0%}) |"
     longest = sorted(

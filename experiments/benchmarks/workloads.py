@@ -44,9 +44,7 @@ class Workload:
     rank: int = 16  # of LoRA
     layers: int = 0  # that have LoRA, counted from the last; 0: all
     own_critic: bool = False
-    reward: Literal["model", "rule", "lora"] = (
-        "model"  # a model of the same size, a sum over tokens, or like the policy
-    )
+    reward: Literal["model", "rule", "lora"] = "model"  # of the same size; a sum over tokens; LoRA as the policy's
     stops: int = 0  # so many token ids end a response; 0: every response has its whole length
     slots: int = 0  # ours alone: responses drawn at a time
     length_buckets: int = 1  # ours alone: lengths that micro-batches are cut to
